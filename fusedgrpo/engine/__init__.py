@@ -1,0 +1,1 @@
+"""Prompts -> samples -> rewards -> advantages -> update. One noun per file."""

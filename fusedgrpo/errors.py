@@ -1,0 +1,57 @@
+"""Every error that fusedgrpo raises on purpose.
+
+A message says what was given, what was expected and what to do. The command line turns
+:class:`ConfigError` and :class:`DataError` into exit code 2 and the others into exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FusedGRPOError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(FusedGRPOError, ValueError):
+    """The configuration cannot be run. ``problems`` holds one line per violation."""
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            text = self.problems[0]
+        else:
+            lines = "".join(f"\n  - {problem}" for problem in self.problems)
+            text = f"{len(self.problems)} problems in the configuration:{lines}"
+        super().__init__(text)
+
+
+class DataError(FusedGRPOError, ValueError):
+    """A data set, one of its rows or one of its columns cannot be used."""
+
+
+class RewardError(FusedGRPOError, ValueError):
+    """A reward function cannot be found, failed, or returned something that is no reward."""
+
+
+class ModelError(FusedGRPOError, ValueError):
+    """A model, tokenizer or adapter cannot be loaded or does not fit the rest."""
+
+
+class CheckpointError(FusedGRPOError, RuntimeError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+class OutputDirError(FusedGRPOError, OSError):
+    """The output directory cannot be written or is in use by another run."""
+
+
+class NonFiniteError(FusedGRPOError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite. The weights were not touched."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
