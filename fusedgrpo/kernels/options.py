@@ -1,0 +1,71 @@
+"""The options of the policy loss, as one value that every caller passes around."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOptions:
+    """Names, defaults and meaning are TRL 1.16's.
+
+    loss_type: the surrogate and its normaliser, one of ``LOSS_TYPES``.
+    importance_sampling_level: ``"token"``, or ``"sequence"`` for one ratio per completion (GSPO).
+    epsilon, epsilon_high: the ratio is clipped to ``[1 - epsilon, 1 + epsilon_high]``;
+        ``epsilon_high`` is ``epsilon`` unless given. For ``cispo`` it is the absolute cap of the
+        ratio, without the ``1 +``.
+    delta: second, upper clip of the ratio before the minimum is taken (two-sided clipping).
+    beta: weight of the KL to the reference; 0 leaves it out.
+    use_bias_correction_kl: multiply the KL estimate by the importance ratio.
+    max_completion_length: the constant of ``dr_grpo``, in tokens.
+    """
+
+    loss_type: str = "dapo"
+    importance_sampling_level: str = "token"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = True
+    max_completion_length: int | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"loss_type={self.loss_type!r}: expected one of {', '.join(LOSS_TYPES)}."
+            )
+        if self.importance_sampling_level not in IMPORTANCE_SAMPLING_LEVELS:
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r}: "
+                "expected 'token' or 'sequence'."
+            )
+        for name, minimum in (
+            ("epsilon", 0.0),
+            ("epsilon_high", 0.0),
+            ("delta", 0.0),
+            ("beta", 0.0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= minimum):
+                raise ValueError(f"{name}={value!r}: expected a finite number >= {minimum:g}.")
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number > 0.")
+        if self.loss_type == "dr_grpo" and not self.max_completion_length:
+            raise ValueError("loss_type='dr_grpo' divides by max_completion_length: give it.")
+
+    @property
+    def upper(self) -> float:
+        """``epsilon_high``, or ``epsilon`` where it is not given."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high

@@ -1,0 +1,164 @@
+"""The truth: each operation with everything materialised, one obvious line per step.
+
+Runs in any floating dtype, float64 for tests (gradcheck), and is differentiable by autograd. No
+chunks, no clamps, no care for memory or for confident tokens: use it to check, not to train.
+Formulas: TRL 1.16's ``GRPOTrainer``; log-probabilities from Shao et al., 2024 (arXiv 2402.03300).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.kernels.options import CLIPPED_LOSS_TYPES, LossOptions
+
+
+def reference_linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(logp, entropy)`` of shape ``targets.shape``; 0 where ``mask`` is False."""
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    logp_all = torch.log_softmax(z, dim=-1)
+    logp = logp_all.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp_all.exp() * logp_all).sum(-1)
+    if mask is not None:
+        logp, entropy = logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
+    return logp, entropy
+
+
+def reference_group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    weights: Tensor | None = None,
+    scale_rewards: str = "group",
+    multi_objective_aggregation: str = "sum_then_normalize",
+    eps: float = 1e-4,
+) -> Tensor:
+    """``[B]`` advantages of ``[B]`` or ``[B, F]`` rewards, group by group in a Python loop."""
+    rewards = rewards.reshape(len(rewards), -1)
+    weights = rewards.new_ones(rewards.shape[1]) if weights is None else weights.to(rewards)
+    groups = [(group_ids == g).nonzero().flatten() for g in group_ids.unique()]
+    unscorable = rewards.isnan().all(1)
+
+    if multi_objective_aggregation == "normalize_then_sum":
+        z = torch.full_like(rewards, torch.nan)
+        for rows in groups:
+            for f in range(rewards.shape[1]):
+                z[rows, f] = _centred(rewards[rows, f]) / (_nanstd(rewards[rows, f]) + eps)
+        total = (weights * z).nansum(1).masked_fill(unscorable, torch.nan)
+        advantages = _centred(total) / (_nanstd(total) + eps)
+    else:
+        total = (weights * rewards).nansum(1).masked_fill(unscorable, torch.nan)
+        advantages = torch.empty_like(total)
+        for rows in groups:
+            advantages[rows] = _centred(total[rows])
+            if scale_rewards == "group":
+                advantages[rows] /= _nanstd(total[rows]) + eps
+        if scale_rewards == "batch":
+            advantages = advantages / (_nanstd(total) + eps)
+    return advantages.nan_to_num(nan=0.0)
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.nanmean()
+
+
+def _nanstd(x: Tensor) -> Tensor:
+    kept = x[~x.isnan()]
+    if len(x) == 1:
+        return torch.zeros((), dtype=x.dtype, device=x.device)
+    return kept.std() if len(kept) > 1 else x.new_tensor(torch.nan)
+
+
+def reference_policy_loss(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    options: LossOptions,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    sampler_ratio: Tensor | None = None,
+    num_items: float | None = None,
+    num_sequences: float | None = None,
+) -> Tensor:
+    """The scalar loss of ragged ``[N]`` log-probs, one sequence after the other."""
+    o = options
+    ends = cu_seqlens.tolist()
+    old_logp = logp.detach() if old_logp is None else old_logp
+    mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+    num_items = max(int(mask.sum()), 1) if num_items is None else num_items
+    num_sequences = len(advantages) if num_sequences is None else num_sequences
+    loss = logp.sum() * 0.0
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+        keep = mask[start:end]
+        lp, old = logp[start:end][keep], old_logp[start:end][keep]
+        if len(lp) == 0:
+            continue
+        advantage = advantages[i]
+        log_ratio = lp - old
+        if o.importance_sampling_level == "sequence":
+            log_ratio_used = log_ratio.mean().expand_as(lp)
+        else:
+            log_ratio_used = log_ratio
+        ratio = log_ratio_used.exp()
+
+        if o.loss_type in CLIPPED_LOSS_TYPES:
+            capped = ratio if o.delta is None else ratio.clamp(max=o.delta)
+            clipped = ratio.clamp(1 - o.epsilon, 1 + o.upper)
+            token_loss = -torch.minimum(capped * advantage, clipped * advantage)
+        elif o.loss_type == "cispo":
+            token_loss = -ratio.clamp(max=o.upper).detach() * advantage * lp
+        elif o.loss_type == "sapo":
+            t = o.sapo_temperature_pos if advantage > 0 else o.sapo_temperature_neg
+            token_loss = -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantage
+        else:
+            log_w = log_ratio.detach().clamp(-20, 20).sum()
+            if sampler_ratio is not None:
+                log_w = (
+                    log_w + sampler_ratio[start:end][keep].clamp(min=1e-8).log().clamp(max=20).sum()
+                )
+            log_w = log_w.clamp(min=math.log(1e-8), max=20)
+            positive = advantage >= 0
+            k = o.vespo_k_pos if positive else o.vespo_k_neg
+            lam = o.vespo_lambda_pos if positive else o.vespo_lambda_neg
+            phi = (lam + k * log_w - lam * log_w.exp()).exp()
+            token_loss = -phi * advantage * lp
+
+        if sampler_ratio is not None and o.loss_type != "vespo":
+            token_loss = token_loss * sampler_ratio[start:end][keep]
+        if o.beta:
+            assert ref_logp is not None
+            d = ref_logp[start:end][keep] - lp
+            kl = d.exp() - d - 1
+            token_loss = token_loss + o.beta * (kl * ratio if o.use_bias_correction_kl else kl)
+
+        if o.loss_type in ("grpo", "sapo"):
+            loss = loss + token_loss.mean() / num_sequences
+        elif o.loss_type == "luspo":
+            loss = loss + token_loss.sum() / num_sequences
+        elif o.loss_type == "dr_grpo":
+            assert o.max_completion_length is not None
+            loss = loss + token_loss.sum() / (num_sequences * o.max_completion_length)
+        else:
+            loss = loss + token_loss.sum() / num_items
+    return loss

@@ -1,0 +1,1 @@
+"""A causal language model as "tokens in, log-probs out": loading, adapters, forward."""
