@@ -138,4 +138,5 @@ def _group_extreme(x_BF: Tensor, group_B: Tensor, how: str) -> Tensor:
     filler = -torch.inf if how == "amax" else torch.inf
     x_BF = torch.where(x_BF.isnan(), filler, x_BF)
     out = x_BF.new_full((int(group_B.max()) + 1, x_BF.shape[1]), filler)
-    return out.index_reduce_(0, group_B, x_BF, how)[group_B]
+    rows = group_B[:, None].expand_as(x_BF)
+    return out.scatter_reduce(0, rows, x_BF, how)[group_B]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -69,3 +70,7 @@ class LossOptions:
     def upper(self) -> float:
         """``epsilon_high``, or ``epsilon`` where it is not given."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as keyword arguments of ``policy_loss``."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

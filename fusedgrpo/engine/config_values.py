@@ -1,0 +1,182 @@
+"""Read one option's value: the right type, inside its range, and nothing else.
+
+Types come from the annotations of :class:`~fusedgrpo.engine.config.GRPOConfig`, ranges from the
+metadata that :func:`option` stores. Text is turned into numbers and truth values, because YAML
+1.1 reads ``1e-5`` as text and a command line has nothing but text; nothing else is converted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import field
+from enum import Enum
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from fusedgrpo.errors import did_you_mean
+
+_TRUE = ("true", "yes", "on")
+_FALSE = ("false", "no", "off")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its help text and range (``low <= x``, ``above < x``, ...)."""
+    bounds = {">=": low, ">": above, "<=": high, "<": below}
+    limits = {sign: bound for sign, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"help": help, "limits": limits})
+
+
+def read_value(value: Any, hint: Any, limits: Mapping[str, float]) -> Any:
+    """``value`` as ``hint`` inside ``limits``. ValueError says what was expected and given."""
+    try:
+        read = _convert(value, hint)
+    except _WrongTypeError:
+        raise ValueError(_expected(value, hint, limits)) from None
+    numbers = [
+        n for n in (read if isinstance(read, list) else [read]) if isinstance(n, (int, float))
+    ]
+    if not all(math.isfinite(n) and _inside(n, limits) for n in numbers):
+        raise ValueError(_expected(value, hint, limits))
+    return read
+
+
+def takes_text(hint: Any) -> bool:
+    """Whether a plain string is a value of ``hint`` (so that text must not be parsed)."""
+    if hint is str or hint is Any or get_origin(hint) is Literal:
+        return True
+    return any(takes_text(member) for member in get_args(hint) if _is_union(hint))
+
+
+class _WrongTypeError(Exception):
+    """The value is not of the type, and cannot be read as one."""
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    if isinstance(value, Enum):
+        value = value.value
+    if hint is Any:
+        return value
+    if _is_union(hint):
+        return _convert_union(value, get_args(hint))
+    origin = get_origin(hint) or hint
+    if origin is Literal:
+        if value is False:  # YAML 1.1 reads a bare `no` or `off` as false
+            value = next((word for word in ("no", "none") if word in get_args(hint)), value)
+        if value in get_args(hint):
+            return value
+    elif origin in (list, tuple):
+        item_hint = get_args(hint)[0]
+        if isinstance(value, str):
+            value = [item.strip() for item in value.split(",") if item.strip()]
+        if isinstance(value, (list, tuple)):
+            return origin(_convert(item, item_hint) for item in value)
+    elif origin is dict:
+        return _convert_dict(value)
+    elif origin is bool:
+        return _convert_bool(value)
+    elif origin in (int, float):
+        return _convert_number(value, origin)
+    elif origin is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    elif origin is NoneType and value is None:
+        return None
+    raise _WrongTypeError
+
+
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
+    """The member that the value already is, else the first that it can be read as."""
+    exact = [m for m in members if type(value) is (get_origin(m) or m)]
+    for member in [*exact, *members]:
+        try:
+            return _convert(value, member)
+        except _WrongTypeError:
+            continue
+    raise _WrongTypeError
+
+
+def _convert_bool(value: Any) -> bool:
+    word = value.lower() if isinstance(value, str) else value
+    if isinstance(word, bool) or word in (*_TRUE, *_FALSE):
+        return word is True or word in _TRUE
+    raise _WrongTypeError
+
+
+def _convert_number(value: Any, kind: type) -> int | float:
+    if isinstance(value, str):
+        try:
+            value = float(value) if kind is float or not value.strip().isdigit() else int(value)
+        except ValueError:
+            raise _WrongTypeError from None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _WrongTypeError
+    if kind is float:
+        return float(value)
+    if not float(value).is_integer():
+        raise _WrongTypeError
+    return value if isinstance(value, int) else int(float(value))
+
+
+def _convert_dict(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise _WrongTypeError from None
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return dict(value)
+    raise _WrongTypeError
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
+
+
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+
+def _inside(number: float, limits: Mapping[str, float]) -> bool:
+    return all(_COMPARE[sign](number, bound) for sign, bound in limits.items())
+
+
+def _expected(value: Any, hint: Any, limits: Mapping[str, float]) -> str:
+    given = "null" if value is None else repr(value)
+    if not isinstance(value, (str, NoneType)):
+        given += f" ({type(value).__name__})"
+    choices = [choice for member in _members(hint) for choice in _choices(member)]
+    hint_text = did_you_mean(value, choices) if isinstance(value, str) else ""
+    bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in limits.items())
+    wanted = " or ".join(_name(member) for member in _members(hint))
+    return f"expected {wanted}{' ' + bounds if bounds else ''}, got {given}.{hint_text}"
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if _is_union(hint) else (hint,)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return repr(choices[0]) if len(choices) == 1 else "one of " + ", ".join(choices)
+    if get_origin(hint) in (list, tuple):
+        return f"a list of {'numbers' if get_args(hint)[0] is float else 'names'}"
+    if get_origin(hint) is dict:
+        return "a mapping"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return "null" if hint is NoneType else names[hint]

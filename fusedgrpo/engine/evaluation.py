@@ -1,0 +1,67 @@
+"""Held-out prompts, sampled and scored with the policy as it is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fusedgrpo.engine.data import PromptDataset
+from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
+from fusedgrpo.engine.rollout import Group, Rollout
+from fusedgrpo.engine.rollout_metrics import length_metrics, reward_metrics
+from fusedgrpo.engine.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.scoring import score_rollout
+from fusedgrpo.engine.seeding import derive, seeded
+
+
+def evaluate(
+    data: PromptDataset,
+    sampler: Sampler,
+    rewards: RewardFunctions,
+    *,
+    n: int,
+    params: SamplingParams,
+    batch_size: int,
+    seed: int,
+    state: SimpleNamespace,
+) -> dict[str, Any]:
+    """``n`` completions for each prompt of ``data``, ``batch_size`` completions at a time; the
+    metrics of all of them together, prefixed ``eval_``."""
+    per_batch = max(1, batch_size // n)
+    groups: list[Group] = []
+    scored: list[RewardBatch] = []
+    for start in range(0, len(data), per_batch):
+        examples = data.examples[start : start + per_batch]
+        part = sampler.sample(
+            [example.prompt_ids for example in examples],
+            n,
+            params,
+            derive(seed, start),
+            rows=[example.row for example in examples],
+        )
+        with seeded(derive(seed, "score", start)):
+            scored.append(
+                score_rollout(
+                    rewards,
+                    Rollout(tuple(part)),
+                    examples,
+                    conversational=data.conversational,
+                    column_names=data.column_names,
+                    state=state,
+                )
+            )
+        groups += part
+    rollout = Rollout(tuple(groups))
+    together = RewardBatch(
+        values=torch.cat([batch.values for batch in scored]),
+        total=torch.cat([batch.total for batch in scored]),
+        seconds={},
+        extra={},
+        metrics={},
+        dropped=sum(batch.dropped for batch in scored),
+    )
+    group_ids = torch.tensor(rollout.group_ids)
+    metrics = length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
+    return {f"eval_{name}": value for name, value in metrics.items()}

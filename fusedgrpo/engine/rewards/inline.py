@@ -1,0 +1,66 @@
+"""Callables scored in the trainer's own process: sync ones in turn, async ones together."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+
+from fusedgrpo.engine.rewards.call import Batch, Reply, RewardCall
+
+
+class Inline:
+    """A callable, run in the calling thread when it is waited for."""
+
+    def __init__(self, call: RewardCall):
+        self.name = call.name
+        self._call = call
+
+    def start(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def finish(self) -> Reply:
+        return self._call(self._batch)
+
+    def close(self) -> None:
+        pass
+
+
+class EventLoop:
+    """The thread in which all async callables of a run share one loop.
+
+    One loop for the whole run, because async clients are tied to the loop of their first call;
+    a thread, because the caller may have a loop running (as notebooks do).
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: RewardCall, batch: Batch) -> Future[Reply]:
+        return asyncio.run_coroutine_threadsafe(call.call_async(batch), self._loop)
+
+    def close(self) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+class Concurrent:
+    """An async callable, under way while the others are scored."""
+
+    def __init__(self, call: RewardCall, loop: EventLoop):
+        self.name = call.name
+        self._call = call
+        self._loop = loop
+
+    def start(self, batch: Batch) -> None:
+        self._future = self._loop.submit(self._call, batch)
+
+    def finish(self) -> Reply:
+        return self._future.result()
+
+    def close(self) -> None:
+        self._loop.close()

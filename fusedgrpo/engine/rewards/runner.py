@@ -1,0 +1,348 @@
+"""All reward functions of a run, scored together into one ``[B, F]`` matrix."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
+from fusedgrpo.engine.rewards.inline import Concurrent, EventLoop, Inline
+from fusedgrpo.engine.rewards.resolve import Source, locate
+from fusedgrpo.engine.rewards.reward_model import RewardModel, is_reward_model, load_reward_model
+from fusedgrpo.engine.rewards.worker import Worker
+from fusedgrpo.errors import RewardError, did_you_mean
+
+logger = logging.getLogger("fusedgrpo")
+
+# What a prompt's row holds under these names is no column to the reward functions.
+NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+SHARED_WITH_TOKENIZER = ("cache_dir", "revision", "token", "trust_remote_code")
+FAILED_BATCHES_IN_A_ROW = 3
+SECONDS_TO_FIND_THE_CULPRIT = 30.0
+
+
+class Scorer(Protocol):
+    """A reward function, wherever it runs. All are started before any is waited for."""
+
+    name: str
+
+    def start(self, batch: Batch) -> None: ...
+    def finish(self) -> Reply: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RewardBatch:
+    """The rewards of B completions under F functions, on the CPU.
+
+    values: float32 ``[B, F]``, NaN where a function does not apply. total: float32 ``[B]``, the
+    weighted sum, NaN where none applies. seconds: wall time by function. extra: column -> B
+    values (``log_extra``). metrics: means of what ``log_metric`` was given. dropped: rewards
+    lost to failing functions under ``on_error="drop"``.
+    """
+
+    values: torch.Tensor
+    total: torch.Tensor
+    seconds: dict[str, float]
+    extra: dict[str, list[Any]]
+    metrics: dict[str, float]
+    dropped: int
+
+
+class RewardFunctions:
+    """The reward functions of a run. Close it, or use it as a context manager.
+
+    names: F names, by which the metrics go. weights: float32 ``[F]``.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float], on_error: str):
+        self.names = [scorer.name for scorer in scorers]
+        self.weights = torch.tensor(weights, dtype=torch.float32)
+        self._scorers = list(scorers)
+        self._drop = on_error == "drop"
+        self._failed_batches = [0] * len(self._scorers)
+        self._said_unscored = False
+
+    def score(
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        columns: dict[str, list[Any]],
+        trainer_state: Any = None,
+        rows: list[int],
+    ) -> RewardBatch:
+        """Rewards of B completions, all arguments of length B and in the same order.
+
+        columns: the data's columns. rows: data row of each completion, for messages.
+        Raises :class:`RewardError` if a function returns something else than B rewards and, with
+        ``on_error="halt"``, if it raises, hangs or dies.
+        """
+        columns = {name: values for name, values in columns.items() if name not in NOT_COLUMNS}
+        given = {"prompts": prompts, "completion_ids": completion_ids, "rows": rows, **columns}
+        for name, values in given.items():
+            if len(values) != len(completions):
+                raise ValueError(
+                    f"{name} has {len(values)} values for {len(completions)} completions"
+                )
+        batch = Batch(prompts, completions, completion_ids, columns, trainer_state, rows)
+        dropped = 0
+        replies = []
+        for index, outcome in enumerate(_run(self._scorers, batch)):
+            if isinstance(outcome, CallFailed):
+                outcome, lost = self._settle(index, batch, outcome)
+                dropped += lost
+            else:
+                self._failed_batches[index] = 0
+            replies.append(outcome)
+        return self._collect(batch, replies, dropped)
+
+    def close(self) -> None:
+        """End the worker processes and the event loop."""
+        for scorer in self._scorers:
+            scorer.close()
+
+    def __enter__(self) -> RewardFunctions:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _settle(self, index: int, batch: Batch, failure: CallFailed) -> tuple[Reply, int]:
+        """Find the completions that a function fails on, by scoring each of them alone.
+
+        Returns the rewards of the others (without what they log) and how many were lost, or
+        raises RewardError.
+        """
+        scorer, count = self._scorers[index], len(batch)
+        who = f"reward function {scorer.name!r}"
+        if failure.details:
+            logger.error("%s failed:\n%s", who, failure.details.rstrip())
+        values = [math.nan] * count
+        lost = count
+        end = math.inf if self._drop else time.monotonic() + SECONDS_TO_FIND_THE_CULPRIT
+        for i in range(count):
+            if not failure.repeatable or time.monotonic() > end:
+                break
+            (outcome,) = _run([scorer], batch.only(i))
+            if isinstance(outcome, Reply):
+                values[i] = outcome.values[0]
+                lost -= 1
+                continue
+            failure = outcome
+            if not self._drop:
+                raise RewardError(
+                    f"{who} failed on completion {i} of {count} (data row {batch.rows[i]}): "
+                    f"{failure}. The completion: {repr(batch.completions[i])[:300]}. Fix the "
+                    "function, or set on_reward_error: drop to leave such completions out"
+                ) from failure
+        if not self._drop:
+            raise RewardError(
+                f"{who} failed on a batch of {count} completions: {failure}. Fix the function, or "
+                "set on_reward_error: drop to leave such completions out"
+            ) from failure
+        self._failed_batches[index] = self._failed_batches[index] + 1 if lost == count else 0
+        if self._failed_batches[index] >= FAILED_BATCHES_IN_A_ROW:
+            raise RewardError(
+                f"{who} failed on every completion of {FAILED_BATCHES_IN_A_ROW} batches in a row: "
+                f"{failure}. on_reward_error: drop leaves out single completions, not a function"
+            ) from failure
+        logger.warning(
+            "%s: %d of %d completions left out (on_reward_error: drop): %s",
+            *(who, lost, count, failure),
+        )
+        return Reply(values), lost
+
+    def _collect(self, batch: Batch, replies: list[Reply], dropped: int) -> RewardBatch:
+        values = torch.tensor([reply.values for reply in replies], dtype=torch.float32).T
+        unscored = values.isnan().all(dim=1)
+        total = (values * self.weights).nansum(dim=1).masked_fill(unscored, math.nan)
+        if unscored.any() and not self._said_unscored:
+            self._said_unscored = True
+            logger.warning(
+                "%d of %d completions got no reward from any function (%s), the first for data "
+                "row %d: they do not count and their advantage is 0",
+                *(int(unscored.sum()), len(batch), ", ".join(self.names)),
+                batch.rows[int(unscored.int().argmax())],
+            )
+        seconds: dict[str, float] = {}
+        extra: dict[str, list[Any]] = {}
+        logged: dict[str, list[float]] = {}
+        for name, reply in zip(self.names, replies, strict=True):
+            seconds[name] = seconds.get(name, 0.0) + reply.seconds
+            extra.update(reply.extra)
+            for metric, numbers in reply.metrics.items():
+                logged.setdefault(metric, []).extend(numbers)
+        metrics = {name: sum(numbers) / len(numbers) for name, numbers in logged.items()}
+        return RewardBatch(values.contiguous(), total, seconds, extra, metrics, dropped)
+
+
+def _run(scorers: Sequence[Scorer], batch: Batch) -> list[Reply | CallFailed]:
+    """Score ``batch`` with all ``scorers``, at the same time where they can.
+
+    Every one that was started is waited for before a RewardError is raised, so that no reply
+    is left over for the next batch.
+    """
+    outcomes: list[Reply | CallFailed | RewardError | None] = []
+    for scorer in scorers:
+        try:
+            scorer.start(batch)
+            outcomes.append(None)
+        except (CallFailed, RewardError) as failure:
+            outcomes.append(failure)
+    for index, scorer in enumerate(scorers):
+        if outcomes[index] is None:
+            try:
+                outcomes[index] = scorer.finish()
+            except (CallFailed, RewardError) as failure:
+                outcomes[index] = failure
+    done: list[Reply | CallFailed] = []
+    for outcome in outcomes:
+        if isinstance(outcome, RewardError):
+            raise outcome
+        assert outcome is not None
+        done.append(outcome)
+    return done
+
+
+def build_rewards(
+    reward_funcs: Any,
+    *,
+    weights: Sequence[float] | None = None,
+    kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    on_error: str = "halt",
+    timeout: float | None = 300.0,
+    device: str | torch.device = "cpu",
+    reward_processing_classes: Any = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    search_paths: Sequence[str | Path] = (),
+) -> RewardFunctions:
+    """The reward functions of a run, each of them found and loaded.
+
+    reward_funcs: a name, several ("accuracy,format"), a callable, a transformers model, or a
+    list of these. Named functions run in worker processes, everything else in this one.
+    kwargs: ``{name: {argument: value}}``, the name as in ``reward_funcs`` (of a callable, its
+    own). on_error: ``"halt"`` or ``"drop"`` when a function raises, hangs or dies; one that
+    raises is called again with single completions, to find those that it fails on. timeout:
+    seconds for a call in a worker. device: where reward models go. model_kwargs: for loading
+    them. reward_processing_classes: their tokenizers, one for each entry of ``reward_funcs``.
+    search_paths: folders beside the working directory where files and modules are looked for.
+
+    Raises :class:`RewardError` if a function cannot be found, loaded or given its arguments.
+    """
+    if on_error not in ("halt", "drop"):
+        raise RewardError(f"on_reward_error is {on_error!r}, expected 'halt' or 'drop'")
+    functions = _listed(reward_funcs)
+    count = len(functions)
+    weights = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(weights) != count or not all(map(math.isfinite, weights)):
+        raise RewardError(
+            f"reward_weights is {weights}, expected {count} finite numbers: one for each of "
+            f"{', '.join(map(_label, functions))}"
+        )
+    tokenizers = _tokenizers(reward_processing_classes, count)
+    arguments = _arguments(functions, kwargs or {})
+    folders = list(dict.fromkeys(Path(path).resolve() for path in (os.getcwd(), *search_paths)))
+    loop: EventLoop | None = None
+    scorers: list[Scorer] = []
+    try:
+        for function, tokenizer, given in zip(functions, tokenizers, arguments, strict=True):
+            source = locate(function, folders) if isinstance(function, str) else None
+            if source is not None and source.kind != "model":
+                scorers.append(Worker(source, given, folders=folders, timeout=timeout))
+            elif source is not None or is_reward_model(function):
+                scorers.append(
+                    _reward_model(source, function, tokenizer, given, device, model_kwargs)
+                )
+            else:
+                call = RewardCall(function, given)
+                loop = (loop or EventLoop()) if call.is_async else loop
+                scorers.append(Concurrent(call, loop) if call.is_async and loop else Inline(call))
+        for scorer in scorers:  # the workers load side by side
+            if isinstance(scorer, Worker):
+                scorer.ready()
+    except BaseException:
+        for scorer in scorers:
+            scorer.close()
+        raise
+    return RewardFunctions(scorers, weights, on_error)
+
+
+def _listed(reward_funcs: Any) -> list[Any]:
+    given = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    functions: list[Any] = []
+    for function in given:
+        if isinstance(function, str):
+            functions += [name.strip() for name in function.split(",") if name.strip()]
+        elif callable(function):
+            functions.append(function)
+        elif function is not None:
+            raise RewardError(
+                f"reward_funcs holds {function!r} ({type(function).__name__}), expected names, "
+                "callables and reward models"
+            )
+    if not functions:
+        raise RewardError(
+            "reward_funcs is empty: give at least one reward, such as 'accuracy,format', "
+            "'file.py:function' or a callable"
+        )
+    return functions
+
+
+def _label(function: Any) -> str:
+    if isinstance(function, str):
+        return function
+    return type(function).__name__ if is_reward_model(function) else RewardCall(function).name
+
+
+def _tokenizers(given: Any, count: int) -> list[Any]:
+    if given is None:
+        return [None] * count
+    tokenizers = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(tokenizers) != count:
+        raise RewardError(
+            f"reward_processing_classes has {len(tokenizers)} entries, expected {count}: one for "
+            "each reward function (None for those that are no reward model)"
+        )
+    return tokenizers
+
+
+def _arguments(
+    functions: list[Any], kwargs: Mapping[str, Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    labels = [_label(function) for function in functions]
+    for name, given in kwargs.items():
+        if name not in labels:
+            raise RewardError(
+                f"reward_kwargs: {name!r} is none of the reward_funcs ({', '.join(labels)})."
+                + did_you_mean(name, labels)
+            )
+        if not isinstance(given, Mapping):
+            raise RewardError(f"reward_kwargs: {name!r} is {given!r}, expected argument: value")
+    return [kwargs.get(label, {}) for label in labels]
+
+
+def _reward_model(
+    source: Source | None,
+    model: Any,
+    tokenizer: Any,
+    arguments: Mapping[str, Any],
+    device: str | torch.device,
+    model_kwargs: Mapping[str, Any] | None,
+) -> RewardModel:
+    if source is not None:
+        model = load_reward_model(source.target, model_kwargs)
+    shared = {k: v for k, v in (model_kwargs or {}).items() if k in SHARED_WITH_TOKENIZER}
+    reward_model = RewardModel(model, tokenizer, device=device, tokenizer_kwargs=shared)
+    if arguments:
+        raise RewardError(f"reward_kwargs: the reward model {reward_model.name!r} takes none")
+    return reward_model

@@ -1,0 +1,250 @@
+"""Completions from the policy with transformers' generate: one prefill per prompt, own sampling.
+
+generate() runs the decoding loop; the token is chosen here, by inverting the cumulative
+distribution at a uniform number that each completion draws from its own generator. What a
+completion says therefore depends on its seed and its prompt alone: not on how many others are in
+flight, and not on when somebody else used the global generator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.engine.rollout import Completion, FinishReason, Group
+from fusedgrpo.engine.seeding import derive
+from fusedgrpo.models.policy import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample; names and meaning as in transformers. ``max_new_tokens`` is per completion.
+
+    ``greedy`` takes the most likely token instead and ignores temperature, top_p, top_k, min_p.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    greedy: bool = False
+
+
+class Sampler(Protocol):
+    """What the trainer needs of a sampler."""
+
+    def sample(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Group]:
+        """One group of ``n`` completions for each prompt, in order; ``rows`` label the groups."""
+        ...
+
+
+class GenerateSampler:
+    """The ``Sampler`` on ``model.generate``.
+
+    policy: sampled in eval mode (no dropout, no gradient checkpointing) and in its own precision.
+    tokenizer: decodes. eos_ids: every id that ends a completion. max_in_flight: completions
+    decoded together, at least one group; None for all. poll: called before each token, so that a
+    signal need not wait for the end of a rollout.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        *,
+        max_in_flight: int | None = None,
+        poll: Callable[[], None] = lambda: None,
+    ):
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.eos_ids = list(eos_ids)
+        self.max_in_flight = max_in_flight
+        self.poll = poll
+
+    def sample(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Group]:
+        """See ``Sampler``. Deterministic in (weights, prompt, seed, position of the prompt)."""
+        rows = range(len(prompt_ids)) if rows is None else rows
+        per_wave = max(1, (self.max_in_flight or len(prompt_ids) * n) // n)
+        groups: list[Group] = []
+        for start in range(0, len(prompt_ids), per_wave):
+            prompts = prompt_ids[start : start + per_wave]
+            seeds = [
+                derive(seed, start + i, sample) for i in range(len(prompts)) for sample in range(n)
+            ]
+            completions = self._wave(prompts, n, params, seeds)
+            for i, prompt in enumerate(prompts):
+                own = tuple(completions[i * n : (i + 1) * n])
+                groups.append(Group(rows[start + i], tuple(prompt), own))
+        return groups
+
+    def _wave(
+        self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, seeds: list[int]
+    ) -> list[Completion]:
+        """``len(prompts) * n`` completions decoded together."""
+        model = self.policy.causal_lm
+        device = self.policy.device
+        ids, attention_mask = _left_padded(prompts, device)
+        chooser = _Chooser(params, seeds, device, self.poll)
+        with self.policy.scoring(), self.policy.autocast(), _own_generation_config(model):
+            cache = self._prefill(model, ids, attention_mask, n)
+            output = model.generate(
+                input_ids=ids.repeat_interleave(n, 0),
+                attention_mask=attention_mask.repeat_interleave(n, 0),
+                past_key_values=cache,
+                generation_config=self._generation_config(params),
+                logits_processor=_processors(params, chooser),
+            )
+        return self._cut(output[:, ids.shape[1] :], torch.stack(chooser.logp, 1).cpu())
+
+    @staticmethod
+    def _prefill(model: Any, ids: Tensor, attention_mask: Tensor, n: int) -> Any:
+        """Keys and values of all but the prompts' last tokens, computed once and forked n times."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+        if ids.shape[1] > 1:
+            mask = attention_mask[:, :-1]
+            model.get_decoder()(
+                input_ids=ids[:, :-1],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache.batch_repeat_interleave(n)
+        return cache
+
+    def _generation_config(self, params: SamplingParams) -> Any:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            max_new_tokens=params.max_new_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            do_sample=False,
+            use_cache=True,
+        )
+
+    def _cut(self, tokens: Tensor, logp: Tensor) -> list[Completion]:
+        """Each row up to and with its first EOS."""
+        completions = []
+        for row, row_logp in zip(tokens.tolist(), logp, strict=True):
+            end = next((i + 1 for i, token in enumerate(row) if token in self.eos_ids), None)
+            ids = tuple(row[:end])
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            reason: FinishReason = "length" if end is None else "stop"
+            completions.append(Completion(ids, text, reason, row_logp[: len(ids)].clone()))
+        return completions
+
+
+@contextlib.contextmanager
+def _own_generation_config(model: Any) -> Iterator[None]:
+    """Put the model's generation_config aside: generate() fills what ours leaves open from it, and
+    its repetition penalty or suppressed tokens would silently change the policy."""
+    from transformers import GenerationConfig
+
+    original, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = original
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Padded with each prompt's own first token: hidden by the mask, and to a repetition penalty,
+    which sees ids alone, nothing new."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def _processors(params: SamplingParams, chooser: _Chooser) -> Any:
+    """The chain that turns logits into the distribution to sample from, and last the choice."""
+    from transformers import LogitsProcessorList
+    from transformers.generation.logits_process import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    chain = LogitsProcessorList()
+    if params.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if not params.greedy:
+        if params.temperature != 1.0:
+            chain.append(TemperatureLogitsWarper(params.temperature))
+        if params.top_k:
+            chain.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1.0:
+            chain.append(TopPLogitsWarper(params.top_p))
+        if params.min_p:
+            chain.append(MinPLogitsWarper(params.min_p))
+    chain.append(chooser)
+    return chain
+
+
+class _Chooser:
+    """Last in the chain: picks a token per row and leaves it the only one that is possible."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        seeds: Sequence[int],
+        device: torch.device,
+        poll: Callable[[], None],
+    ):
+        self.greedy = params.greedy
+        self.poll = poll
+        self.logp: list[Tensor] = []
+        self.step = 0
+        draws = [
+            torch.rand(
+                params.max_new_tokens,
+                generator=torch.Generator().manual_seed(seed),
+                dtype=torch.float64,
+            )
+            for seed in seeds
+        ]
+        self.uniform_BT = torch.stack(draws).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.poll()
+        logp = torch.log_softmax(scores.float(), dim=-1)
+        if self.greedy:
+            token = logp.argmax(-1, keepdim=True)
+        else:
+            # float64: the tail of a large vocabulary would drown in float32's rounding.
+            cumulative = logp.double().exp().cumsum(-1)
+            point = self.uniform_BT[:, self.step, None] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, point, right=True)
+            token = token.clamp(max=scores.shape[-1] - 1)
+        self.logp.append(logp.gather(1, token)[:, 0])
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

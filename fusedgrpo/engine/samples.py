@@ -1,0 +1,74 @@
+"""What one optimizer step trains on, and how it is cut into micro-batches. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion with everything its loss needs.
+
+    in_loss: False leaves its tokens out of the loss and of the token count, as
+    ``mask_truncated_completions`` does; it still counts as a sequence. old_logp, ref_logp,
+    sampler_logp, sampler_weight: float32 ``[len(completion_ids)]`` on the CPU, or None where not
+    needed.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    advantage: float
+    in_loss: bool = True
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    sampler_logp: Tensor | None = None
+    sampler_weight: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that count in the loss: a weight that is not finite takes its token out."""
+        if not self.in_loss:
+            return 0
+        if self.sampler_weight is None:
+            return len(self.completion_ids)
+        return int(self.sampler_weight.isfinite().sum())
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of ``lengths`` cut into batches of at most ``max_tokens`` tokens, padding counted,
+    or of a single sequence.
+
+    Longest first: what does not fit into memory fails in the first batch. The loss is a sum over
+    tokens with a denominator known before, so the cut changes the order of sums, nothing else.
+    """
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
+            batches[-1].append(index)
+        else:
+            width = lengths[index]
+            batches.append([index])
+    return batches
+
+
+def concatenated(samples: Sequence[Sample], field: str, device: torch.device) -> Tensor | None:
+    """A per-token field of all samples end to end, ``[N]``; None if the samples do not have it."""
+    parts = [getattr(sample, field) for sample in samples]
+    if any(part is None for part in parts):
+        return None
+    return torch.cat(parts).to(device)
+
+
+def loss_mask(samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """``[N]`` bool."""
+    lengths = torch.tensor([len(s.completion_ids) for s in samples])
+    return torch.tensor([s.in_loss for s in samples]).repeat_interleave(lengths).to(device)

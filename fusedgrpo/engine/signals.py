@@ -1,0 +1,58 @@
+"""SIGINT and SIGTERM end a run in order: state saved, exit code 130 or 143."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupted(SystemExit):
+    """Raised by ``StopSignals.check``; ``code`` is 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.signal_name = signal.Signals(number).name
+
+
+class StopSignals:
+    """Catches the signals while it is entered, in the main thread; elsewhere it does nothing.
+
+    The first signal is noted and raised by the next ``check``, at a point where the state is whole.
+    The second one does what it would have done without us.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` if a signal has come."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,501 @@
+"""``GRPOTrainer``: prompts and reward functions in; a trained adapter, metrics and a report out."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fusedgrpo.engine import trainer_state
+from fusedgrpo.engine.checkpoint import prune, write_json
+from fusedgrpo.engine.completions_log import completion_records
+from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.engine.data import Example, PromptDataset, load_prompts
+from fusedgrpo.engine.evaluation import evaluate
+from fusedgrpo.engine.optim import build_optimizer, build_scheduler
+from fusedgrpo.engine.outputs import RunOutputs
+from fusedgrpo.engine.plan_batch import resolve_batch
+from fusedgrpo.engine.prompt_stream import PromptStream
+from fusedgrpo.engine.rewards import build_rewards
+from fusedgrpo.engine.rollout import Rollout
+from fusedgrpo.engine.rollout_metrics import (
+    length_metrics,
+    mismatch_metrics,
+    reward_metrics,
+    weight_metrics,
+)
+from fusedgrpo.engine.rundir import RunDir
+from fusedgrpo.engine.sampler import GenerateSampler, Sampler, SamplingParams
+from fusedgrpo.engine.samples import Sample
+from fusedgrpo.engine.scoring import per_completion, rollout_logprobs, score_rollout
+from fusedgrpo.engine.seeding import derive, seeded
+from fusedgrpo.engine.signals import StopSignals
+from fusedgrpo.engine.trainer_state import Progress
+from fusedgrpo.engine.update import Updater, UpdateResult
+from fusedgrpo.engine.window import RolloutWindow, sampler_logp
+from fusedgrpo.errors import ConfigError, NonFiniteError
+from fusedgrpo.kernels import LossOptions, group_advantages
+from fusedgrpo.models.loading import check_tokenizer, eos_ids, load_tokenizer
+from fusedgrpo.models.policy import Policy
+
+log = logging.getLogger("fusedgrpo")
+
+TOKENS_PER_MICROBATCH = {"cuda": 8192, "cpu": 4096}
+
+
+class GRPOTrainer:
+    """Trains a causal language model with GRPO. Arguments and behaviour follow ``trl.GRPOTrainer``.
+
+    model: a name or path, a transformers model, or a peft model; None for
+        ``args.model_name_or_path``. Unless it has adapters already, LoRA is added
+        (``finetuning_type: full`` trains all weights). reward_funcs: names, callables, reward
+        models, or a list of these; None for ``args.reward_funcs``. args: a ``GRPOConfig``.
+    train_dataset, eval_dataset: a ``datasets.Dataset``, a list of dicts, or a name or path; None
+        for those of ``args``. processing_class, or tokenizer: the tokenizer, if not the model's.
+    peft_config: a peft configuration instead of the one that ``args`` describes.
+    sampler: another ``Sampler`` than transformers' generate. search_paths: folders where
+        ``file.py:function`` rewards are looked for, beside the working directory.
+
+    Everything that can be wrong is checked here, before the first step. Raises ConfigError,
+    DataError, RewardError, ModelError or OutputDirError.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        *,
+        tokenizer: Any = None,
+        peft_config: Any = None,
+        sampler: Sampler | None = None,
+        search_paths: Sequence[str | Path] = (),
+    ):
+        self.args = args = _with_model_name(args or GRPOConfig(), model)
+        RunDir.probe(args.output_dir)
+        self.processing_class = processing_class or tokenizer or load_tokenizer(args)
+        self.reward_funcs = build_rewards(
+            args.reward_funcs if reward_funcs is None else reward_funcs,
+            weights=args.reward_weights,
+            kwargs=args.reward_kwargs,
+            on_error=args.on_reward_error,
+            timeout=args.reward_timeout,
+            device="cpu" if args.use_cpu or not torch.cuda.is_available() else "cuda",
+            reward_processing_classes=reward_processing_classes,
+            search_paths=search_paths,
+        )
+        try:
+            self._assemble(model, train_dataset, eval_dataset, peft_config, sampler)
+        except BaseException:
+            self.reward_funcs.close()
+            raise
+
+    def _assemble(
+        self,
+        model: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        peft_config: Any,
+        sampler: Sampler | None,
+    ) -> None:
+        args = self.args
+        self.policy = Policy.load(args, None if isinstance(model, str) else model, peft_config)
+        check_tokenizer(self.processing_class, self.policy.causal_lm)
+        self.eos_ids = eos_ids(self.policy.causal_lm, self.processing_class)
+        self.train_dataset, self.eval_dataset = self._load_data(train_dataset, eval_dataset)
+        self.plan = resolve_batch(args, len(self.train_dataset))
+        self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
+        self.signals = StopSignals()
+        self.max_tokens = (
+            args.tokens_per_microbatch or TOKENS_PER_MICROBATCH[self.policy.device.type]
+        )
+        optimizer = build_optimizer(args, self.policy.trainable())
+        self.updater = Updater(
+            self.policy,
+            optimizer,
+            build_scheduler(args, optimizer, self.plan.total_steps),
+            _loss_options(args),
+            max_grad_norm=args.max_grad_norm,
+            max_tokens=self.max_tokens,
+            entropy_coef=args.entropy_coef,
+            seed=args.seed,
+            poll=self.signals.check,
+        )
+        self.sampler = sampler or GenerateSampler(
+            self.policy, self.processing_class, self.eos_ids, poll=self.signals.check
+        )
+        self.sampling = SamplingParams(
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+        )
+        self.progress = Progress()
+        self.window: RolloutWindow | None = None
+        self._times: dict[str, float] = {}
+
+    def _load_data(self, train: Any, held_out: Any) -> tuple[PromptDataset, PromptDataset | None]:
+        args = self.args
+        model = self.policy.causal_lm
+        limits: dict[str, Any] = {
+            "vocab_size": self.policy.vocabulary_size,
+            "context_length": getattr(
+                model.config.get_text_config(), "max_position_embeddings", None
+            ),
+        }
+        source = args.dataset if train is None else train
+        if source is None:
+            raise ConfigError(
+                "dataset is missing: give a file, a directory, a name in dataset_dir, or pass "
+                "train_dataset."
+            )
+        prompts = load_prompts(source, args, self.processing_class, **limits)
+        held_out = args.eval_dataset if held_out is None else held_out
+        evaluation = None
+        if held_out is not None:
+            evaluation = load_prompts(held_out, args, self.processing_class, split="test", **limits)
+        elif args.val_size:
+            prompts, evaluation = prompts.split(args.val_size, args.seed)
+        if args.eval_strategy != "no" and evaluation is None:
+            raise ConfigError(
+                f"eval_strategy: {args.eval_strategy} needs an eval_dataset or a val_size."
+            )
+        return prompts, evaluation
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> SimpleNamespace:
+        """Run to the end, or from a checkpoint on; returns the last step's ``metrics``.
+
+        SIGINT and SIGTERM save a checkpoint and raise SystemExit with code 130 or 143, and any
+        error saves one before it goes on its way: the run continues with
+        ``resume_from_checkpoint``.
+        """
+        args = self.args
+        resume = args.resume_from_checkpoint if resume_from_checkpoint is None else (
+            resume_from_checkpoint
+        )  # fmt: skip
+        checkpoints = Path(args.output_dir).expanduser().absolute() / "checkpoints"
+        found = trainer_state.find(resume, checkpoints)
+        if found is not None:
+            trainer_state.restore(self, found)
+            self.stream.cursor = self.progress.cursor
+            self.updater.scheduler = build_scheduler(
+                args, self.updater.optimizer, self.plan.total_steps, self.progress.step
+            )
+        with (
+            self.reward_funcs,
+            RunOutputs.opened(
+                args,
+                resume=found is not None,
+                total_steps=self.plan.total_steps,
+                done=self.progress.step,
+                plan_line=self._plan_line(),
+                eos_ids=self.eos_ids,
+            ) as outputs,
+            self.signals,
+        ):
+            if found is not None:
+                outputs.display.note(f"Resumed from {found} after step {self.progress.step}.")
+            outputs.skipped_rows(self.train_dataset.skipped)
+            row: dict[str, Any] = {}
+            with self._saved_if_it_ends(outputs):
+                while self.progress.step < self.plan.total_steps:
+                    row = self.step(outputs)
+            outputs.finish(self.save_model)
+        return SimpleNamespace(
+            global_step=self.progress.step, training_loss=row.get("loss"), metrics=row
+        )
+
+    def step(self, outputs: RunOutputs) -> dict[str, Any]:
+        """One optimizer step: sample and score if the last rollout is used up, then update."""
+        started = time.perf_counter()
+        self._times = dict.fromkeys(("sample", "score", "update"), 0.0)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if self.window is None or self.window.finished:
+            self.window = self._rollout(outputs)
+        samples = self.window.next_samples(mask_truncated=self.args.mask_truncated_completions)
+        learning_rate = self.updater.learning_rate
+        with self._timed("update", outputs):
+            result = self.updater.step(samples, self.progress.step)
+        self._accept(result, samples, outputs)
+        row = self._row(result, samples, learning_rate, time.perf_counter() - started)
+        if self._is_due(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps):
+            with self._timed("evaluate", outputs):
+                row |= self.evaluate()
+        outputs.row(row)
+        if self._is_due(self.args.save_strategy, self.args.save_steps):
+            self._save(outputs)
+        self.signals.check()
+        return row
+
+    def _rollout(self, outputs: RunOutputs) -> RolloutWindow:
+        """Sample the next prompts, score the completions, and see what each is worth."""
+        left = self.plan.total_prompts
+        count = self.plan.groups_per_rollout
+        if left is not None:
+            count = min(count, left - self.stream.cursor)
+        examples = self.stream.peek(count)
+        with self._timed("sample", outputs):
+            rollout = self._sample(examples)
+        with self._timed("score", outputs):
+            window = self._score(rollout, examples, outputs)
+        # Only now: what fails before this is sampled again, from the same prompts and seeds.
+        self.stream.cursor += count
+        self.progress.cursor = self.stream.cursor
+        self.progress.rollouts += 1
+        self.progress.num_tokens += sum(
+            len(group.prompt_ids) + len(c.ids)
+            for group in rollout.groups
+            for c in group.completions
+        )
+        return window
+
+    def _sample(self, examples: Sequence[Example]) -> Rollout:
+        groups = self.sampler.sample(
+            [example.prompt_ids for example in examples],
+            self.args.num_generations,
+            self.sampling,
+            derive(self.args.seed, "sample", self.progress.rollouts),
+            rows=[example.row for example in examples],
+        )
+        return Rollout(tuple(groups))
+
+    def _score(
+        self, rollout: Rollout, examples: Sequence[Example], outputs: RunOutputs
+    ) -> RolloutWindow:
+        args = self.args
+        with seeded(derive(args.seed, "score", self.progress.rollouts)):
+            rewards = score_rollout(
+                self.reward_funcs,
+                rollout,
+                examples,
+                conversational=self.train_dataset.conversational,
+                column_names=self.train_dataset.column_names,
+                state=self._reward_state(),
+            )
+        group_ids = torch.tensor(rollout.group_ids)
+        advantages = group_advantages(
+            rewards.values,
+            group_ids=group_ids,
+            weights=self.reward_funcs.weights,
+            scale_rewards=args.scale_rewards,
+            multi_objective_aggregation=args.multi_objective_aggregation,
+        )
+        metrics = length_metrics(rollout) | reward_metrics(
+            self.reward_funcs.names, rewards, group_ids, args.scale_rewards
+        )
+        steps = -(-len(rollout.groups) // self.plan.groups_per_step)
+        window = RolloutWindow(rollout, advantages, steps, args.num_iterations, metrics=metrics)
+        # One update on its own rollout: the policy's own log-probs are the old ones.
+        if steps * args.num_iterations > 1 or args.sampler_correction:
+            window.old_logp = self._logprobs(rollout)
+            sampled = sampler_logp(list(rollout.completions()))
+            metrics |= mismatch_metrics(sampled, window.old_logp)
+            if args.sampler_correction:
+                weight = (window.old_logp - sampled).exp().clamp(max=args.sampler_correction_cap)
+                window.sampler_weight = weight
+                metrics |= weight_metrics(weight)
+        if args.beta:
+            with self.policy.reference():
+                window.ref_logp = self._logprobs(rollout)
+        outputs.completions(
+            self.progress.step + 1,
+            completion_records(
+                rollout,
+                prompts=[example.prompt for example in per_completion(rollout, examples)],
+                names=self.reward_funcs.names,
+                rewards=rewards.values,
+                total=rewards.total,
+                advantages=advantages,
+                extra=rewards.extra,
+            ),
+        )
+        return window
+
+    def _logprobs(self, rollout: Rollout) -> torch.Tensor:
+        return rollout_logprobs(self.policy, rollout, self.max_tokens, self.signals.check)
+
+    def _accept(self, result: UpdateResult, samples: Sequence[Sample], outputs: RunOutputs) -> None:
+        """Count a step; halt on one that is not finite, before anything is lost."""
+        if result.applied:
+            self.progress.nonfinite_in_a_row = 0
+        else:
+            dump = self._dump(result, samples, outputs.run.path / "nonfinite")
+            self.progress.nonfinite_in_a_row += 1
+            tolerated = self.args.max_nonfinite_steps
+            if self.updater.scaler.is_enabled():
+                tolerated = max(tolerated, 20)  # the loss scale is still being searched
+            if self.progress.nonfinite_in_a_row > tolerated:
+                self.progress.nonfinite_in_a_row -= 1
+                raise NonFiniteError(
+                    f"Step {self.progress.step + 1}: loss {result.loss} and gradient norm "
+                    f"{result.grad_norm}. The weights were not changed; the batch is in {dump}. "
+                    "A lower learning_rate or max_grad_norm is the usual remedy; "
+                    "max_nonfinite_steps: N skips up to N such updates in a row."
+                )
+        assert self.window is not None
+        self.window.done += 1
+        self.progress.step += 1
+
+    def _dump(self, result: UpdateResult, samples: Sequence[Sample], directory: Path) -> Path:
+        directory.mkdir(exist_ok=True)
+        path = directory / f"step-{self.progress.step + 1:06d}.json"
+        fields = ("prompt_ids", "completion_ids", "advantage", "in_loss")
+        rows = [
+            {name: getattr(sample, name) for name in fields}
+            | {
+                "completion": self.processing_class.decode(sample.completion_ids),
+                "old_logp": None if sample.old_logp is None else sample.old_logp.tolist(),
+                "ref_logp": None if sample.ref_logp is None else sample.ref_logp.tolist(),
+            }
+            for sample in samples
+        ]
+        facts = {"loss": result.loss, "grad_norm": result.grad_norm, "seed": self.args.seed}
+        write_json(path, facts | {"rollout": self.progress.rollouts - 1, "samples": rows})
+        return path
+
+    def _row(
+        self,
+        result: UpdateResult,
+        samples: Sequence[Sample],
+        learning_rate: float,
+        seconds: float,
+    ) -> dict[str, Any]:
+        assert self.window is not None
+        tokens = sum(len(sample.completion_ids) for sample in samples)
+        return {
+            "step": self.progress.step,
+            "epoch": self.stream.epoch,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": self.progress.num_tokens,
+            **self.window.metrics,
+            **result.metrics,
+            **({} if result.applied else {"skipped_update": 1}),
+            **{f"time/{name}": value for name, value in self._times.items()},
+            "step_time": seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory/peak": _peak_memory(),
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """Sample and score the evaluation prompts; metrics with the prefix ``eval_``.
+
+        Always from the same seeds, so that two evaluations differ by the policy alone.
+        """
+        if self.eval_dataset is None:
+            raise ConfigError("There is no eval_dataset.")
+        return evaluate(
+            self.eval_dataset,
+            self.sampler,
+            self.reward_funcs,
+            n=self.args.num_generations_eval or self.args.num_generations,
+            params=self.sampling,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=derive(self.args.seed, "eval"),
+            state=self._reward_state(),
+        )
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Write ``adapter/`` (or ``model/``) under ``output_dir``; returns its path."""
+        directory = Path(self.args.output_dir if output_dir is None else output_dir)
+        return trainer_state.save_weights(self.policy.model, self.processing_class, directory)
+
+    def _save(self, outputs: RunOutputs) -> Path:
+        path = trainer_state.save(self, outputs.run.checkpoints)
+        log.info("Checkpoint: %s", path)
+        if self.args.save_total_limit:
+            prune(outputs.run.checkpoints, self.args.save_total_limit)
+        return path
+
+    @contextmanager
+    def _saved_if_it_ends(self, outputs: RunOutputs) -> Iterator[None]:
+        """Whatever ends the run early, its last completed step is saved first."""
+        try:
+            yield
+        except BaseException as error:
+            if self.progress.step:
+                path = self._save(outputs)
+                outputs.display.note(
+                    f"{_reason(error)} after step {self.progress.step}. Saved {path}; go on with "
+                    "resume_from_checkpoint: auto."
+                )
+            raise
+
+    @contextmanager
+    def _timed(self, phase: str, outputs: RunOutputs) -> Iterator[None]:
+        outputs.display.phase(phase)
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times[phase] = time.perf_counter() - started
+
+    def _is_due(self, strategy: str, every: int) -> bool:
+        return strategy == "steps" and self.progress.step % every == 0
+
+    def _reward_state(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            global_step=self.progress.step,
+            max_steps=self.plan.total_steps,
+            epoch=self.stream.epoch,
+        )
+
+    def _plan_line(self) -> str:
+        trained = sum(p.numel() for _, p in self.policy.trainable())
+        what = "all weights"
+        if self.policy.has_adapter:
+            what = f"LoRA r={self.args.lora_r} on {_bits(self.policy.causal_lm)} weights"
+        dtype = self.policy.compute_dtype or self.policy.head.weight.dtype
+        return (
+            f"{self.plan.describe()}; {what}, {trained / 1e6:.3g}M trained, computing in "
+            f"{str(dtype).removeprefix('torch.')} on {self.policy.device.type}"
+        )
+
+
+def _with_model_name(args: GRPOConfig, model: Any) -> GRPOConfig:
+    from dataclasses import replace
+
+    name = model if isinstance(model, str) else getattr(
+        getattr(model, "config", None), "_name_or_path", None
+    )  # fmt: skip
+    return replace(args, model_name_or_path=name) if name else args
+
+
+def _loss_options(args: GRPOConfig) -> LossOptions:
+    names = LossOptions.__dataclass_fields__
+    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return LossOptions(**values)
+
+
+def _bits(model: Any) -> str:
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "4-bit"
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _peak_memory() -> int:
+    """Bytes: of the step on the GPU; without one, of the process so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reason(error: BaseException) -> str:
+    name: Callable[[], str] = lambda: f"{type(error).__name__}: {error}"  # noqa: E731
+    signal_name = getattr(error, "signal_name", None)
+    return f"Stopped by {signal_name}" if signal_name else name().split("\n")[0]

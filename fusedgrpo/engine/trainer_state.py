@@ -1,0 +1,178 @@
+"""A trainer's checkpoint: what is in it, how it is written, and how it comes back.
+
+adapter/ or model/     the weights, loadable by peft or transformers as they are
+optimizer.safetensors  and the JSON part of its state in state.json
+window.safetensors     the unfinished rollout, if there is one; its rest in window.json
+state.json             counters, data cursor, configuration, fingerprint of the data
+manifest.json          sizes and hashes of all of these
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fusedgrpo.engine import checkpoint
+from fusedgrpo.engine.window import RolloutWindow
+from fusedgrpo.errors import CheckpointError, did_you_mean
+
+if TYPE_CHECKING:
+    from fusedgrpo.engine.trainer import GRPOTrainer
+
+# Options that say where, how loud and how often, and do not change what is computed.
+FREE_TO_CHANGE = {
+    "output_dir", "overwrite_output_dir", "logging_steps", "save_strategy", "save_steps",
+    "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
+    "num_generations_eval", "eval_dataset", "resume_from_checkpoint", "allow_change", "report_to",
+    "run_name", "log_completions", "num_completions_to_print", "reward_timeout",
+    "max_nonfinite_steps", "dataset", "dataset_dir",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Progress:
+    """The counters of a run. step: optimizer steps done; rollouts: sampled so far; cursor: prompts
+    handed out; num_tokens: TRL's count, each prompt once per completion."""
+
+    step: int = 0
+    rollouts: int = 0
+    cursor: int = 0
+    num_tokens: int = 0
+    nonfinite_in_a_row: int = 0
+
+
+def save_weights(model: Any, tokenizer: Any, directory: Path) -> Path:
+    """Write ``adapter/`` (a peft model) or ``model/`` with the tokenizer; returns its path."""
+    is_adapter = hasattr(model, "disable_adapter")
+    path = directory / ("adapter" if is_adapter else "model")
+    if is_adapter:
+        # peft would ask the Hub whether the embeddings were resized; nothing here resizes them.
+        model.save_pretrained(path, save_embedding_layers=False)
+    else:
+        model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def load_weights(model: Any, directory: Path) -> None:
+    """Put saved weights back, bit for bit. Raises CheckpointError."""
+    if hasattr(model, "disable_adapter"):
+        from peft import set_peft_model_state_dict
+
+        saved = checkpoint.read_tensors(directory / "adapter" / "adapter_model.safetensors")
+        result: Any = set_peft_model_state_dict(model, saved)
+        if result.unexpected_keys:
+            raise CheckpointError(
+                f"{directory} holds an adapter for other modules: {result.unexpected_keys[0]}."
+            )
+        return
+    saved = {}
+    for file in sorted((directory / "model").glob("*.safetensors")):
+        saved |= checkpoint.read_tensors(file)
+    if not saved:
+        raise CheckpointError(f"{directory} holds no model weights: was it a LoRA run?")
+    _load_full(model, saved, directory)
+
+
+def _load_full(model: nn.Module, saved: dict[str, torch.Tensor], directory: Path) -> None:
+    result: Any = model.load_state_dict(saved, strict=False)
+    # A tied weight is saved once; loading one of its names has filled the other.
+    filled = {p.data_ptr() for name, p in model.named_parameters() if name in saved}
+    missing = [
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name in result.missing_keys and p.data_ptr() not in filled
+    ]
+    if missing or result.unexpected_keys:
+        name = (missing or result.unexpected_keys)[0]
+        raise CheckpointError(f"{directory} holds the weights of another model: {name}.")
+
+
+def save(trainer: GRPOTrainer, directory: Path) -> Path:
+    """Write a checkpoint of the trainer's last completed step under ``directory``."""
+
+    def write(path: Path) -> None:
+        save_weights(trainer.policy.model, trainer.processing_class, path)
+        tensors, values = checkpoint.optimizer_state(trainer.updater.optimizer)
+        checkpoint.write_tensors(path / "optimizer.safetensors", tensors)
+        state = {
+            "progress": asdict(trainer.progress),
+            "optimizer": values,
+            "scaler": trainer.updater.scaler.state_dict(),
+            "config": trainer.args.to_dict(),
+            "data": trainer.train_dataset.fingerprint,
+            "total_steps": trainer.plan.total_steps,
+        }
+        checkpoint.write_json(path / "state.json", state)
+        if trainer.window is not None and not trainer.window.finished:
+            tensors, values = trainer.window.state()
+            checkpoint.write_tensors(path / "window.safetensors", tensors)
+            checkpoint.write_json(path / "window.json", values)
+
+    return checkpoint.write_checkpoint(directory, trainer.progress.step, write)
+
+
+def find(resume: str | bool | None, directory: Path) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means, verified, or None to start anew.
+
+    A path must verify. True and "auto" take the newest that does; True needs one, "auto" does not.
+    Raises CheckpointError.
+    """
+    if resume in (None, False):
+        return None
+    if resume not in (True, "auto"):
+        path = Path(str(resume)).expanduser()
+        checkpoint.verify(path)
+        return path
+    path_or_none = checkpoint.newest_valid(directory)
+    if path_or_none is None and (resume is True or checkpoint.checkpoints(directory)):
+        raise CheckpointError(
+            f"There is no usable checkpoint in {directory}. Leave out resume_from_checkpoint to "
+            "start a new run."
+        )
+    return path_or_none
+
+
+def restore(trainer: GRPOTrainer, path: Path) -> None:
+    """Make the trainer what it was when ``path`` was saved. Raises CheckpointError."""
+    state = checkpoint.read_json(path / "state.json")
+    _check_same_run(trainer, state, path)
+    load_weights(trainer.policy.model, path)
+    checkpoint.load_optimizer_state(
+        trainer.updater.optimizer,
+        checkpoint.read_tensors(path / "optimizer.safetensors"),
+        state["optimizer"],
+    )
+    trainer.updater.scaler.load_state_dict(state["scaler"])
+    trainer.progress = Progress(**state["progress"])
+    trainer.window = None
+    if (path / "window.json").exists():
+        trainer.window = RolloutWindow.from_state(
+            checkpoint.read_tensors(path / "window.safetensors"),
+            checkpoint.read_json(path / "window.json"),
+        )
+
+
+def _check_same_run(trainer: GRPOTrainer, state: Mapping[str, Any], path: Path) -> None:
+    allowed = set(trainer.args.allow_change)
+    now, then = trainer.args.to_dict(), state["config"]
+    if unknown := allowed - set(now) - {"data"}:
+        name = min(unknown)
+        raise CheckpointError(f"allow_change: {name!r} is no option.{did_you_mean(name, now)}")
+    changed = [
+        f"{name}: {then.get(name)!r} -> {value!r}"
+        for name, value in now.items()
+        if name not in FREE_TO_CHANGE | allowed and then.get(name) != value
+    ]
+    if "data" not in allowed and state["data"] != trainer.train_dataset.fingerprint:
+        changed.append("data: the training prompts are not the same")
+    if changed:
+        raise CheckpointError(
+            f"This is not the run that {path} was saved from. Changed since: {'; '.join(changed)}. "
+            "Set them back, or name in allow_change those that are meant to differ."
+        )

@@ -1,0 +1,84 @@
+"""The LM head of a transformers model as the log-prob operation takes it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedgrpo.errors import ModelError
+
+
+class Head(NamedTuple):
+    """``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    softcap: float | None
+
+
+def find_head(model: Any) -> Head:
+    """The head of a causal LM, looked up anew at every call (wrappers replace modules).
+
+    Raises ModelError for a head that is no plain dense linear layer: with an adapter on it, or
+    quantised, the log-probs of its weight alone would be silently wrong.
+    """
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    if layer is None:
+        raise ModelError(f"{type(model).__name__} has no output embeddings: expected a causal LM.")
+    if hasattr(layer, "base_layer"):
+        raise ModelError(
+            "The LM head carries an adapter. Leave it out of lora_target_modules "
+            "('all-linear' does)."
+        )
+    weight = layer.weight
+    if not isinstance(layer, nn.Linear) or weight.dim() != 2 or not weight.is_floating_point():
+        raise ModelError(
+            f"The LM head is a {type(layer).__name__} with a {weight.dtype} weight: expected a "
+            "linear layer in floating point. Exclude it from quantisation."
+        )
+    settings = vars(config)
+    return Head(weight, layer.bias, _logit_scale(settings), settings.get("final_logit_softcapping"))
+
+
+def _logit_scale(settings: dict[str, Any]) -> float:
+    """Some families multiply their logits (Cohere, Falcon-H1), some divide them (Granite)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if settings.get(name) is not None:
+            return float(settings[name])
+    scaling = settings.get("logits_scaling")
+    if scaling is None:
+        return 1.0
+    return float(scaling) if settings.get("model_type") == "hyperclovax" else 1 / float(scaling)
+
+
+def vocabulary_size(model: Any) -> int:
+    """V: how many token ids the model can both read and score."""
+    readable = model.get_input_embeddings().weight.shape[0]
+    return int(min(readable, find_head(model).weight.shape[0]))
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Compare our reading of the head with the model's own logits on two tokens.
+
+    A family that does something else between head and softmax would otherwise train on wrong
+    log-probs without a word. Raises ModelError.
+    """
+    head = find_head(model)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    ours = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    ours = ours * head.logit_scale
+    if head.softcap is not None:
+        ours = head.softcap * torch.tanh(ours / head.softcap)
+    error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
+    if not error < 0.02:
+        raise ModelError(
+            f"{type(model).__name__} does something between its LM head and its logits that "
+            f"fusedgrpo does not know (relative difference {error:.2g}). It cannot be trained here."
+        )

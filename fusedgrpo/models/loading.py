@@ -1,0 +1,225 @@
+"""From a configuration to a model and a tokenizer: dtype, 4 bits, GGUF, LoRA, checkpointing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fusedgrpo.errors import ModelError
+from fusedgrpo.models.head import check_head, vocabulary_size
+from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.precision import pick_compute_dtype, pick_device
+
+if TYPE_CHECKING:
+    from fusedgrpo.engine.config import GRPOConfig
+
+log = logging.getLogger("fusedgrpo")
+
+
+def load_tokenizer(config: GRPOConfig) -> Any:
+    """The tokenizer of the run, without its model. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    source, arguments = _source(config)
+    if config.tokenizer_name_or_path:
+        source, arguments = config.tokenizer_name_or_path, {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, **arguments
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"No tokenizer could be loaded from {source!r}: {error}") from error
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer whose ids the model does not have; choose a pad token and say so.
+
+    Padding never decides anything here (masks come from lengths), so any token will do.
+    Raises ModelError.
+    """
+    size = vocabulary_size(model)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ModelError(
+            f"The tokenizer has token {token!r} with id {largest}, but the model only knows ids "
+            f"below {size}. Do tokenizer_name_or_path and model_name_or_path belong together?"
+        )
+    if tokenizer.eos_token_id is None and not eos_ids(model, tokenizer):
+        raise ModelError(
+            "Neither the tokenizer nor the model's generation_config names an end-of-sequence "
+            "token, so no completion could ever end. Set tokenizer.eos_token."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        log.info("The tokenizer has no pad token: %r is used.", tokenizer.pad_token)
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: the generation config's, and the tokenizer's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def load_policy(
+    config: GRPOConfig, model: nn.Module | None = None, peft_config: Any = None
+) -> Policy:
+    """The policy of a run: ``model`` if given, else loaded by name; adapters added unless it has
+    some or ``finetuning_type`` is ``full``. Raises ModelError or ConfigError.
+    """
+    device = pick_device(config.use_cpu)
+    compute_dtype = pick_compute_dtype(config.bf16, config.fp16, device)
+    given = model is not None
+    if model is None:
+        model = load_model(config, device)
+    elif getattr(model, "hf_device_map", None) is None and not _is_quantized(model):
+        model = model.to(device)
+    wrapped: Any = model
+    causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    # A tower of another kind, or a model without a head, fails here and not in the first update.
+    check_head(causal_lm)
+    if not hasattr(model, "disable_adapter"):
+        if config.finetuning_type == "lora":
+            model = add_lora(model, config, peft_config)
+        else:
+            _prepare_full(model, given)
+    if config.gradient_checkpointing:
+        _enable_checkpointing(causal_lm)
+    model.train()
+    return Policy(
+        model,
+        compute_dtype=compute_dtype,
+        temperature=config.temperature,
+        keep_reference=config.beta != 0,
+    )
+
+
+def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
+    """The causal LM that ``config`` names, on ``device``. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    source, arguments = _source(config)
+    arguments |= config.model_init_kwargs or {}
+    if config.attn_implementation:
+        arguments["attn_implementation"] = config.attn_implementation
+    if config.trust_remote_code:
+        log.warning(
+            "trust_remote_code: running code of %s, revision %s",
+            source,
+            config.model_revision or "main",
+        )
+    if config.load_in_4bit:
+        arguments["quantization_config"] = _four_bit(config)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=weights_dtype(config, device),
+            device_map={"": device},
+            trust_remote_code=config.trust_remote_code,
+            **arguments,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"No model could be loaded from {source!r}: {error}") from error
+
+
+def weights_dtype(config: GRPOConfig, device: torch.device) -> torch.dtype | str:
+    """``auto`` is the stored dtype for frozen weights on a device that computes in it, float32 for
+    weights that train: bfloat16 weights lose updates below 1/256 of their size."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if config.finetuning_type == "full":
+        return torch.float32
+    if pick_compute_dtype(config.bf16, config.fp16, device) is None:
+        return torch.float32
+    return "auto"
+
+
+def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> nn.Module:
+    """``model`` frozen, with float32 adapters (bfloat16 ones lose GRPO's small updates)."""
+    from peft import LoraConfig, get_peft_model
+
+    if peft_config is None:
+        targets = config.lora_target_modules
+        peft_config = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha or 2 * config.lora_r,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets if targets == "all-linear" else list(targets),
+            use_rslora=config.use_rslora,
+            task_type="CAUSAL_LM",
+        )
+    try:
+        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ModelError(f"lora_target_modules={config.lora_target_modules!r}: {error}") from error
+    for _, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _prepare_full(model: nn.Module, given: bool) -> None:
+    if _is_quantized(model):
+        raise ModelError(
+            "finetuning_type: full cannot train quantised weights; use lora, or leave out "
+            "load_in_4bit."
+        )
+    model.requires_grad_(True)
+    dtypes = {p.dtype for p in model.parameters()} - {torch.float32}
+    if dtypes and given:
+        log.warning(
+            "The weights that train are %s: updates below 1/256 of a weight are lost. "
+            "Load the model with dtype=torch.float32.",
+            ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)),
+        )
+
+
+def _enable_checkpointing(causal_lm: Any) -> None:
+    # transformers 5.2x renamed the method, its argument and warns about the old names.
+    if hasattr(causal_lm, "activation_checkpointing_enable"):
+        causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_quantized", False))
+
+
+def _four_bit(config: GRPOConfig) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=torch.float16 if config.fp16 else torch.bfloat16,
+    )
+
+
+def _source(config: GRPOConfig) -> tuple[str, dict[str, Any]]:
+    """Where model and tokenizer are, and what from_pretrained must be told to find them.
+
+    ``model_name_or_path`` may be a ``.gguf`` file itself.
+    """
+    name = config.model_name_or_path
+    if name is None:
+        raise ModelError("model_name_or_path is missing: give a model directory or a Hub id.")
+    arguments: dict[str, Any] = {}
+    path = Path(os.path.expanduser(name))
+    if config.gguf_file:
+        arguments["gguf_file"] = config.gguf_file
+    elif path.suffix == ".gguf" and path.is_file():
+        name, arguments["gguf_file"] = str(path.parent), path.name
+    if config.model_revision:
+        arguments["revision"] = config.model_revision
+    return name, arguments

@@ -1,0 +1,150 @@
+"""``Policy``: a causal LM as "tokens in, log-probs of the sampled tokens out"."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusedgrpo.kernels import LogProbs, linear_logprob
+from fusedgrpo.models.head import Head, find_head, vocabulary_size
+from fusedgrpo.models.packed import PackedBatch
+
+if TYPE_CHECKING:
+    from fusedgrpo.engine.config import GRPOConfig
+
+
+class Policy:
+    """The model that is trained, with its reference.
+
+    model: a transformers causal LM, or one wrapped by peft. compute_dtype: the dtype of autocast,
+    or None to compute in the weights' own. With adapters the reference policy is the model with the
+    adapters switched off; without, ``keep_reference`` makes a frozen copy of the weights as they
+    are now.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        temperature: float = 1.0,
+        keep_reference: bool = False,
+    ):
+        self.model: Any = model
+        self.compute_dtype = compute_dtype
+        self.temperature = temperature
+        self.has_adapter = hasattr(model, "disable_adapter")
+        self._reference: nn.Module | None = None
+        if keep_reference and not self.has_adapter:
+            self._reference = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls, config: GRPOConfig, model: nn.Module | None = None, peft_config: Any = None
+    ) -> Policy:
+        """The policy that ``config`` describes; see ``loading.load_policy``."""
+        from fusedgrpo.models.loading import load_policy
+
+        return load_policy(config, model, peft_config)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, adapters inside it if there are any."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def head(self) -> Head:
+        """Looked up at every call: wrappers replace modules after we saw them."""
+        return find_head(self.causal_lm)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return vocabulary_size(self.causal_lm)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer updates."""
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def autocast(self) -> torch.autocast:
+        """The precision that sampling, scoring and update share."""
+        return torch.autocast(
+            self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None
+        )
+
+    def logprobs(
+        self, packed: PackedBatch, *, entropy: bool | Literal["detached"] = False
+    ) -> LogProbs:
+        """Log-probs ``[N]`` float32 (and entropies) of the scored tokens of ``packed``.
+
+        Carries gradients unless under ``torch.no_grad``: policy, old and reference log-probs are
+        the same route. Temperature is applied, top-k and top-p are not.
+        """
+        with self.autocast():
+            hidden = self._hidden(packed)
+            head = self.head
+            if self.compute_dtype is None:
+                hidden = hidden.to(head.weight.dtype)
+            return linear_logprob(
+                hidden,
+                head.weight,
+                packed.targets,
+                bias=head.bias,
+                temperature=self.temperature,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                return_entropy=entropy,
+            )
+
+    def _hidden(self, packed: PackedBatch) -> Tensor:
+        """``[N, H]``: the hidden states that predict the scored tokens.
+
+        One sequence per row, padded on the right: with causal attention no token sees a later one,
+        so the padding only costs time. Masks come from lengths, never from token ids.
+        """
+        lengths = packed.cu_seqlens.diff()
+        columns = torch.arange(packed.max_length, device=lengths.device)
+        attention_mask = columns < lengths[:, None]
+        rows = torch.zeros(attention_mask.shape, dtype=torch.int64, device=lengths.device)
+        rows[attention_mask] = packed.input_ids
+        output = self.causal_lm.get_decoder()(
+            input_ids=rows, attention_mask=attention_mask.long(), use_cache=False
+        )
+        # Where each of the T tokens went in the padded rows, then the N of them that are wanted.
+        places = attention_mask.flatten().nonzero().flatten()[packed.predictors]
+        return output.last_hidden_state.flatten(0, 1).index_select(0, places)
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Dropout and gradient checkpointing off, no gradients; each module's mode comes back."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, ``logprobs`` is the frozen reference's. Combine it with ``scoring``."""
+        if self.has_adapter:
+            with self.model.disable_adapter():
+                yield
+            return
+        if self._reference is None:
+            raise RuntimeError("This policy was made without keep_reference and has no adapter.")
+        policy, self.model = self.model, self._reference
+        try:
+            yield
+        finally:
+            self.model = policy

@@ -1,0 +1,311 @@
+"""Worker: deadlines, deaths and leftovers of the reward process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fusedgrpo.engine.rewards.call import Batch, CallFailed
+from fusedgrpo.engine.rewards.resolve import locate
+from fusedgrpo.engine.rewards.worker import Worker
+from fusedgrpo.errors import RewardError
+
+REWARDS = """
+import asyncio, os, re, signal, subprocess, sys, threading, time
+
+def length(completions, **kwargs):
+    return [len(c) for c in completions]
+
+def pid(completions, **kwargs):
+    return [os.getpid() % 100_000] * len(completions)
+
+def has_torch(completions, **kwargs):
+    return ["torch" in sys.modules] * len(completions)
+
+def hang(completions, **kwargs):
+    if completions[0] == "hang":
+        while True:
+            time.sleep(1)
+    return [1.0] * len(completions)
+
+def backtrack(completions, **kwargs):
+    return [bool(re.match(r"(a+)+$", c)) for c in completions]
+
+def child(completions, log_metric, **kwargs):
+    process = subprocess.Popen(["sleep", "60"])
+    log_metric("pid", process.pid)
+    if completions[0] == "hang":
+        time.sleep(60)
+    return [process.pid % 100_000] * len(completions)
+
+def exits(completions, **kwargs):
+    if completions[0] == "exit":
+        os._exit(7)
+    if completions[0] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if completions[0] == "sys":
+        sys.exit(0)
+    return [1.0] * len(completions)
+
+def alarm(completions, **kwargs):
+    def stop(*args):
+        raise TimeoutError
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        time.sleep(5)
+    except TimeoutError:
+        return [float(threading.current_thread() is threading.main_thread())] * len(completions)
+
+_loops = set()
+
+async def late(completions, **kwargs):
+    _loops.add(id(asyncio.get_running_loop()))
+    await asyncio.sleep(0.01)
+    return [len(_loops)] * len(completions)
+
+def talks(completions, **kwargs):
+    print("hello from the reward")
+    return [sys.stdin.read() == ""] * len(completions)
+
+def state(completions, trainer_state, **kwargs):
+    return [trainer_state.global_step] * len(completions)
+
+def raises(completions, **kwargs):
+    return [int(c) for c in completions]
+"""
+
+Make = Callable[..., Worker]
+
+
+def batch(*completions: str, state: Any = None, **columns: list[Any]) -> Batch:
+    count = len(completions)
+    ids = [[0]] * count
+    return Batch(["p"] * count, list(completions), ids, columns, state, list(range(count)))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    (tmp_path / "worker_rewards.py").write_text(REWARDS)
+    workers: list[Worker] = []
+
+    def worker(name: str, timeout: float | None = 30.0) -> Worker:
+        source = locate(f"worker_rewards:{name}", [tmp_path])
+        workers.append(Worker(source, {}, folders=[tmp_path], timeout=timeout))
+        workers[-1].ready()
+        return workers[-1]
+
+    yield worker
+    for each in workers:
+        each.close()
+
+
+def score(worker: Worker, *completions: str, **given: Any) -> list[float]:
+    worker.start(batch(*completions, **given))
+    return worker.finish().values
+
+
+def gone(pid: int) -> bool:
+    """Whether a process is dead (a zombie that nobody reaps is)."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_scores_in_another_process_without_torch(make: Make) -> None:
+    worker = make("length")
+    assert worker.name == "length"
+    assert score(worker, "a", "bcd") == [1.0, 3.0]
+    assert score(worker) == []
+    assert score(make("pid"), "a") != [os.getpid() % 100_000]
+    assert score(make("has_torch"), "a") == [0.0]
+
+
+def test_large_batches_pass_the_pipe(make: Make) -> None:
+    assert score(make("length"), "x" * 900_000, "y") == [900_000.0, 1.0]
+
+
+@pytest.mark.parametrize(("name", "text"), [("hang", "hang"), ("backtrack", "a" * 40 + "!")])
+def test_a_hanging_function_is_killed_and_replaced(name: str, text: str, make: Make) -> None:
+    worker = make(name, timeout=2.0)
+    first = worker._process.pid
+    start = time.monotonic()
+    with pytest.raises(CallFailed, match="took more than 2 seconds") as caught:
+        score(worker, text)
+    assert time.monotonic() - start < 10 and not caught.value.repeatable
+    assert gone(first)
+    assert score(worker, "aaa") == [1.0]
+    assert worker._process.pid != first
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("exit", "exit code 7"), ("kill", "signal 9 .*memory"), ("sys", "exit code 0")],
+)
+def test_a_dying_function_is_reported_and_replaced(text: str, told: str, make: Make) -> None:
+    worker = make("exits")
+    with pytest.raises(CallFailed, match=told):
+        score(worker, text)
+    assert score(worker, "fine") == [1.0]
+
+
+def test_a_worker_that_died_between_batches_is_replaced(make: Make) -> None:
+    worker = make("length")
+    os.kill(worker._process.pid, signal.SIGKILL)
+    assert gone(worker._process.pid)
+    assert score(worker, "ab") == [2.0]
+
+
+def test_an_interrupted_batch_leaves_no_answer_for_the_next(make: Make) -> None:
+    worker = make("length")
+    worker.start(batch("abc"))  # never finished
+    assert score(worker, "a") == [1.0]
+
+
+def test_alarms_work_and_async_functions_keep_their_loop(make: Make) -> None:
+    assert score(make("alarm"), "a") == [1.0]
+    worker = make("late")
+    assert [score(worker, "a"), score(worker, "a")] == [[1.0], [1.0]]
+
+
+def test_prints_do_not_disturb_the_pipe(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    assert score(make("talks"), "a") == [1.0]
+    assert "hello from the reward" in capfd.readouterr().out
+
+
+def test_exceptions_come_with_their_place_and_traceback(make: Make) -> None:
+    worker = make("raises")
+    with pytest.raises(CallFailed, match=r"ValueError: .*'x'.*worker_rewards.py:\d+") as caught:
+        score(worker, "1", "x")
+    assert caught.value.repeatable and "return [int(c)" in caught.value.details
+    assert score(worker, "1", "2") == [1.0, 2.0]
+
+
+def test_refused_answers_come_back_as_reward_errors(make: Make) -> None:
+    with pytest.raises(RewardError, match="'length' returned 2000000 for completion 0"):
+        score(make("length"), "x" * 2_000_000)
+
+
+class Unsendable:
+    def __reduce__(self) -> Any:
+        raise TypeError("not me")
+
+
+def test_columns_that_the_worker_cannot_rebuild_are_refused(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("only_here")
+    exec("class Thing: pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    worker = make("length")
+    with pytest.raises(RewardError, match=r"cannot be rebuilt.*No module named 'only_here'"):
+        score(worker, "a", image=[module.Thing()])
+    assert score(worker, "a") == [1.0]
+
+
+def test_an_unsendable_column_is_named(make: Make) -> None:
+    with pytest.raises(RewardError, match="data column 'image' cannot be sent"):
+        score(make("length"), "a", other=[1], image=[Unsendable()])
+
+
+def test_the_scalars_of_the_trainer_state_are_there(make: Make) -> None:
+    class State:
+        def __init__(self) -> None:
+            self.global_step = 3
+            self.lock = Unsendable()
+
+    worker = make("state")
+    assert score(worker, "a", state=State()) == [3.0]
+    assert score(worker, "a", state=SimpleNamespace(global_step=4)) == [4.0]
+    assert score(worker, "a", state={"global_step": 5}) == [5.0]
+
+
+def test_what_cannot_be_loaded_fails_at_once(make: Make) -> None:
+    with pytest.raises(RewardError, match="has no 'nothing'"):
+        make("nothing")
+
+
+def test_loading_has_a_deadline(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    worker = Worker(locate("slow:f", [tmp_path]), {}, folders=[tmp_path], timeout=0.5)
+    with pytest.raises(RewardError, match=r"'slow:f': loading it took more than 0.5 seconds"):
+        worker.ready()
+    assert gone(worker._process.pid)
+
+
+def test_close_reaps_the_worker_and_what_it_started(make: Make) -> None:
+    worker = make("child")
+    worker.start(batch("a"))
+    grandchild = int(worker.finish().metrics["pid"][0])
+    pid = worker._process.pid
+    worker.close()
+    worker.close()
+    assert worker._process.returncode == 0
+    assert gone(pid) and gone(grandchild)
+
+
+def test_close_does_not_wait_for_a_busy_worker(make: Make) -> None:
+    worker = make("hang")
+    worker.start(batch("hang"))
+    start = time.monotonic()
+    worker.close()
+    assert time.monotonic() - start < 1.5 and gone(worker._process.pid)
+
+
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from fusedgrpo.engine.rewards.call import Batch
+from fusedgrpo.engine.rewards.resolve import locate
+from fusedgrpo.engine.rewards.worker import Worker
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+worker = Worker(locate("worker_rewards:hang", [folder]), {}, folders=[folder], timeout=None)
+worker.ready()
+print(worker._process.pid, flush=True)
+if how.startswith("busy"):
+    worker.start(Batch(["p"], ["hang"], [[0]], {}, None, [0]))
+    time.sleep(0.3)
+if how.endswith("raise"):
+    raise SystemExit("out")
+print("on", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["idle raise", "busy raise", "idle kill", "busy kill", "busy term"])
+def test_the_worker_never_outlives_its_trainer(how: str, make: Make, tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(tmp_path), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    if not how.endswith("raise"):
+        assert parent.stdout.readline() == "on\n"
+        parent.send_signal(signal.SIGTERM if how.endswith("term") else signal.SIGKILL)
+    parent.wait(15)
+    assert gone(worker)
+    parent.stdout.close()

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.engine.data_formats import BadRowError, Prompt
+from fusedgrpo.engine.prompt_encoder import PromptEncoder
+from fusedgrpo.errors import ConfigError, DataError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER = {"role": "user", "content": "2+2?"}
+
+
+def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per byte, so that lengths can be counted."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
+
+
+def encoder(
+    chat_template: str | None = CHATML,
+    *,
+    vocab_size: int | None = None,
+    context_length: int | None = None,
+    **options: Any,
+) -> PromptEncoder:
+    return PromptEncoder(
+        GRPOConfig(**options),
+        byte_tokenizer(chat_template),
+        vocab_size=vocab_size,
+        context_length=context_length,
+    )
+
+
+def text_of(enc: PromptEncoder, prompt: Prompt) -> str:
+    return enc.tokenizer.decode(enc.encode(prompt))
+
+
+def test_messages_are_rendered_with_a_turn_to_answer() -> None:
+    prompt = Prompt([USER], [USER])
+    expected = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(encoder(), prompt) == expected
+
+
+def test_an_assistant_turn_at_the_end_is_continued() -> None:
+    messages = [USER, {"role": "assistant", "content": "It is"}]
+    assert text_of(encoder(), Prompt(messages, messages)).endswith("<|im_start|>assistant\nIt is")
+
+
+def test_the_system_prompt_is_for_rows_that_have_none() -> None:
+    own = [{"role": "system", "content": "mine"}, USER]
+    enc = encoder(system_prompt="Be brief.")
+    assert text_of(enc, Prompt([USER], [USER])).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>"
+    )
+    assert text_of(enc, Prompt(own, own)).startswith("<|im_start|>system\nmine<|im_end|>")
+
+
+def test_text_without_messages_is_verbatim() -> None:
+    assert text_of(encoder(), Prompt("2+2?", None)) == "2+2?"
+
+
+def test_chat_template_variables_reach_the_template() -> None:
+    enc = encoder("{{ mood }}{{ messages[0].content }}", chat_template_kwargs={"mood": "glad "})
+    assert text_of(enc, Prompt([USER], [USER])) == "glad 2+2?"
+
+
+def test_alpaca_without_a_chat_template_is_verbatim_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    enc = encoder(None, template="qwen")
+    for _ in range(2):
+        assert text_of(enc, Prompt("2+2?", [USER])) == "2+2?"
+    assert [record.getMessage() for record in caplog.records] == [
+        "template has no effect: the tokenizer has no chat template, it is taken as it is.",
+        "The tokenizer has no chat template: prompts are taken as they are.",
+    ]
+
+
+def test_what_needs_a_chat_template_is_refused_without_one() -> None:
+    with pytest.raises(DataError, match="no chat template"):
+        encoder(None).encode(Prompt([USER], [USER]))
+    with pytest.raises(DataError, match="system_prompt cannot be applied"):
+        encoder(None, system_prompt="x").encode(Prompt("2+2?", [USER]))
+    with pytest.raises(BadRowError, match="a system message or a history"):
+        encoder(None).encode(Prompt("2+2?", [{"role": "system", "content": "x"}, USER]))
+
+
+def test_a_system_prompt_for_plain_text_is_refused() -> None:
+    with pytest.raises(DataError, match="system_prompt cannot be applied: `prompt` is plain text"):
+        encoder(system_prompt="x").encode(Prompt("2+2?", None))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen", None),
+        ("llama3", "template 'llama3' does not fit this model"),
+        ("qwem", "template 'qwem' is not known; the tokenizer's own is used. Did you mean 'qwen'?"),
+    ],
+)
+def test_a_template_name_that_does_not_fit_is_said(
+    name: str, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="fusedgrpo"):
+        encoder(template=name)
+    assert caplog.text.count("template") == 0 if said is None else said in caplog.text
+
+
+def test_a_row_that_the_template_refuses_says_its_reason() -> None:
+    enc = encoder("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(BadRowError, match="the chat template refuses it: roles must alternate"):
+        enc.encode(Prompt([USER], [USER]))
+
+
+@pytest.mark.parametrize(
+    ("options", "context", "limit", "why"),
+    [
+        ({"max_prompt_length": 9}, None, 9, "max_prompt_length"),
+        ({"max_length": 30, "max_completion_length": 20}, None, 10, "max_length 30 - max_comp"),
+        (
+            {"max_completion_length": 24},
+            32,
+            8,
+            "context of the model 32 - max_completion_length 24",
+        ),
+        ({"max_prompt_length": 9, "max_completion_length": 24}, 32, 8, "context of the model"),
+    ],
+)
+def test_prompts_over_the_limit_are_refused_and_never_cut(
+    options: dict[str, int], context: int | None, limit: int, why: str
+) -> None:
+    enc = encoder(context_length=context, **options)
+    assert len(enc.encode(Prompt("x" * limit, None))) == limit
+    reason = rf"has {limit + 1} tokens, the limit is {limit} \({why}"
+    with pytest.raises(BadRowError, match=reason):
+        enc.encode(Prompt("x" * (limit + 1), None))
+
+
+def test_a_completion_that_fills_the_context_is_refused() -> None:
+    with pytest.raises(ConfigError, match="No room for a prompt: context of the model 512"):
+        encoder(context_length=512, max_completion_length=512)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused() -> None:
+    (highest,) = encoder().encode(Prompt("z", None))
+    assert encoder(vocab_size=highest + 1).encode(Prompt("z", None)) == (highest,)
+    said = rf"token id {highest} \('z'\), the model has {highest} tokens"
+    with pytest.raises(DataError, match=said):
+        encoder(vocab_size=highest).encode(Prompt("!z", None))

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from accelerate import tracking
+
+from fusedgrpo.engine.sinks import Sinks, tracker_classes
+from fusedgrpo.errors import ConfigError
+
+
+class Recorder(tracking.GeneralTracker):
+    """Keeps what it is given; ``fails_in`` names the methods that raise."""
+
+    name = "recorder"
+    requires_logging_directory = True
+    fails_in: ClassVar[set[str]] = set()
+    calls: ClassVar[list[tuple[Any, ...]]] = []
+
+    def __init__(self, run_name: str, logging_dir: str):
+        self.tracker = None
+        super().__init__()
+
+    def _note(self, method: str, *values: Any) -> None:
+        if method in self.fails_in:
+            raise ConnectionError("the network is gone")
+        self.calls.append((method, *values))
+
+    def start(self) -> None:
+        self._note("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._note("config", values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self._note("log", step, values)
+
+    def finish(self) -> None:
+        self._note("finish")
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    monkeypatch.setattr(Recorder, "fails_in", set())
+    monkeypatch.setattr(Recorder, "calls", [])
+
+
+def open_sinks(tmp_path, report_to="recorder"):
+    return Sinks(report_to, run_name="run", directory=tmp_path, config={"lr": 0.1, "funcs": ["a"]})
+
+
+@pytest.mark.parametrize("nothing", [None, "none", "", [], ["none"]])
+def test_none_reports_nowhere(tmp_path, nothing):
+    sinks = open_sinks(tmp_path, nothing)
+    sinks.log({"step": 1, "loss": 0.0})
+    sinks.close()
+    assert Recorder.calls == []
+
+
+def test_a_tracker_gets_config_finite_values_and_the_end(tmp_path):
+    sinks = open_sinks(tmp_path)
+    sinks.log({"step": 3, "loss": 0.5, "kl": float("nan"), "reward": None})
+    sinks.close()
+    assert Recorder.calls == [
+        ("start",),
+        ("config", {"lr": 0.1, "funcs": "['a']"}),
+        ("log", 3, {"loss": 0.5}),
+        ("finish",),
+    ]
+
+
+@pytest.mark.parametrize("method", ["start", "config", "log", "finish"])
+def test_a_failing_tracker_gives_one_warning_and_is_dropped(tmp_path, caplog, method):
+    Recorder.fails_in.add(method)
+    sinks = open_sinks(tmp_path)
+    for step in range(3):
+        sinks.log({"step": step, "loss": 0.5})
+    sinks.close()
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "fusedgrpo"]
+    assert "'recorder' failed (ConnectionError: the network is gone)" in warning
+    assert ("finish",) not in Recorder.calls
+
+
+def test_an_unknown_tracker_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"no tracker 'tensorbord'.*Did you mean 'tensorboard'"):
+        tracker_classes("tensorbord")
+
+
+def test_every_missing_package_is_named_before_the_run(monkeypatch):
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
+    with pytest.raises(ConfigError) as caught:
+        tracker_classes("wandb, comet_ml")
+    assert len(caught.value.problems) == 2
+    assert "pip install wandb" in caught.value.problems[0]
+    assert "pip install comet-ml" in caught.value.problems[1]
+
+
+def test_all_means_what_is_installed(monkeypatch):
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb", "tensorboard"])
+    assert list(tracker_classes("all")) == ["tensorboard", "wandb"]
