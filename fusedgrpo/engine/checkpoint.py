@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ log = logging.getLogger("fusedgrpo")
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
 def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) -> Path:
@@ -36,8 +38,10 @@ def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) 
     """
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:06d}"
-    unfinished = directory / f".{final.name}.tmp-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = directory / f".{final.name}.tmp"
+    replaced = directory / f"{final.name}.old"
+    for left_by_a_killed_run in directory.glob(".step-*.tmp"):
+        shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
     try:
         unfinished.mkdir()
         write(unfinished)
@@ -60,13 +64,16 @@ def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) 
         for path in [p for p in unfinished.rglob("*") if p.is_dir()] + [unfinished]:
             _sync(path)
         if final.exists():
-            # The same step saved again (a signal right after an interval): the new one is equal.
-            shutil.rmtree(final)
+            # The same step saved again. Out of the way it is still a checkpoint, see
+            # ``checkpoints``, so that not even a kill between these lines leaves none.
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         unfinished.rename(final)
         _sync(directory)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -74,33 +81,39 @@ def verify(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file is as it was saved. Raises CheckpointError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
+        files = [(name, f["size"], f["sha256"]) for name, f in manifest["files"].items()]
+        version = manifest["format"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error}.") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {manifest.get('format')}: this version reads format {FORMAT}."
-        )
-    for name, expected in files.items():
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}.") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version}: this version reads format {FORMAT}.")
+    for name, size, digest in files:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} is damaged: {name} is missing.")
-        size = file.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(
-                f"{path} is damaged: {name} has {size} bytes, saved were {expected['size']}."
-            )
-        if _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: the content of {name} has changed.")
+        try:
+            found = file.stat().st_size
+            if found != size:
+                raise CheckpointError(
+                    f"{path} is damaged: {name} has {found} bytes, saved were {size}."
+                )
+            if _sha256(file) != digest:
+                raise CheckpointError(f"{path} is damaged: the content of {name} has changed.")
+        except OSError as error:
+            raise CheckpointError(f"{path} is damaged: {name} cannot be read: {error}.") from error
     return manifest
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints under ``directory``, oldest first, damaged ones included."""
-    found = [p for p in directory.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    """The checkpoints under ``directory``, oldest first, damaged ones included.
+
+    ``step-000006.old`` is left by a run that was killed while it replaced ``step-000006``.
+    """
+    named = [(NAME.fullmatch(p.name), p) for p in directory.glob("step-*") if p.is_dir()]
+    found = [(int(match[1]), match[2] is None, p) for match, p in named if match]
+    return [p for _, _, p in sorted(found)]
 
 
 def newest_valid(directory: Path) -> Path | None:
@@ -125,7 +138,8 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False))
+    """ASCII, so that neither the locale nor a lone surrogate in a text can spoil it."""
+    path.write_text(json.dumps(value))
 
 
 def read_json(path: Path) -> Any:
@@ -150,31 +164,42 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def optimizer_state(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of any optimizer, split into tensors and JSON values."""
+    """What any optimizer has accumulated, split into tensors and JSON values.
+
+    Learning rate, betas and the like are the configuration's and not part of it.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in state["state"].items():
-        for name, value in entries.items():
+        for name, value in _flat(entries):
             key = f"{index}.{name}"
             if isinstance(value, Tensor):
                 tensors[key] = value
             else:
                 values[key] = value
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return tensors, {"values": values, "groups": groups}
+    return tensors, {"values": values, "groups": [len(g["params"]) for g in state["param_groups"]]}
+
+
+def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes puts its quantised state into a dict of its own; loading takes it flat too."""
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield name, value
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
 ) -> None:
     """Put a saved state back. Raises CheckpointError if it belongs to other parameters."""
-    current = optimizer.state_dict()
-    groups = saved["groups"]
-    if len(groups) != len(current["param_groups"]):
+    current = optimizer.state_dict()["param_groups"]
+    sizes = [len(group["params"]) for group in current]
+    if saved["groups"] != sizes:
         raise CheckpointError(
-            f"The checkpoint's optimizer has {len(groups)} parameter groups, this run's has "
-            f"{len(current['param_groups'])}."
+            f"The checkpoint's optimizer has groups of {saved['groups']} parameters, this run's of "
+            f"{sizes}."
         )
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**saved["values"], **tensors}.items():
@@ -187,11 +212,7 @@ def load_optimizer_state(
             first is not None and first.numel() != parameters[index].numel()
         ):
             raise CheckpointError("The checkpoint's optimizer state fits other parameters.")
-    merged = [
-        {**group, "params": now["params"]}
-        for group, now in zip(groups, current["param_groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": state, "param_groups": merged})
+    optimizer.load_state_dict({"state": state, "param_groups": current})
 
 
 def _sha256(path: Path) -> str:

@@ -51,8 +51,13 @@ def build_optimizer(
 def _bitsandbytes(
     name: str, groups: list[dict[str, Any]], arguments: dict[str, Any], device: torch.device
 ) -> torch.optim.Optimizer:
-    import bitsandbytes as bnb
-
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ConfigError(
+            f"optim: {name} needs the package bitsandbytes ({error}). Install it or use "
+            "adamw_torch."
+        ) from error
     kind = getattr(bnb.optim, BITSANDBYTES[name])
     # What a device cannot do, bitsandbytes says at the first step: have that now, on a throwaway.
     trial = nn.Parameter(torch.zeros(8192, device=device))

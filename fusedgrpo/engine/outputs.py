@@ -16,7 +16,6 @@ from fusedgrpo.engine.completions_log import CompletionsLog
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.display import Display
 from fusedgrpo.engine.metrics import MetricsLog, read_metrics
-from fusedgrpo.engine.plots import write_plots
 from fusedgrpo.engine.report import write_report
 from fusedgrpo.engine.rundir import RunDir
 from fusedgrpo.engine.sinks import Sinks
@@ -41,10 +40,16 @@ class RunOutputs:
         self.config = config
         self.run = run
         settings = config.to_dict()
-        run.config.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        run.config.write_text(
+            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
         self.metrics = stack.enter_context(MetricsLog(run.metrics))
+        self.advisor = Advisor(settings, eos_token_ids=eos_ids)
         if done:
             self.metrics.truncate_after(done)
+            self.advisor.start()
+            for row in read_metrics(run.metrics):
+                self.advisor.observe(row)  # it said all this before the run was interrupted
         self.sinks = Sinks(
             config.report_to,
             run_name=config.run_name or run.path.name,
@@ -53,7 +58,6 @@ class RunOutputs:
         )
         stack.callback(self.sinks.close)
         self.completions_log = CompletionsLog(run.completions)
-        self.advisor = Advisor(settings, eos_token_ids=eos_ids)
         self.display = stack.enter_context(
             Display(
                 total_steps,
@@ -97,12 +101,11 @@ class RunOutputs:
         """List the data rows that were left out, beside the metrics."""
         if rows:
             lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            self.run.skipped_rows.write_text("".join(lines))
+            self.run.skipped_rows.write_text("".join(lines), encoding="utf-8")
 
     def finish(self, save_model: Callable[[Path], Path]) -> None:
         """The trained weights, the plots and the report."""
         where = save_model(self.run.path)
-        rows = read_metrics(self.run.metrics)
-        write_plots(rows, self.run.plots)
-        write_report(self.run.path, self.run.report)
-        log.info("Weights: %s. Report: %s.", where, self.run.report)
+        if read_metrics(self.run.metrics):
+            write_report(self.run.path, self.run.report)  # which draws the plots, too
+        self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")

