@@ -151,6 +151,8 @@ def interleave(
     """
     samples: Samples = {name: {} for name in steps}
     for index in range(warmup + rounds):
+        done = f"round {index - warmup + 1} of {rounds}" if index >= warmup else "warm-up"
+        print(done, file=sys.stderr, flush=True)
         for name, step in steps.items():
             figures = step()
             if index >= warmup:

@@ -12,6 +12,10 @@ import pytest
 import torch
 
 
+# Tiny models gain nothing from a second thread, and on a busy machine lose a lot by waiting for it.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

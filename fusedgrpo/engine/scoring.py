@@ -1,4 +1,5 @@
-"""What a rollout is given before it is trained on: rewards, old and reference log-probs."""
+"""What a rollout is given before it is trained on: rewards, advantages, old and reference
+log-probs."""
 
 from __future__ import annotations
 
@@ -9,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout import Rollout
+from fusedgrpo.engine.rollout_metrics import (
+    length_metrics,
+    mismatch_metrics,
+    reward_metrics,
+    weight_metrics,
+)
 from fusedgrpo.engine.samples import micro_batches
+from fusedgrpo.engine.window import RolloutWindow, sampler_logp
+from fusedgrpo.kernels import group_advantages
 from fusedgrpo.models.packed import PackedBatch
 from fusedgrpo.models.policy import Policy
 
@@ -67,3 +77,42 @@ def rollout_logprobs(
             for i, part in zip(members, logp.split(sizes), strict=True):
                 parts[i] = part
     return torch.cat(parts)
+
+
+def make_window(
+    rollout: Rollout,
+    rewards: RewardBatch,
+    functions: RewardFunctions,
+    policy: Policy,
+    config: GRPOConfig,
+    *,
+    steps: int,
+    max_tokens: int,
+    poll: Callable[[], None] = lambda: None,
+) -> RolloutWindow:
+    """Advantages, and the log-probs that the loss will compare with, of a scored rollout."""
+    group_ids = torch.tensor(rollout.group_ids)
+    advantages = group_advantages(
+        rewards.values,
+        group_ids=group_ids,
+        weights=functions.weights,
+        scale_rewards=config.scale_rewards,
+        multi_objective_aggregation=config.multi_objective_aggregation,
+    )
+    metrics = length_metrics(rollout) | reward_metrics(
+        functions.names, rewards, group_ids, config.scale_rewards
+    )
+    window = RolloutWindow(rollout, advantages, steps, config.num_iterations, metrics=metrics)
+    # One update on its own rollout needs no old log-probs: they are the policy's own.
+    if steps * config.num_iterations > 1 or config.sampler_correction:
+        window.old_logp = rollout_logprobs(policy, rollout, max_tokens, poll)
+        sampled = sampler_logp(list(rollout.completions()))
+        metrics |= mismatch_metrics(sampled, window.old_logp)
+        if config.sampler_correction:
+            weight = (window.old_logp - sampled).exp().clamp(max=config.sampler_correction_cap)
+            window.sampler_weight = weight
+            metrics |= weight_metrics(weight)
+    if config.beta:
+        with policy.reference():
+            window.ref_logp = rollout_logprobs(policy, rollout, max_tokens, poll)
+    return window

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import resource
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from fusedgrpo.engine import trainer_state
-from fusedgrpo.engine.checkpoint import prune, write_json
+from fusedgrpo.engine.checkpoint import prune
 from fusedgrpo.engine.completions_log import completion_records
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example, PromptDataset, load_prompts
@@ -23,26 +22,21 @@ from fusedgrpo.engine.optim import build_optimizer, build_scheduler
 from fusedgrpo.engine.outputs import RunOutputs
 from fusedgrpo.engine.plan_batch import resolve_batch
 from fusedgrpo.engine.prompt_stream import PromptStream
-from fusedgrpo.engine.rewards import build_rewards
+from fusedgrpo.engine.rewards import RewardBatch, build_rewards
 from fusedgrpo.engine.rollout import Rollout
-from fusedgrpo.engine.rollout_metrics import (
-    length_metrics,
-    mismatch_metrics,
-    reward_metrics,
-    weight_metrics,
-)
 from fusedgrpo.engine.rundir import RunDir
 from fusedgrpo.engine.sampler import GenerateSampler, Sampler, SamplingParams
-from fusedgrpo.engine.samples import Sample
-from fusedgrpo.engine.scoring import per_completion, rollout_logprobs, score_rollout
+from fusedgrpo.engine.samples import Sample, dump_samples
+from fusedgrpo.engine.scoring import make_window, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive, seeded
-from fusedgrpo.engine.signals import StopSignals
+from fusedgrpo.engine.signals import Interrupted, StopSignals
 from fusedgrpo.engine.sinks import tracker_classes
+from fusedgrpo.engine.step_clock import StepClock
 from fusedgrpo.engine.trainer_state import Progress
 from fusedgrpo.engine.update import Updater, UpdateResult
-from fusedgrpo.engine.window import RolloutWindow, sampler_logp
+from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError
-from fusedgrpo.kernels import LossOptions, group_advantages
+from fusedgrpo.kernels import LossOptions
 from fusedgrpo.models.loading import check_tokenizer, eos_ids, load_tokenizer
 from fusedgrpo.models.policy import Policy
 
@@ -148,7 +142,6 @@ class GRPOTrainer:
         )
         self.progress = Progress()
         self.window: RolloutWindow | None = None
-        self._times: dict[str, float] = {}
 
     def _load_data(self, train: Any, held_out: Any) -> tuple[PromptDataset, PromptDataset | None]:
         args = self.args
@@ -198,7 +191,6 @@ class GRPOTrainer:
                 args, self.updater.optimizer, self.plan.total_steps, self.progress.step
             )
         with (
-            self.reward_funcs,
             RunOutputs.opened(
                 args,
                 resume=found is not None,
@@ -223,48 +215,60 @@ class GRPOTrainer:
 
     def step(self, outputs: RunOutputs) -> dict[str, Any]:
         """One optimizer step: sample and score if the last rollout is used up, then update."""
-        started = time.perf_counter()
-        self._times = dict.fromkeys(("sample", "score", "update"), 0.0)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        args = self.args
+        clock = StepClock(outputs.display.phase)
         if self.window is None or self.window.finished:
-            self.window = self._rollout(outputs)
-        samples = self.window.next_samples(mask_truncated=self.args.mask_truncated_completions)
+            examples = self._next_prompts()
+            with clock.phase("sample"):
+                rollout = self._sample(examples)
+            with clock.phase("score"):
+                rewards = self._score(rollout, examples)
+                window = make_window(
+                    rollout,
+                    rewards,
+                    self.reward_funcs,
+                    self.policy,
+                    args,
+                    steps=-(-len(rollout.groups) // self.plan.groups_per_step),
+                    max_tokens=self.max_tokens,
+                    poll=self.signals.check,
+                )
+            self._take(window)
+            self._log_completions(rollout, rewards, examples, outputs)
+        assert self.window is not None
+        samples = self.window.next_samples(mask_truncated=args.mask_truncated_completions)
         learning_rate = self.updater.learning_rate
-        with self._timed("update", outputs):
+        with clock.phase("update"):
             result = self.updater.step(samples, self.progress.step)
         self._accept(result, samples, outputs)
-        row = self._row(result, samples, learning_rate, time.perf_counter() - started)
-        if self._is_due(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps):
-            with self._timed("evaluate", outputs):
-                row |= self.evaluate()
+        tokens = sum(len(sample.completion_ids) for sample in samples)
+        row = {
+            "step": self.progress.step,
+            "epoch": self.stream.epoch,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": self.progress.num_tokens,
+            **self.window.metrics,
+            **result.metrics,
+            **({} if result.applied else {"skipped_update": 1}),
+            **clock.metrics(tokens),
+        }
+        if self._is_due(args.eval_strategy, args.eval_steps or args.logging_steps):
+            outputs.display.phase("evaluate")
+            row |= self.evaluate()
         outputs.row(row)
-        if self._is_due(self.args.save_strategy, self.args.save_steps):
+        if self._is_due(args.save_strategy, args.save_steps):
             self._save(outputs)
         self.signals.check()
         return row
 
-    def _rollout(self, outputs: RunOutputs) -> RolloutWindow:
-        """Sample the next prompts, score the completions, and see what each is worth."""
-        left = self.plan.total_prompts
+    def _next_prompts(self) -> list[Example]:
+        """Those of the next rollout; what fails before ``_take`` gets the same ones again."""
         count = self.plan.groups_per_rollout
-        if left is not None:
-            count = min(count, left - self.stream.cursor)
-        examples = self.stream.peek(count)
-        with self._timed("sample", outputs):
-            rollout = self._sample(examples)
-        with self._timed("score", outputs):
-            window = self._score(rollout, examples, outputs)
-        # Only now: what fails before this is sampled again, from the same prompts and seeds.
-        self.stream.cursor += count
-        self.progress.cursor = self.stream.cursor
-        self.progress.rollouts += 1
-        self.progress.num_tokens += sum(
-            len(group.prompt_ids) + len(c.ids)
-            for group in rollout.groups
-            for c in group.completions
-        )
-        return window
+        if self.plan.total_prompts is not None:
+            count = min(count, self.plan.total_prompts - self.stream.cursor)
+        return self.stream.peek(count)
 
     def _sample(self, examples: Sequence[Example]) -> Rollout:
         groups = self.sampler.sample(
@@ -276,12 +280,9 @@ class GRPOTrainer:
         )
         return Rollout(tuple(groups))
 
-    def _score(
-        self, rollout: Rollout, examples: Sequence[Example], outputs: RunOutputs
-    ) -> RolloutWindow:
-        args = self.args
-        with seeded(derive(args.seed, "score", self.progress.rollouts)):
-            rewards = score_rollout(
+    def _score(self, rollout: Rollout, examples: Sequence[Example]) -> RewardBatch:
+        with seeded(derive(self.args.seed, "score", self.progress.rollouts)):
+            return score_rollout(
                 self.reward_funcs,
                 rollout,
                 examples,
@@ -289,54 +290,51 @@ class GRPOTrainer:
                 column_names=self.train_dataset.column_names,
                 state=self._reward_state(),
             )
-        group_ids = torch.tensor(rollout.group_ids)
-        advantages = group_advantages(
-            rewards.values,
-            group_ids=group_ids,
-            weights=self.reward_funcs.weights,
-            scale_rewards=args.scale_rewards,
-            multi_objective_aggregation=args.multi_objective_aggregation,
-        )
-        metrics = length_metrics(rollout) | reward_metrics(
-            self.reward_funcs.names, rewards, group_ids, args.scale_rewards
-        )
-        steps = -(-len(rollout.groups) // self.plan.groups_per_step)
-        window = RolloutWindow(rollout, advantages, steps, args.num_iterations, metrics=metrics)
-        # One update on its own rollout: the policy's own log-probs are the old ones.
-        if steps * args.num_iterations > 1 or args.sampler_correction:
-            window.old_logp = self._logprobs(rollout)
-            sampled = sampler_logp(list(rollout.completions()))
-            metrics |= mismatch_metrics(sampled, window.old_logp)
-            if args.sampler_correction:
-                weight = (window.old_logp - sampled).exp().clamp(max=args.sampler_correction_cap)
-                window.sampler_weight = weight
-                metrics |= weight_metrics(weight)
-        if args.beta:
-            with self.policy.reference():
-                window.ref_logp = self._logprobs(rollout)
-        outputs.completions(
-            self.progress.step + 1,
-            completion_records(
-                rollout,
-                prompts=[example.prompt for example in per_completion(rollout, examples)],
-                names=self.reward_funcs.names,
-                rewards=rewards.values,
-                total=rewards.total,
-                advantages=advantages,
-                extra=rewards.extra,
-            ),
-        )
-        return window
 
-    def _logprobs(self, rollout: Rollout) -> torch.Tensor:
-        return rollout_logprobs(self.policy, rollout, self.max_tokens, self.signals.check)
+    def _take(self, window: RolloutWindow) -> None:
+        """The rollout is whole: from here on its prompts are used and its tokens counted."""
+        self.window = window
+        groups = window.rollout.groups
+        self.stream.cursor += len(groups)
+        self.progress.cursor = self.stream.cursor
+        self.progress.rollouts += 1
+        self.progress.num_tokens += sum(
+            len(group.prompt_ids) + len(c.ids) for group in groups for c in group.completions
+        )
+
+    def _log_completions(
+        self,
+        rollout: Rollout,
+        rewards: RewardBatch,
+        examples: Sequence[Example],
+        outputs: RunOutputs,
+    ) -> None:
+        assert self.window is not None
+        records = completion_records(
+            rollout,
+            prompts=[example.prompt for example in per_completion(rollout, examples)],
+            names=self.reward_funcs.names,
+            rewards=rewards.values,
+            total=rewards.total,
+            advantages=self.window.advantages,
+            extra=rewards.extra,
+        )
+        outputs.completions(self.progress.step + 1, records)
 
     def _accept(self, result: UpdateResult, samples: Sequence[Sample], outputs: RunOutputs) -> None:
         """Count a step; halt on one that is not finite, before anything is lost."""
         if result.applied:
             self.progress.nonfinite_in_a_row = 0
         else:
-            dump = self._dump(result, samples, outputs.run.path / "nonfinite")
+            dump = dump_samples(
+                outputs.run.path / "nonfinite" / f"step-{self.progress.step + 1:06d}.json",
+                samples,
+                decode=self.processing_class.decode,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                seed=self.args.seed,
+                rollout=self.progress.rollouts - 1,
+            )
             self.progress.nonfinite_in_a_row += 1
             tolerated = self.args.max_nonfinite_steps
             if self.updater.scaler.is_enabled():
@@ -352,48 +350,6 @@ class GRPOTrainer:
         assert self.window is not None
         self.window.done += 1
         self.progress.step += 1
-
-    def _dump(self, result: UpdateResult, samples: Sequence[Sample], directory: Path) -> Path:
-        directory.mkdir(exist_ok=True)
-        path = directory / f"step-{self.progress.step + 1:06d}.json"
-        fields = ("prompt_ids", "completion_ids", "advantage", "in_loss")
-        rows = [
-            {name: getattr(sample, name) for name in fields}
-            | {
-                "completion": self.processing_class.decode(sample.completion_ids),
-                "old_logp": None if sample.old_logp is None else sample.old_logp.tolist(),
-                "ref_logp": None if sample.ref_logp is None else sample.ref_logp.tolist(),
-            }
-            for sample in samples
-        ]
-        facts = {"loss": result.loss, "grad_norm": result.grad_norm, "seed": self.args.seed}
-        write_json(path, facts | {"rollout": self.progress.rollouts - 1, "samples": rows})
-        return path
-
-    def _row(
-        self,
-        result: UpdateResult,
-        samples: Sequence[Sample],
-        learning_rate: float,
-        seconds: float,
-    ) -> dict[str, Any]:
-        assert self.window is not None
-        tokens = sum(len(sample.completion_ids) for sample in samples)
-        return {
-            "step": self.progress.step,
-            "epoch": self.stream.epoch,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": learning_rate,
-            "num_tokens": self.progress.num_tokens,
-            **self.window.metrics,
-            **result.metrics,
-            **({} if result.applied else {"skipped_update": 1}),
-            **{f"time/{name}": value for name, value in self._times.items()},
-            "step_time": seconds,
-            "tokens_per_second": tokens / seconds,
-            "memory/peak": _peak_memory(),
-        }
 
     def evaluate(self) -> dict[str, Any]:
         """Sample and score the evaluation prompts; metrics with the prefix ``eval_``.
@@ -439,15 +395,6 @@ class GRPOTrainer:
                 )
             raise
 
-    @contextmanager
-    def _timed(self, phase: str, outputs: RunOutputs) -> Iterator[None]:
-        outputs.display.phase(phase)
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._times[phase] = time.perf_counter() - started
-
     def _is_due(self, strategy: str, every: int) -> bool:
         return strategy == "steps" and self.progress.step % every == 0
 
@@ -471,12 +418,10 @@ class GRPOTrainer:
 
 
 def _with_model_name(args: GRPOConfig, model: Any) -> GRPOConfig:
-    from dataclasses import replace
-
-    name = model if isinstance(model, str) else getattr(
-        getattr(model, "config", None), "_name_or_path", None
-    )  # fmt: skip
-    return replace(args, model_name_or_path=name) if name else args
+    """The configuration with the name of the model that was passed, for the record."""
+    config = getattr(model, "config", None)
+    name = model if isinstance(model, str) else getattr(config, "_name_or_path", None)
+    return dataclasses.replace(args, model_name_or_path=name) if name else args
 
 
 def _loss_options(args: GRPOConfig) -> LossOptions:
@@ -491,14 +436,7 @@ def _bits(model: Any) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def _peak_memory() -> int:
-    """Bytes: of the step on the GPU; without one, of the process so far."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _reason(error: BaseException) -> str:
-    name: Callable[[], str] = lambda: f"{type(error).__name__}: {error}"  # noqa: E731
-    signal_name = getattr(error, "signal_name", None)
-    return f"Stopped by {signal_name}" if signal_name else name().split("\n")[0]
+    if isinstance(error, Interrupted):
+        return f"Stopped by {error.signal_name}"
+    return f"{type(error).__name__}: {error}".split("\n")[0]

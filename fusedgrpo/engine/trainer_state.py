@@ -19,7 +19,7 @@ from torch import nn
 
 from fusedgrpo.engine import checkpoint
 from fusedgrpo.engine.window import RolloutWindow
-from fusedgrpo.errors import CheckpointError, did_you_mean
+from fusedgrpo.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.trainer import GRPOTrainer
@@ -161,16 +161,13 @@ def restore(trainer: GRPOTrainer, path: Path) -> None:
 def _check_same_run(trainer: GRPOTrainer, state: Mapping[str, Any], path: Path) -> None:
     allowed = set(trainer.args.allow_change)
     now, then = trainer.args.to_dict(), state["config"]
-    if unknown := allowed - set(now) - {"data"}:
-        name = min(unknown)
-        raise CheckpointError(f"allow_change: {name!r} is no option.{did_you_mean(name, now)}")
     changed = [
         f"{name}: {then.get(name)!r} -> {value!r}"
         for name, value in now.items()
         if name not in FREE_TO_CHANGE | allowed and then.get(name) != value
     ]
-    if "data" not in allowed and state["data"] != trainer.train_dataset.fingerprint:
-        changed.append("data: the training prompts are not the same")
+    if "dataset" not in allowed and state["data"] != trainer.train_dataset.fingerprint:
+        changed.append("dataset: the training prompts are not the same")
     if changed:
         raise CheckpointError(
             f"This is not the run that {path} was saved from. Changed since: {'; '.join(changed)}. "

@@ -85,7 +85,7 @@ def test_tokens_follow_the_distribution_that_was_asked_for(options: dict[str, fl
     freedom = int(possible.sum()) - 1
     # Five standard deviations of chi-square; the seed is fixed, so this either holds or not.
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
-    assert 1 < freedom
+    assert freedom > 1
     torch.testing.assert_close(
         torch.stack([c.logp[0] for c in group.completions]),  # type: ignore[index]
         expected[tokens].log().float(),
@@ -242,7 +242,7 @@ def test_the_models_own_sampling_defaults_do_not_leak() -> None:
         min_new_tokens=10,
         max_length=5,
         eos_token_id=[20, 21, 22],
-        forced_eos_token_id=9,
+        forced_eos_token_id=35,
         num_beams=3,
     )
     groups = sampler(model).sample(PROMPTS, 4, params, seed=1)

@@ -18,14 +18,13 @@ def test_a_seed_is_the_same_in_every_process_and_version() -> None:
     """Pinned: another value would make a resumed run sample something else."""
     assert derive(42, "sample", 3) == 5214728188348153325
     code = "from fusedgrpo.engine.seeding import derive; print(derive(42, 'sample', 3))"
-    for hash_seed in ("1", "2"):
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-        )
-        assert int(result.stdout) == derive(42, "sample", 3), result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+    )
+    assert int(result.stdout) == derive(42, "sample", 3), result.stderr
 
 
 def test_purposes_do_not_collide() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from fusedgrpo.engine.signals import Interrupted, StopSignals
 
 LOOP = """
-import signal, sys, time
+import os, signal, sys, time
 from fusedgrpo.engine.signals import StopSignals
 ignored = [getattr(signal, name) for name in sys.argv[1:]]
 for number in ignored:
@@ -20,15 +21,14 @@ for number in ignored:
 stop = StopSignals()
 with stop:
     print("ready", flush=True)
-    for i in range(400):
+    for i in range(150):
         time.sleep(0.01)
-        if sys.stdin.closed: break
         if i % 10 == 9:
             try:
                 stop.check()
             except SystemExit:
                 print("saved", flush=True)
-                if "HANG" in __import__("os").environ:
+                if "HANG" in os.environ:
                     time.sleep(30)
                 raise
 print("done", flush=True)
@@ -36,8 +36,6 @@ print("done", flush=True)
 
 
 def start(*ignored: str, **env: str) -> subprocess.Popen[str]:
-    import os
-
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP, *ignored],
         stdout=subprocess.PIPE,

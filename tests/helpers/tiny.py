@@ -69,7 +69,11 @@ def tokenizer(*, pad: str | None = "<pad>", vocab: int = VOCAB, template: bool =
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token=pad
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token=pad,
     )
     if template:
         made.chat_template = (

@@ -1,0 +1,46 @@
+"""Where the time and the memory of a step went."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StepClock:
+    """Started by making it, read with ``metrics``. ``show`` is told each phase as it begins."""
+
+    def __init__(self, show: Callable[[str], None] = lambda phase: None):
+        self._show = show
+        self._started = time.perf_counter()
+        self._seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside as ``name``."""
+        self._show(name)
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[name] += time.perf_counter() - started
+
+    def metrics(self, completion_tokens: int) -> dict[str, float]:
+        """``time/...`` and ``step_time`` in seconds, ``tokens_per_second`` of completion tokens,
+        ``memory/peak`` in bytes: of the step on a GPU, without one of the process so far."""
+        wall = time.perf_counter() - self._started
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            **{f"time/{name}": seconds for name, seconds in self._seconds.items()},
+            "step_time": wall,
+            "tokens_per_second": completion_tokens / wall,
+            "memory/peak": peak,
+        }

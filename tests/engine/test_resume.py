@@ -1,0 +1,183 @@
+"""A run that was interrupted anywhere goes on as if it had not been, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from fusedgrpo import GRPOConfig, GRPOTrainer
+from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.errors import CheckpointError
+
+PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(7)]
+TIMES = ("time/", "step_time", "tokens_per_second", "memory/")
+
+
+def even_ids(completion_ids, **kwargs):
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+class Stop(Exception):
+    pass
+
+
+def make(directory: Path, **changes):
+    options = {
+        "output_dir": str(directory),
+        "num_generations": 4,
+        "prompts_per_step": 1,
+        "max_completion_length": 5,
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "lora_r": 4,
+        "lora_dropout": 0.1,
+        "beta": 0.1,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+    }
+    full = changes.get("finetuning_type") == "full"
+    return GRPOTrainer(
+        model=tiny.model(),
+        reward_funcs=even_ids,
+        args=GRPOConfig(**options | ({"learning_rate": 1e-3} if full else {}) | changes),
+        train_dataset=PROMPTS,
+        tokenizer=tiny.tokenizer(),
+    )
+
+
+def state(trainer):
+    rows = read_metrics(f"{trainer.args.output_dir}/metrics.jsonl")
+    rows = [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+    return rows, torch.cat([p.detach().flatten() for _, p in trainer.policy.trainable()])
+
+
+def interrupt_after(trainer, steps: int):
+    step = trainer.updater.step
+
+    def counting(samples, number):
+        if number == steps:
+            raise Stop
+        return step(samples, number)
+
+    trainer.updater.step = counting
+    with pytest.raises(Stop):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_iterations": 2, "steps_per_generation": 16, "per_device_train_batch_size": 1},
+        {"finetuning_type": "full", "beta": 0.0},
+        {"sampler_correction": True, "entropy_coef": 0.01},
+    ],
+    ids=["lora", "middle-of-a-window", "full", "sampler-correction"],
+)
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, changes, after):
+    whole = make(tmp_path / "whole", **changes)
+    whole.train()
+    interrupt_after(make(tmp_path / "cut", **changes), after)
+    resumed = make(tmp_path / "cut", **changes)
+    resumed.train(resume_from_checkpoint=True)
+    rows, weights = state(resumed)
+    expected_rows, expected_weights = state(whole)
+    assert rows == expected_rows
+    assert torch.equal(weights, expected_weights)
+
+
+def test_the_reference_of_a_full_run_is_still_the_initial_model(tmp_path):
+    options = {"finetuning_type": "full", "beta": 0.2}
+    whole = make(tmp_path / "whole", **options)
+    whole.train()
+    interrupt_after(make(tmp_path / "cut", **options), 3)
+    resumed = make(tmp_path / "cut", **options)
+    resumed.train("auto")
+    assert torch.equal(state(resumed)[1], state(whole)[1])
+
+
+def test_auto_starts_anew_where_there_is_nothing_and_true_does_not(tmp_path):
+    make(tmp_path / "a", max_steps=1).train("auto")
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        make(tmp_path / "b", max_steps=1).train(True)
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_what_changed(tmp_path):
+    make(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(CheckpointError, match=r"learning_rate: 0.01 -> 0.02"):
+        make(tmp_path / "run", learning_rate=0.02, max_steps=2).train(True)
+    longer = make(tmp_path / "run", max_steps=3, allow_change=["max_steps"])
+    longer.train(True)
+    assert [row["step"] for row in state(longer)[0]] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly_and_refused_by_path(tmp_path, caplog):
+    make(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1).train()
+    newest = tmp_path / "run/checkpoints/step-000003"
+    victim = newest / "adapter" / "adapter_model.safetensors"
+    damaged = bytearray(victim.read_bytes())
+    damaged[-1] ^= 1
+    victim.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors has changed"):
+        make(tmp_path / "run", max_steps=3).train(str(newest))
+    make(tmp_path / "run", max_steps=3).train("auto")
+    assert "adapter_model.safetensors has changed" in caplog.text
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {helpers!r})
+import tiny
+from fusedgrpo import GRPOConfig, GRPOTrainer
+
+def reward(completion_ids, **kwargs):
+    print("scored", flush=True)
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+GRPOTrainer(
+    model=tiny.model(), reward_funcs=reward, tokenizer=tiny.tokenizer(),
+    args=GRPOConfig(
+        output_dir={out!r}, num_generations=4, prompts_per_step=1, max_completion_length=5,
+        max_steps={steps}, learning_rate=1e-2, lora_r=4, gradient_checkpointing=False,
+        save_strategy="no", resume_from_checkpoint="auto",
+    ),
+    train_dataset=[{{"prompt": f"w{{4 + i}} w{{5 + i}}"}} for i in range(7)],
+).train()
+"""
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exits_and_the_run_goes_on(tmp_path, number, code):
+    helpers = str(Path(tiny.__file__).parent)
+
+    def script(out: str, steps: int) -> list[str]:
+        text = textwrap.dedent(SCRIPT).format(helpers=helpers, out=str(tmp_path / out), steps=steps)
+        return [sys.executable, "-c", text]
+
+    with subprocess.Popen(
+        script("cut", 400), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        seen = 0
+        for line in process.stdout:
+            seen += line.startswith("scored")
+            if seen == 4:
+                process.send_signal(number)
+                break
+        rest, errors = process.communicate(timeout=120)
+    assert process.returncode == code, rest + errors
+    assert f"Stopped by {number.name}" in rest
+    assert "resume_from_checkpoint: auto" in rest
+    saved = sorted((tmp_path / "cut/checkpoints").iterdir())
+    assert saved and not list((tmp_path / "cut/checkpoints").glob(".*"))
+    assert not (tmp_path / "cut" / "run.lock").exists()
