@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,10 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             task_type="CAUSAL_LM",
         )
     try:
-        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            # peft asks transformers under a name that transformers has deprecated since.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:
         raise ModelError(f"lora_target_modules={config.lora_target_modules!r}: {error}") from error
     for _, parameter in model.named_parameters():

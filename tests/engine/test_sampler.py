@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.engine.rollout import Group
-from fusedgrpo.engine.sampler import GenerateSampler, SamplingParams
+from fusedgrpo.engine.sampler import GenerateSampler, SamplingParams, _Chooser
 from fusedgrpo.models.packed import PackedBatch
 from fusedgrpo.models.policy import Policy
 
@@ -252,13 +252,26 @@ def test_the_models_own_sampling_defaults_do_not_leak() -> None:
 
 
 def test_a_repetition_penalty_applies_to_prompt_and_completion_but_not_to_padding() -> None:
-    model = tiny.model()
+    s = sampler(eos=[tiny.VOCAB + 1])
     params = SamplingParams(max_new_tokens=12, repetition_penalty=1e6, greedy=True)
-    together = ids(sampler(model, eos=[tiny.VOCAB + 1]).sample(PROMPTS, 1, params, 0))
-    for prompt, (completion,) in zip(PROMPTS, together, strict=True):
-        assert len(set(completion)) == 12 and not set(completion) & set(prompt)
-        alone = ids(sampler(model, eos=[tiny.VOCAB + 1]).sample([prompt], 1, params, 0))
-        assert alone == [[completion]]
+    together = s.sample(PROMPTS, 1, params, 0)
+    for prompt, group in zip(PROMPTS, together, strict=True):
+        (completion,) = group.completions
+        assert len(set(completion.ids)) == 12 and not set(completion.ids) & set(prompt)
+        (alone,) = s.sample([prompt], 1, params, 0)
+        assert alone.completions[0].ids == completion.ids
+        # A padding token under the penalty would weigh on the probabilities of all others.
+        torch.testing.assert_close(sampled_logp([alone]), sampled_logp([group]), rtol=0, atol=1e-5)
+
+
+def test_the_ends_of_the_uniform_range_choose_possible_tokens() -> None:
+    params = SamplingParams(max_new_tokens=1)
+    scores = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]] * 2)
+    chooser = _Chooser(params, [0, 1], torch.device("cpu"), lambda: None)
+    chooser.uniform_BT = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    chosen = chooser(torch.zeros(2, 1), scores).argmax(-1)
+    assert chosen.tolist() == [1, 3]
+    torch.testing.assert_close(chooser.logp[0], scores.log_softmax(-1)[[0, 1], chosen])
 
 
 def count_tokens(model: Any) -> list[tuple[int, int]]:
