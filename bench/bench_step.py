@@ -8,7 +8,8 @@ users run (``train()``), held up before each step until it is their turn. EOS is
 sides by the same means (``min_new_tokens`` of transformers' generate), so that all completions have
 exactly the maximal length: equal work, and no padding for the peer to pay for. Gradient
 checkpointing and logging are off. Our step includes writing its metrics and completions, the peer's
-leaves out the loading of data.
+leaves out the loading of data. ``cpu/step`` is processor time: with ``--threads 1`` it hardly
+depends on who else uses the machine (with more, threads that wait for each other count too).
 
 Gate: one step on given completions of unequal lengths, from the same weights. Advantages, loss and
 the gradient of every trained weight against a plain-torch step on materialised logits.
@@ -49,6 +50,7 @@ UNITS = {
     "time/sample": "s",
     "time/score": "s",
     "time/update": "s",
+    "cpu/step": "s",
     "memory/peak": "byte",
     "memory/resting": "byte",
     "tokens/sampled": "token",
@@ -297,10 +299,12 @@ class Probe:
         harness.PeakMemory.reset()
         self._resting = harness.PeakMemory.bytes()
         self._started = time.perf_counter()
+        self._cpu_started = time.process_time()
 
     def end(self, phases: dict[str, float], lengths: list[int], result: dict[str, Any]) -> None:
         """phases: seconds. lengths: of the completions. result: what the gate compares."""
         seconds = time.perf_counter() - self._started
+        cpu_seconds = time.process_time() - self._cpu_started
         if self.request == "gate":
             self.turns.answer(result | {"gradient": self._gradient})
             self._gradient = None
@@ -317,6 +321,7 @@ class Probe:
             {
                 "time/step": seconds,
                 **{f"time/{name}": value for name, value in phases.items()},
+                "cpu/step": cpu_seconds,
                 "memory/peak": harness.PeakMemory.bytes(),
                 "memory/resting": self._resting,
             }
