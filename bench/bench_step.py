@@ -80,7 +80,7 @@ class Case:
     def describe(self) -> str:
         return (
             f"{self.model}, {self.prompts_per_step} prompts x {self.generations} completions x "
-            f"{self.max_tokens} tokens, LoRA r=16 all-linear, float32, cpu, {self.threads} threads"
+            f"{self.max_tokens} tokens, LoRA r=16 all-linear, float32, cpu, threads={self.threads}"
         )
 
 
@@ -99,10 +99,8 @@ def main() -> None:
             log, output = Path(folder) / f"{name}.log", Path(folder) / name
             workers.append(harness.Worker(name, log, target, case, str(output)))
             end.callback(workers[-1].close)
-        for worker in workers:
-            worker.send("gate")
         truth = reference_gate(case)
-        harness.gate({w.name: deviations(truth, w.receive()) for w in workers}, TOLERANCE)
+        harness.gate({w.name: deviations(truth, w.ask("gate")) for w in workers}, TOLERANCE)
         counted = {w.name: w.ask("count") for w in workers}
         samples = harness.interleave(
             {w.name: lambda w=w: w.ask("step") for w in workers},

@@ -9,6 +9,7 @@ medians. Each figure is one JSON line with the keys of ``ROW_KEYS``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.metadata
 import importlib.util
@@ -100,25 +101,18 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def send(self, request: Any) -> None:
-        try:
-            self._connection.send(request)
-        except BrokenPipeError:
-            raise self._died() from None
-
-    def receive(self) -> Any:
+    def ask(self, request: Any) -> Any:
         """The answer. Raises RuntimeError with the traceback if the worker failed or died."""
+        # A worker that failed on its way here has left its error and hung up.
+        with contextlib.suppress(BrokenPipeError):
+            self._connection.send(request)
         try:
             kind, value = self._connection.recv()
-        except EOFError:
+        except (ConnectionResetError, EOFError):
             raise self._died() from None
         if kind == "error":
             raise RuntimeError(f"{self.name} failed:\n{value}")
         return value
-
-    def ask(self, request: Any) -> Any:
-        self.send(request)
-        return self.receive()
 
     def close(self) -> None:
         """End it without asking: it has nothing to save, and a polite trainer would save it."""
@@ -233,7 +227,7 @@ def report(
     about = {
         "machine": machine(),
         "versions": versions((*DISTRIBUTIONS, *distributions)),
-        "commit": commit(),
+        "commit": COMMIT,
     }
     rows = [
         {"bench": bench, "case": case, "impl": impl, "metric": metric, "value": value, "unit": unit}
@@ -365,3 +359,7 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# When the bench started: somebody may commit while it runs.
+COMMIT = commit()

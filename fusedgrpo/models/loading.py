@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -93,21 +93,28 @@ def load_policy(
     model.eval()
     # A tower of another kind, or a model without a head, fails here and not in the first update.
     check_head(causal_lm)
-    if not hasattr(model, "disable_adapter"):
-        if config.finetuning_type == "lora":
-            model = add_lora(model, config, peft_config)
-        else:
-            _prepare_full(model, given)
+    keep: Literal["adapter", "model"] | None = None
+    if hasattr(model, "disable_adapter"):
+        keep = "adapter"  # whatever it was trained to do is part of the reference
+    elif config.finetuning_type == "lora":
+        model = add_lora(model, config, peft_config)
+        # Only of the adapters that we make ourselves is it known that they start as nothing.
+        keep = None if peft_config is None else "adapter"
+    else:
+        _prepare_full(model, given)
+        keep = "model"
     _refuse_prompt_learning(model)
     if config.gradient_checkpointing:
         _enable_checkpointing(causal_lm)
     model.train()
-    return Policy(
+    policy = Policy(
         model,
         compute_dtype=compute_dtype,
         temperature=config.temperature,
-        keep_reference=config.beta != 0,
+        keep_reference=keep if config.beta else None,
     )
+    policy.head  # noqa: B018 - an adapter on the head is refused here, not in the first update
+    return policy
 
 
 def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
@@ -125,7 +132,7 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
             config.model_revision or "main",
         )
     if config.load_in_4bit:
-        arguments["quantization_config"] = _four_bit(config)
+        arguments["quantization_config"] = _four_bit(config, device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -223,14 +230,16 @@ def _is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def _four_bit(config: GRPOConfig) -> Any:
+def _four_bit(config: GRPOConfig, device: torch.device) -> Any:
     from transformers import BitsAndBytesConfig
+
+    compute_dtype = pick_compute_dtype(config.bf16, config.fp16, device)
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=torch.float16 if config.fp16 else torch.bfloat16,
+        bnb_4bit_compute_dtype=compute_dtype or torch.float32,
     )
 
 

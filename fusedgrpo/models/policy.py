@@ -22,9 +22,10 @@ class Policy:
     """The model that is trained, with its reference.
 
     model: a transformers causal LM, or one wrapped by peft. compute_dtype: the dtype of autocast,
-    or None to compute in the weights' own. With adapters the reference policy is the model with the
-    adapters switched off; without, ``keep_reference`` makes a frozen copy of the weights as they
-    are now.
+    or None to compute in the weights' own. The reference policy is the model as it is now. With
+    fresh adapters that is the model with the adapters switched off; with
+    ``keep_reference="adapter"`` a copy of the adapters' weights (for adapters that were trained
+    before), with ``keep_reference="model"`` a frozen copy of the model.
     """
 
     def __init__(
@@ -33,15 +34,18 @@ class Policy:
         *,
         compute_dtype: torch.dtype | None = None,
         temperature: float = 1.0,
-        keep_reference: bool = False,
+        keep_reference: Literal["adapter", "model"] | None = None,
     ):
         self.model: Any = model
         self.compute_dtype = compute_dtype
         self.temperature = temperature
         self.has_adapter = hasattr(model, "disable_adapter")
-        self._reference: nn.Module | None = None
-        if keep_reference and not self.has_adapter:
-            self._reference = copy.deepcopy(model).eval().requires_grad_(False)
+        self._reference_model: nn.Module | None = None
+        self._reference_adapter: list[Tensor] | None = None
+        if keep_reference == "model":
+            self._reference_model = copy.deepcopy(model).eval().requires_grad_(False)
+        elif keep_reference == "adapter":
+            self._reference_adapter = [p.detach().clone() for _, p in self.trainable()]
 
     @classmethod
     def load(
@@ -136,15 +140,30 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, ``logprobs`` is the frozen reference's. Combine it with ``scoring``."""
-        if self.has_adapter:
+        """Inside, ``logprobs`` is the frozen reference's; use it without gradients."""
+        if self._reference_adapter is not None:
+            with self._swapped(self._reference_adapter):
+                yield
+        elif self.has_adapter:
             with self.model.disable_adapter():
                 yield
-            return
-        if self._reference is None:
+        elif self._reference_model is not None:
+            policy, self.model = self.model, self._reference_model
+            try:
+                yield
+            finally:
+                self.model = policy
+        else:
             raise RuntimeError("This policy was made without keep_reference and has no adapter.")
-        policy, self.model = self.model, self._reference
+
+    @contextlib.contextmanager
+    def _swapped(self, weights: list[Tensor]) -> Iterator[None]:
+        parameters = [p for _, p in self.trainable()]
+        own = [p.data for p in parameters]
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.data = weight
         try:
             yield
         finally:
-            self.model = policy
+            for parameter, weight in zip(parameters, own, strict=True):
+                parameter.data = weight

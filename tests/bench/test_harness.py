@@ -150,7 +150,9 @@ if __name__ == "__main__":
     growth = [worker.ask("step") / 2**20 for worker in (small, large, small, large)]
     assert max(growth[0], growth[2]) < 100 < 250 < min(growth[1], growth[3]), growth
     small.close()
-    for worker, request in ((large, "die"), (harness.Worker("bad", log / "bad", fail), "step")):
+    bad = harness.Worker("bad", log / "bad", fail)
+    bad._process.join()
+    for worker, request in ((large, "die"), (bad, "step")):
         try:
             worker.ask(request)
         except RuntimeError as error:

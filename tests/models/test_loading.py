@@ -106,9 +106,8 @@ def test_prompt_learning_is_refused() -> None:
 def test_an_adapter_on_the_head_is_refused() -> None:
     policy = Policy.load(config(lora_target_modules="q_proj"), tiny.model("Llama"))
     assert policy.head is not None
-    loaded = Policy.load(config(lora_target_modules="lm_head,q_proj"), tiny.model("Llama"))
     with pytest.raises(ModelError, match="carries an adapter"):
-        loaded.logprobs(PACKED)
+        Policy.load(config(lora_target_modules="lm_head,q_proj"), tiny.model("Llama"))
 
 
 def test_full_fine_tuning_trains_every_weight_in_float32(saved: Path) -> None:
@@ -426,3 +425,13 @@ def test_another_tokenizer_than_the_models(saved: Path, tmp_path: Path) -> None:
     chosen = config(saved, tokenizer_name_or_path=str(tmp_path / "other"))
     assert len(load_tokenizer(chosen)) == 10
     assert len(load_tokenizer(config(saved))) == tiny.VOCAB
+
+
+def test_an_adapter_that_comes_with_the_model_is_part_of_the_reference() -> None:
+    trained = tiny.add_lora(tiny.model("Llama"))
+    policy = Policy.load(config(beta=0.1), trained)
+    with policy.scoring():
+        initial = policy.logprobs(PACKED).logp
+        tiny.stir(policy.model)
+        with policy.reference():
+            assert torch.equal(policy.logprobs(PACKED).logp, initial)

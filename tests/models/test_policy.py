@@ -128,21 +128,31 @@ def test_with_lora_the_reference_is_the_initial_model_bit_for_bit() -> None:
         assert (policy.logprobs(PACKED).logp - initial).abs().max() > 0.01
 
 
+def test_the_reference_of_a_trained_adapter_is_that_adapter() -> None:
+    policy = Policy(tiny.add_lora(tiny.model()), keep_reference="adapter")
+    with policy.scoring():
+        initial = policy.logprobs(PACKED).logp
+    tiny.stir(policy.model)
+    assert torch.equal(reference_logprobs(policy), initial)
+    with policy.scoring():
+        assert not torch.equal(policy.logprobs(PACKED).logp, initial)
+
+
 def test_without_adapters_the_reference_is_a_frozen_copy() -> None:
-    policy = Policy(tiny.model(), keep_reference=True)
+    policy = Policy(tiny.model(), keep_reference="model")
     with torch.no_grad():
         initial = policy.logprobs(PACKED).logp
     tiny.stir(policy.model, 0.05)
     assert torch.equal(reference_logprobs(policy), initial)
     assert not torch.equal(policy.logprobs(PACKED).logp, initial)
-    assert policy._reference is not None
-    assert not any(p.requires_grad for p in policy._reference.parameters())
+    assert policy._reference_model is not None
+    assert not any(p.requires_grad for p in policy._reference_model.parameters())
     names = {n for n, _ in policy.trainable()}
     assert names == {n for n, _ in policy.model.named_parameters()}
 
 
 def test_an_error_inside_the_reference_brings_the_policy_back() -> None:
-    full = Policy(tiny.model(), keep_reference=True)
+    full = Policy(tiny.model(), keep_reference="model")
     adapted = Policy(tiny.add_lora(tiny.model()))
     for policy in (full, adapted):
         model = policy.model
