@@ -101,7 +101,7 @@ def main() -> None:
             end.callback(workers[-1].close)
         truth = reference_gate(case)
         harness.gate({w.name: deviations(truth, w.ask("gate")) for w in workers}, TOLERANCE)
-        counted = {w.name: w.ask("count") for w in workers}
+        counted = {w.name: w.ask("count") | w.ask("memory") for w in workers}
         samples = harness.interleave(
             {w.name: lambda w=w: w.ask("step") for w in workers},
             rounds=args.rounds or (3 if args.quick else 9),
@@ -271,7 +271,7 @@ class Probe:
     """Around one step of a trainer: waits for the turn, measures, answers.
 
     Requests: "gate" (on the given completions; the answer is what the trainer computed), "count"
-    (FLOPs by dispatch and tokens, untimed), "step" (time and memory).
+    (FLOPs by dispatch, tokens), "memory", "step" (time alone).
     """
 
     def __init__(self, turns: harness.Turns, case: Case, model: Any):
@@ -294,8 +294,9 @@ class Probe:
         if self.request == "count":
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
-        harness.PeakMemory.reset()
-        self._resting = harness.PeakMemory.bytes()
+        if self.request == "memory":
+            harness.PeakMemory.reset()
+            self._resting = harness.PeakMemory.bytes()
         self._started = time.perf_counter()
         self._cpu_started = time.process_time()
 
@@ -315,13 +316,15 @@ class Probe:
             flops = self._counter.get_total_flops()
             self.turns.answer(tokens | {"tokens/sampled": sum(lengths), "flops": flops})
             return
+        if self.request == "memory":
+            peak = harness.PeakMemory.bytes()
+            self.turns.answer({"memory/peak": peak, "memory/resting": self._resting})
+            return
         self.turns.answer(
             {
                 "time/step": seconds,
                 **{f"time/{name}": value for name, value in phases.items()},
                 "cpu/step": cpu_seconds,
-                "memory/peak": harness.PeakMemory.bytes(),
-                "memory/resting": self._resting,
             }
         )
 

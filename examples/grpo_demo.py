@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on the disk
-# Threads that wait for each other by sleeping, not by spinning: on a busy machine, ten times faster.
+# CPU threads wait for each other by sleeping, not by spinning: on a busy machine much faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from fusedgrpo import GRPOConfig, GRPOTrainer

@@ -11,7 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-
 # Tiny models gain nothing from a second thread, and on a busy machine lose a lot by waiting for it.
 torch.set_num_threads(1)
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from fusedgrpo.engine import trainer_state
 from fusedgrpo.engine.checkpoint import prune
 from fusedgrpo.engine.completions_log import completion_records
@@ -37,8 +35,9 @@ from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError
 from fusedgrpo.kernels import LossOptions
-from fusedgrpo.models.loading import check_tokenizer, eos_ids, load_tokenizer
+from fusedgrpo.models.loading import check_tokenizer, eos_ids, load_tokenizer, model_limits
 from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.precision import pick_device
 
 log = logging.getLogger("fusedgrpo")
 
@@ -87,7 +86,7 @@ class GRPOTrainer:
             kwargs=args.reward_kwargs,
             on_error=args.on_reward_error,
             timeout=args.reward_timeout,
-            device="cpu" if args.use_cpu or not torch.cuda.is_available() else "cuda",
+            device=pick_device(args.use_cpu),
             reward_processing_classes=reward_processing_classes,
             model_kwargs={"trust_remote_code": args.trust_remote_code},
             search_paths=search_paths,
@@ -107,10 +106,17 @@ class GRPOTrainer:
         sampler: Sampler | None,
     ) -> None:
         args = self.args
-        self.policy = Policy.load(args, None if isinstance(model, str) else model, peft_config)
+        model = None if isinstance(model, str) else model
+        # Data errors come before gigabytes are loaded, where the model's limits are known by then.
+        limits = model_limits(args, model)
+        if limits is None:
+            self.policy = Policy.load(args, model, peft_config)
+            limits = model_limits(args, self.policy.causal_lm)
+        self.train_dataset, self.eval_dataset = self._load_data(train_dataset, eval_dataset, limits)
+        if not hasattr(self, "policy"):
+            self.policy = Policy.load(args, model, peft_config)
         check_tokenizer(self.processing_class, self.policy.causal_lm)
         self.eos_ids = eos_ids(self.policy.causal_lm, self.processing_class)
-        self.train_dataset, self.eval_dataset = self._load_data(train_dataset, eval_dataset)
         self.plan = resolve_batch(args, len(self.train_dataset))
         self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
         self.signals = StopSignals()
@@ -143,15 +149,10 @@ class GRPOTrainer:
         self.progress = Progress()
         self.window: RolloutWindow | None = None
 
-    def _load_data(self, train: Any, held_out: Any) -> tuple[PromptDataset, PromptDataset | None]:
+    def _load_data(
+        self, train: Any, held_out: Any, limits: Any
+    ) -> tuple[PromptDataset, PromptDataset | None]:
         args = self.args
-        model = self.policy.causal_lm
-        limits: dict[str, Any] = {
-            "vocab_size": self.policy.vocabulary_size,
-            "context_length": getattr(
-                model.config.get_text_config(), "max_position_embeddings", None
-            ),
-        }
         source = args.dataset if train is None else train
         if source is None:
             raise ConfigError(
@@ -182,6 +183,8 @@ class GRPOTrainer:
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else (
             resume_from_checkpoint
         )  # fmt: skip
+        if 0 < self.plan.total_steps <= self.progress.step:
+            raise ConfigError("This trainer has finished its run. Make a new one to train again.")
         checkpoints = Path(args.output_dir).expanduser().absolute() / "checkpoints"
         found = trainer_state.find(resume, checkpoints)
         if found is not None:
@@ -193,7 +196,7 @@ class GRPOTrainer:
         with (
             RunOutputs.opened(
                 args,
-                resume=found is not None,
+                resume=self.progress.step > 0,
                 total_steps=self.plan.total_steps,
                 done=self.progress.step,
                 plan_line=self._plan_line(),

@@ -75,6 +75,30 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return ids
 
 
+def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None] | None:
+    """``vocab_size`` and ``context_length``, without loading weights; None for a GGUF file, whose
+    configuration is only known when it was read. Raises ModelError."""
+    if model is None:
+        from transformers import AutoConfig
+
+        source, arguments = _source(config)
+        if "gguf_file" in arguments:
+            return None
+        try:
+            settings = AutoConfig.from_pretrained(
+                source, trust_remote_code=config.trust_remote_code, **arguments
+            )
+        except LOADING_ERRORS as error:
+            raise ModelError(f"No model could be loaded from {source!r}: {error}") from error
+    else:
+        settings = model.config
+    text = settings.get_text_config()
+    return {
+        "vocab_size": getattr(text, "vocab_size", None),
+        "context_length": getattr(text, "max_position_embeddings", None),
+    }
+
+
 def load_policy(
     config: GRPOConfig, model: nn.Module | None = None, peft_config: Any = None
 ) -> Policy:

@@ -12,7 +12,7 @@ from fusedgrpo.engine.config_values import read_value, takes_text
 Mode = Literal["no", "steps"]
 
 
-class Strategy(str, Enum):
+class Strategy(str, Enum):  # noqa: UP042 - as the enums of transformers are
     STEPS = "steps"
 
 
