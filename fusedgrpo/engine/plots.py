@@ -76,7 +76,10 @@ def draw_reward(axes: Axes, rows: Sequence[Row]) -> bool:
     names = reward_names(rows)
     for i, name in enumerate(names):
         colour = COLOURS[1 + i % (len(COLOURS) - 1)]
-        drawn |= draw_curve(axes, rows, f"rewards/{name}/mean", name, colour)
+        if series(rows, f"rewards/{name}/mean") != series(
+            rows, "reward"
+        ):  # else one hides the other
+            drawn |= draw_curve(axes, rows, f"rewards/{name}/mean", name, colour)
     steps, values = series(rows, "eval_reward")
     if steps:
         axes.plot(steps, values, "D--", color=INK, markersize=5, label="held-out prompts")
