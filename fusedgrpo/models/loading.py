@@ -143,7 +143,7 @@ def load_policy(
 
 def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
     """The causal LM that ``config`` names, on ``device``. Raises ModelError."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     source, arguments = _source(config)
     arguments |= config.model_init_kwargs or {}
@@ -155,10 +155,13 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
             source,
             config.model_revision or "main",
         )
+    if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):
+        # Else it depends on what is installed whether the weights stay in blocks of 4 bits.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if config.load_in_4bit:
         arguments["quantization_config"] = _four_bit(config, device)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=weights_dtype(config, device),
             device_map={"": device},
@@ -169,12 +172,22 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
     except LOADING_ERRORS as error:
         raise ModelError(f"No model could be loaded from {source!r}: {error}") from error
     model, report = loaded
+    if "gguf_file" in arguments:
+        _forget_gguf(model)
     if missing := report["missing_keys"]:
         raise ModelError(
             f"{source!r} has no weights for {min(missing)} ({len(missing)} missing): they would be "
             f"random. Expected a complete {type(model).__name__}."
         )
     return model
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights were dequantised: without the note that they were not, the model can be trained
+    in full and saved."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def weights_dtype(config: GRPOConfig, device: torch.device) -> torch.dtype | str:
