@@ -357,3 +357,24 @@ def test_no_data_is_refused(tmp_path):
             args=config(tmp_path),
             tokenizer=tiny.tokenizer(),
         )
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_qlora_in_four_bits_trains_on_the_cpu(tmp_path, optim):
+    directory = tiny.save(tmp_path / "model", tiny.model("Llama", hidden_size=64))
+    run = GRPOTrainer(
+        reward_funcs=even_ids,
+        args=config(
+            tmp_path, model_name_or_path=str(directory), load_in_4bit=True, beta=0.1, optim=optim,
+            num_iterations=2, gradient_checkpointing=True, save_strategy="steps", save_steps=2,
+        ),
+        train_dataset=PROMPTS,
+    )  # fmt: skip
+    before = weights(run).clone()
+    run.train()
+    rows = rows_of(run)
+    assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
+    assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert not torch.equal(weights(run), before)
+    assert (tmp_path / "run/checkpoints/step-000004/manifest.json").exists()
+    assert "4-bit weights" in (tmp_path / "run/run.log").read_text()

@@ -252,6 +252,9 @@ def test_a_gguf_file_loads_as_model_and_tokenizer() -> None:
     with policy.scoring():
         paris, berlin = policy.logprobs(packed).logp.tolist()
     assert paris > berlin + 1 and paris > -2
+    # Dequantised, it is a plain model: it can be trained in full, and saved.
+    assert not getattr(policy.causal_lm, "is_quantized", False)
+    assert "quantization_config" not in policy.causal_lm.config.to_dict()
     assert len(adapters(policy)) == 7
 
 
