@@ -71,8 +71,13 @@ class Updater:
         try:
             loss, metrics = self._accumulate(samples, step)
             parameters = [p for _, p in self.policy.trainable()]
+            for parameter in parameters:
+                # Where no sample had a gradient the optimizer still takes its step, as it would
+                # have with the zeros that a forward and backward of them yields.
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
             self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             result = UpdateResult(False, *torch.stack([loss, norm.to(loss)]).tolist())
             result.metrics = metrics
             result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
@@ -97,19 +102,29 @@ class Updater:
         num_items = sum(sample.loss_tokens for sample in samples)
         total = torch.zeros((), device=self.policy.device)
         averager = MetricAverager(self.options)
+        skipped = [sample for sample in samples if not self._has_gradient(sample)]
+        everything, samples = len(samples), [s for s in samples if self._has_gradient(s)]
+        averager.skip(skipped)
         lengths = [sample.num_tokens for sample in samples]
         for index, members in enumerate(micro_batches(lengths, self.max_tokens)):
             self.poll()
             batch = [samples[i] for i in members]
             # Dropout, if there is any, repeats itself when the step is run again after a resume.
             with seeded(derive(self.seed, "update", step, index)):
-                loss, metrics = self._loss(batch, num_items, len(samples))
+                loss, metrics = self._loss(batch, num_items, everything)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             tokens = sum(sample.loss_tokens for sample in batch)
             sequences = sum(sample.loss_tokens > 0 for sample in batch)
             averager.add(metrics, tokens, sequences)
-        return total, averager.result()
+        return total, averager.result() | {"frac_rows_skipped": len(skipped) / max(everything, 1)}
+
+    def _has_gradient(self, sample: Sample) -> bool:
+        """False for a completion whose gradient is exactly 0: it is not forwarded, and still counts
+        in the denominators."""
+        if not sample.loss_tokens:
+            return False
+        return bool(sample.advantage or self.options.beta or self.entropy_coef)
 
     def _loss(
         self, batch: Sequence[Sample], num_items: int, num_sequences: int
@@ -158,6 +173,7 @@ class MetricAverager:
     def __init__(self, options: LossOptions):
         self.per_sequence = options.importance_sampling_level == "sequence"
         self.parts: list[tuple[dict[str, Tensor], int, int]] = []
+        self.skipped_tokens = self.skipped_sequences = 0
 
     def add(self, metrics: dict[str, Tensor], tokens: int, sequences: int) -> None:
         # A part without a token says nothing, unless all are like that.
@@ -165,6 +181,11 @@ class MetricAverager:
             self.parts.clear()
         if tokens or not self.parts:
             self.parts.append((metrics, tokens, sequences))
+
+    def skip(self, samples: Sequence[Sample]) -> None:
+        """Samples that were not forwarded: nothing of them was clipped, and no more is known."""
+        self.skipped_tokens = sum(sample.loss_tokens for sample in samples)
+        self.skipped_sequences = sum(sample.loss_tokens > 0 for sample in samples)
 
     def result(self) -> dict[str, float]:
         names = list(self.parts[0][0]) if self.parts else []
@@ -174,6 +195,9 @@ class MetricAverager:
         return {name: self._merge(name, values) for name, values in columns.items()}
 
     def _merge(self, name: str, values: list[float]) -> float:
+        clip_metric = name.startswith(("clip_ratio/", "cispo_clip_ratio"))
+        if clip_metric and self.skipped_sequences:
+            values = [*values, 0.0]
         if name in self.SUMS:
             return math.fsum(values)
         if name == "clip_ratio/low_min":
@@ -184,6 +208,8 @@ class MetricAverager:
             self.per_sequence and name.startswith(("clip_ratio/", "cispo_", "log_ratio_"))
         )
         weights = [sequences if by_sequence else tokens for _, tokens, sequences in self.parts]
+        if len(values) > len(weights):
+            weights.append(self.skipped_sequences if by_sequence else self.skipped_tokens)
         return weighted_mean(values, weights)
 
 

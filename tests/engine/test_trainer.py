@@ -11,6 +11,7 @@ import torch
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.update import Updater
 from fusedgrpo.errors import ConfigError, NonFiniteError, RewardError
 from fusedgrpo.kernels.reference import reference_group_advantages
 
@@ -378,3 +379,36 @@ def test_qlora_in_four_bits_trains_on_the_cpu(tmp_path, optim):
     assert not torch.equal(weights(run), before)
     assert (tmp_path / "run/checkpoints/step-000004/manifest.json").exists()
     assert "4-bit weights" in (tmp_path / "run/run.log").read_text()
+
+
+def first_group_only(completions, completion_ids, **kwargs):
+    rewards = even_ids(completion_ids)
+    return rewards[:4] + [0.5] * (len(rewards) - 4)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_rows_without_gradient_are_not_forwarded_and_change_nothing(
+    tmp_path, monkeypatch, num_iterations
+):
+    options = {"reward_funcs": first_group_only, "num_iterations": num_iterations}
+    run = trained(tmp_path / "a", **options)
+    monkeypatch.setattr(Updater, "_has_gradient", lambda self, sample: True)
+    full = trained(tmp_path / "b", **options)
+    torch.testing.assert_close(weights(run), weights(full), rtol=0, atol=1e-6)
+    for skipped, whole in zip(rows_of(run), rows_of(full), strict=True):
+        assert skipped["frac_rows_skipped"] >= 0.5 and whole["frac_rows_skipped"] == 0
+        for name in (
+            "loss",
+            "grad_norm",
+            "clip_ratio/region_mean",
+            "clip_ratio/high_max",
+            "reward",
+        ):
+            assert skipped[name] == pytest.approx(whole[name], abs=1e-5), name
+
+
+def test_a_rollout_with_nothing_to_learn_costs_no_forward(tmp_path):
+    run = trainer(tmp_path, reward_funcs=lambda completions, **k: [1.0] * len(completions))
+    run.policy.logprobs = None  # would fail
+    run.train()
+    assert all(row["frac_rows_skipped"] == 1 and row["loss"] == 0 for row in rows_of(run))
