@@ -217,7 +217,9 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             task_type="CAUSAL_LM",
         )
     try:
-        with warnings.catch_warnings():
+        # The adapters' first weights are a random choice of the run like all others.
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(config.seed)
             # peft asks transformers under a name that transformers has deprecated since.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
