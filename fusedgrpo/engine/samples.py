@@ -46,6 +46,11 @@ class Sample:
             return len(self.completion_ids)
         return int(self.sampler_weight.isfinite().sum())
 
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens that a weight that is not finite took out of the loss."""
+        return len(self.completion_ids) - self.loss_tokens if self.in_loss else 0
+
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of ``lengths`` cut into batches of at most ``max_tokens`` tokens, padding counted,

@@ -412,7 +412,10 @@ class GRPOTrainer:
         trained = sum(p.numel() for _, p in self.policy.trainable())
         what = "all weights"
         if self.policy.has_adapter:
-            what = f"LoRA r={self.args.lora_r} on {_bits(self.policy.causal_lm)} weights"
+            adapter = self.policy.model.active_peft_config
+            rank = f" r={adapter.r}" if hasattr(adapter, "r") else ""
+            kind = {"LORA": "LoRA"}.get(adapter.peft_type.value, adapter.peft_type.value)
+            what = f"{kind}{rank} on {_bits(self.policy.causal_lm)} weights"
         dtype = self.policy.compute_dtype or self.policy.head.weight.dtype
         return (
             f"{self.plan.describe()}; {what}, {trained / 1e6:.3g}M trained, computing in "

@@ -71,10 +71,10 @@ class Updater:
         try:
             loss, metrics = self._accumulate(samples, step)
             parameters = [p for _, p in self.policy.trainable()]
-            for parameter in parameters:
+            if all(p.grad is None for p in parameters):
                 # Where no sample had a gradient the optimizer still takes its step, as it would
                 # have with the zeros that a forward and backward of them yields.
-                if parameter.grad is None:
+                for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -117,7 +117,11 @@ class Updater:
             tokens = sum(sample.loss_tokens for sample in batch)
             sequences = sum(sample.loss_tokens > 0 for sample in batch)
             averager.add(metrics, tokens, sequences)
-        return total, averager.result() | {"frac_rows_skipped": len(skipped) / max(everything, 1)}
+        metrics = averager.result()
+        metrics["frac_rows_skipped"] = len(skipped) / max(everything, 1)
+        if "sampling/dropped_tokens" in metrics:  # those of rows that were not forwarded, too
+            metrics["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
+        return total, metrics
 
     def _has_gradient(self, sample: Sample) -> bool:
         """False for a completion whose gradient is exactly 0: it is not forwarded, and still counts
@@ -155,7 +159,7 @@ class Updater:
         if sampled is not None and old_logp is None:
             # The policy that sampled these tokens is the one that was just evaluated.
             gap = torch.where(sampled.isfinite(), (logp.detach() - sampled).abs(), 0.0)
-            metrics[MISMATCH_MEAN] = gap.sum() / max(len(gap), 1)
+            metrics[MISMATCH_MEAN] = gap.sum() / sampled.isfinite().sum().clamp(min=1)
             metrics[MISMATCH_MAX] = gap.max() if len(gap) else gap.sum()
         if self.entropy_coef:
             metrics["policy_loss"] = loss.detach()
@@ -214,7 +218,7 @@ class MetricAverager:
 
 
 def weighted_mean(values: Iterable[float], weights: Sequence[int]) -> float:
-    """The mean, or the plain first value where all weights are 0."""
+    """The mean; 0 where all weights are 0."""
     values = list(values)
     total = sum(weights)
     return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
