@@ -117,11 +117,11 @@ class Updater:
             tokens = sum(sample.loss_tokens for sample in batch)
             sequences = sum(sample.loss_tokens > 0 for sample in batch)
             averager.add(metrics, tokens, sequences)
-        metrics = averager.result()
-        metrics["frac_rows_skipped"] = len(skipped) / max(everything, 1)
-        if "sampling/dropped_tokens" in metrics:  # those of rows that were not forwarded, too
-            metrics["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
-        return total, metrics
+        merged = averager.result()
+        merged["frac_rows_skipped"] = len(skipped) / max(everything, 1)
+        if "sampling/dropped_tokens" in merged:  # those of rows that were not forwarded, too
+            merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
+        return total, merged
 
     def _has_gradient(self, sample: Sample) -> bool:
         """False for a completion whose gradient is exactly 0: it is not forwarded, and still counts
