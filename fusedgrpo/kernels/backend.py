@@ -3,35 +3,86 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from typing import Literal
 
 import torch
 
 Backend = Literal["auto", "triton", "torch"]
+Resolved = Literal["triton", "torch"]
+
+# Turing is the oldest generation that Triton 3 compiles for.
+MIN_CUDA_CAPABILITY = (7, 5)
 
 log = logging.getLogger("fusedgrpo")
 
 
-def resolve_backend(backend: str, op: str, device: torch.device) -> Literal["torch"]:
+def resolve_backend(backend: str, op: str, device: torch.device) -> Resolved:
     """The implementation of ``op`` that runs for ``backend`` on ``device``.
 
-    ``auto`` takes the fastest one there is and says so once per operation and kind of device.
+    ``auto`` takes Triton on a GPU that has it, else torch, and says so once per operation and kind
+    of device. On the CPU Triton runs under its interpreter only (``TRITON_INTERPRET=1`` set before
+    the first import): for tests, thousands of times slower, so never chosen by ``auto``.
     Raises ValueError for an unknown name and RuntimeError for an implementation that was asked for
     by name and cannot run: a run never falls back silently.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend={backend!r}: expected 'auto', 'triton' or 'torch'.")
+    if backend == "torch":
+        return "torch"
+    obstacle = triton_obstacle(device)
     if backend == "triton":
-        raise RuntimeError(
-            f"backend='triton': this version of fusedgrpo has no Triton kernel for {op}; "
-            "use backend='torch' or 'auto'."
-        )
-    if backend == "auto":
-        _say_choice(op, "torch", device.type)
-    return "torch"
+        if obstacle is not None:
+            raise RuntimeError(
+                f"backend='triton' for {op} on {device}: {obstacle}. "
+                "Use backend='auto' or 'torch' for the plain-torch implementation."
+            )
+        return "triton"
+    choice: Resolved = "triton" if obstacle is None and device.type == "cuda" else "torch"
+    if not torch.compiler.is_compiling():
+        _say_choice(op, choice, device.type, obstacle)
+    return choice
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on tensors of ``device``; None if one can."""
+    if not _triton_installed():
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        capability = _capability(device)
+        if torch.version.hip is None and capability < MIN_CUDA_CAPABILITY:
+            need = ".".join(map(str, MIN_CUDA_CAPABILITY))
+            return f"compute capability {capability[0]}.{capability[1]}, Triton needs {need}"
+        return None
+    if device.type == "cpu":
+        return None if interpreted() else "the CPU runs Triton only under TRITON_INTERPRET=1"
+    return f"there are no Triton kernels for {device.type}"
 
 
 @functools.cache
-def _say_choice(op: str, choice: str, device_type: str) -> None:
-    log.debug("%s on %s: %s backend", op, device_type, choice)
+def interpreted() -> bool:
+    """Do kernels run in Triton's interpreter? Fixed once triton is imported, so read once."""
+    if not _triton_installed():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _say_choice(op: str, choice: str, device_type: str, obstacle: str | None) -> None:
+    if device_type == "cuda" and obstacle is not None:
+        log.warning("%s on %s: %s backend (%s)", op, device_type, choice, obstacle)
+    else:
+        log.debug("%s on %s: %s backend", op, device_type, choice)
