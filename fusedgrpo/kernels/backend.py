@@ -18,7 +18,9 @@ MIN_CUDA_CAPABILITY = (7, 5)
 log = logging.getLogger("fusedgrpo")
 
 
-def resolve_backend(backend: str, op: str, device: torch.device) -> Resolved:
+def resolve_backend(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype | None = None
+) -> Resolved:
     """The implementation of ``op`` that runs for ``backend`` on ``device``.
 
     ``auto`` takes Triton on a GPU that has it, else torch, and says so once per operation and kind
@@ -31,7 +33,7 @@ def resolve_backend(backend: str, op: str, device: torch.device) -> Resolved:
         raise ValueError(f"backend={backend!r}: expected 'auto', 'triton' or 'torch'.")
     if backend == "torch":
         return "torch"
-    obstacle = triton_obstacle(device)
+    obstacle = triton_obstacle(device, dtype)
     if backend == "triton":
         if obstacle is not None:
             raise RuntimeError(
@@ -45,8 +47,10 @@ def resolve_backend(backend: str, op: str, device: torch.device) -> Resolved:
     return choice
 
 
-def triton_obstacle(device: torch.device) -> str | None:
-    """Why no Triton kernel can run on tensors of ``device``; None if one can."""
+def triton_obstacle(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why no Triton kernel can run on tensors of ``device`` and ``dtype``; None if one can."""
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32, and this is float64"
     if not _triton_installed():
         return "the package triton is not installed"
     if device.type == "cuda":

@@ -27,6 +27,56 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How the head's work is cut: rows of hidden states by columns of the vocabulary.
+
+    rows: of a chunk whose probabilities are used tile by tile.
+    columns: of a tile of logits.
+    head_columns: of a tile when the gradient of the head is accumulated over all rows.
+    stored_rows: of a chunk whose probabilities are kept for the whole vocabulary.
+    """
+
+    rows: int
+    columns: int
+    head_columns: int
+    stored_rows: int
+
+
+MIB = 2**20
+
+
+def tiling(H: int, V: int, itemsize: int, device_type: str) -> Tiling:
+    """The tiling for a head ``[V, H]`` whose GEMM operands have ``itemsize`` bytes an element.
+
+    Of neither N nor whether gradients are needed: the same row gives the same bits in every pass.
+    On a GPU 4,096 rows fill its GEMMs, and the widest tile is taken whose scratch (float32 logits,
+    probabilities, two float32 accumulators ``[rows, H]``) stays below 500 MiB.
+    """
+    if device_type != "cuda":
+        return Tiling(1024, 4096, 4096, _stored_rows(V, itemsize, most=1024))
+    sizes = [(r, c) for r in (4096, 2048, 1024) for c in (16384, 8192, 4096)]
+    fitting = (rc for rc in sizes if rc[0] * (rc[1] * (4 + itemsize) + 8 * H) <= 500 * MIB)
+    rows, columns = next(fitting, sizes[-1])
+    return Tiling(rows, columns, min(columns, 4096), _stored_rows(V, itemsize, most=rows))
+
+
+def _stored_rows(V: int, itemsize: int, most: int) -> int:
+    """The most rows, a power of two, whose ``[rows, V]`` probabilities take up to 320 MiB."""
+    fitting = max(320 * MIB // (V * itemsize), 1)
+    return min(1 << (fitting.bit_length() - 1), most)
+
+
+def tile_launch(columns: int) -> Launch:
+    """One program per row of a tile of logits."""
+    return Launch(block=min(power_of_two(columns), 4096), num_warps=8)
+
+
+def row_launch(H: int) -> Launch:
+    """One program per row of hidden states."""
+    return Launch(block=min(power_of_two(H), 2048), num_warps=4)
+
+
 def ragged_launch() -> Launch:
     """One program per completion, over its tokens: the policy loss."""
     return Launch(block=1024, num_warps=4)
