@@ -2,6 +2,8 @@
 # make test   all tests that this machine can run
 # make check  lint, format, types
 # make bench  the comparisons of bench/, at small sizes
+# make gpu    on a machine with a GPU: its tests, and the comparisons of the kernels to bench/results
+#             (gpu-test and gpu-bench apart); PY=python takes the packages that are there
 # VENV=... uses another environment than .venv; PYTHON=... another interpreter to make it with.
 
 PYTHON ?= python3
@@ -9,7 +11,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format bench clean
+# Of the targets for a GPU.
+PY ?= $(BIN)/python
+PEERS ?= trl,liger_kernel,cut_cross_entropy
+RESULTS := bench/results/$(shell date +%F)
+
+.PHONY: demo test check format bench gpu gpu-test gpu-bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/grpo_demo.py
@@ -29,6 +36,19 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	for script in bench/bench_*.py; do $(BIN)/python $$script --quick --peers trl || exit 1; done
 
+gpu: gpu-test gpu-bench
+
+gpu-test gpu-bench: $(if $(filter $(BIN)/python,$(PY)),$(VENV)/.peers)
+gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+gpu-test:
+	$(PY) -m pytest -m gpu
+
+gpu-bench:
+	$(PY) bench/bench_linear_logprob.py --peers $(PEERS) --json $(RESULTS)-linear-logprob-gpu.jsonl
+	$(PY) bench/bench_policy_loss.py --peers $(PEERS) --json $(RESULTS)-policy-loss-gpu.jsonl
+	$(PY) bench/bench_accuracy.py --device cuda --peers $(PEERS) --json $(RESULTS)-accuracy-gpu.jsonl
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -39,6 +59,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(INSTALL) -e ".[dev,trl]" -c constraints.txt
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.dev
+	$(INSTALL) -e ".[dev,trl,peers]" -c constraints.txt
 	touch $@
 
 clean:

@@ -145,6 +145,10 @@ def interleave(
     A step does the work once and returns its figures by metric.
     """
     samples: Samples = {name: {} for name in steps}
+    # Steps collect garbage; what the imports made is none, and looking at it takes longer than many
+    # a step.
+    gc.collect()
+    gc.freeze()
     for index in range(warmup + rounds):
         done = f"round {index - warmup + 1} of {rounds}" if index >= warmup else "warm-up"
         print(done, file=sys.stderr, flush=True)
@@ -153,35 +157,43 @@ def interleave(
             if index >= warmup:
                 for metric, value in figures.items():
                     samples[name].setdefault(metric, []).append(float(value))
+    gc.unfreeze()
     return samples
 
 
-def timed(work: Callable[[], Any], device: str = "cpu") -> Callable[[], dict[str, float]]:
+def timed(
+    work: Callable[[], Any], device: str = "cpu", repeat: int = 1
+) -> Callable[[], dict[str, float]]:
     """``work`` as a step of ``interleave`` in this process: its ``time`` in seconds.
 
-    On CUDA also ``peak_memory``, bytes allocated beyond what was before. On a CPU the resident set
-    belongs to the whole process: use a ``Worker`` and ``PeakMemory`` there.
+    On CUDA by the device's events, and also ``peak_memory``, bytes allocated beyond what was
+    before. On a CPU the resident set belongs to the whole process: use a ``Worker`` and
+    ``PeakMemory`` there. repeat: runs of ``work`` per step, for work that is over in microseconds.
     """
     import torch
 
-    cuda = torch.device(device).type == "cuda"
-
-    def step() -> dict[str, float]:
+    def on_cpu() -> dict[str, float]:
         gc.collect()
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
         started = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        figures = {"time": time.perf_counter() - started}
-        if cuda:
-            figures["peak_memory"] = torch.cuda.max_memory_allocated() - before
-        return figures
+        for _ in range(repeat):
+            work()
+        return {"time": (time.perf_counter() - started) / repeat}
 
-    return step
+    def on_cuda() -> dict[str, float]:
+        gc.collect()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        begin.record()
+        for _ in range(repeat):
+            work()
+        end.record()
+        end.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        return {"time": begin.elapsed_time(end) / 1e3 / repeat, "peak_memory": peak}
+
+    return on_cuda if torch.device(device).type == "cuda" else on_cpu
 
 
 class PeakMemory:
@@ -210,7 +222,9 @@ def gate(errors: Mapping[str, Mapping[str, float]], tolerance: float) -> None:
     print(f"gate: relative error against the reference, at most {tolerance:g}")
     failed = []
     for name, values in errors.items():
-        print(f"  {name:<12}" + "  ".join(f"{what} {error:.1e}" for what, error in values.items()))
+        print(
+            f"  {name:<12}  " + "  ".join(f"{what} {error:.1e}" for what, error in values.items())
+        )
         # Not "error > tolerance": NaN has to fail.
         failed += [f"{name}: {what}" for what, e in values.items() if not e <= tolerance]
     if failed:
@@ -231,23 +245,32 @@ def report(
 
     units: by metric, in the order of the table. distributions: more packages to give versions of.
     """
-    about = {
+    where = about(distributions)
+    rows = [
+        {"bench": bench, "case": case, "impl": impl, "metric": metric, "value": value, "unit": unit}
+        | where
+        for impl, metric, value, unit in figures(samples, units)
+    ]
+    print(f"\n{bench}: {case}\n{where['machine']}; commit {where['commit']}")
+    print(", ".join(f"{name} {version}" for name, version in where["versions"].items()))
+    print(table(samples, units))
+    if json_file is not None:
+        write(rows, json_file)
+    return rows
+
+
+def about(distributions: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a row that say where it comes from."""
+    return {
         "machine": machine(),
         "versions": versions((*DISTRIBUTIONS, *distributions)),
         "commit": COMMIT,
     }
-    rows = [
-        {"bench": bench, "case": case, "impl": impl, "metric": metric, "value": value, "unit": unit}
-        | about
-        for impl, metric, value, unit in figures(samples, units)
-    ]
-    print(f"\n{bench}: {case}\n{about['machine']}; commit {about['commit']}")
-    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    print(table(samples, units))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+
+
+def write(rows: Sequence[Mapping[str, Any]], json_file: Path) -> None:
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def figures(samples: Samples, units: Mapping[str, str]) -> list[tuple[str, str, float, str]]:

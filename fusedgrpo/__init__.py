@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fusedgrpo.engine.config import GRPOConfig
     from fusedgrpo.engine.trainer import GRPOTrainer
+    from fusedgrpo.kernels.grpo_loss import GRPOLoss
 
 __version__ = "0.1.0"
-__all__ = ["GRPOConfig", "GRPOTrainer", "__version__"]
+__all__ = ["GRPOConfig", "GRPOLoss", "GRPOTrainer", "__version__"]
 
 _HOMES = {
     "GRPOConfig": "fusedgrpo.engine.config",
+    "GRPOLoss": "fusedgrpo.kernels.grpo_loss",
     "GRPOTrainer": "fusedgrpo.engine.trainer",
 }
 

@@ -43,69 +43,125 @@ def group_advantages(
 
     A row whose rewards are all NaN is left out of every mean and gets 0, and so does a row that has
     no other to compare with. Rewards that are equal throughout a group give exactly 0 there.
-    Raises ValueError for shapes or options that do not fit and for infinite rewards.
+    The result carries no gradient. float64 rewards are computed in float64 by the torch backend,
+    all else in float32. Raises ValueError for shapes or options that do not fit and for infinite
+    rewards.
     """
-    resolve_backend(backend, "group_advantages", rewards.device)
-    rewards_BF, group_B = _checked(rewards, group_size, group_ids)
-    B, F = rewards_BF.shape
-    if weights is None:
-        weights_F = rewards_BF.new_ones(F)
-    else:
-        weights_F = weights.to(rewards_BF)
-        if weights_F.shape != (F,):
-            raise ValueError(f"weights has shape {tuple(weights.shape)}: expected ({F},).")
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards={scale_rewards!r}: expected 'group', 'batch' or 'none'.")
-    if B == 0:
-        return torch.zeros(0, dtype=torch.float32, device=rewards.device)
-
-    unscorable_B = rewards_BF.isnan().all(1)
-    everyone_B = torch.zeros_like(group_B)
-    if multi_objective_aggregation == "sum_then_normalize":
-        total_B = (weights_F * rewards_BF).nansum(1).masked_fill(unscorable_B, torch.nan)
-        advantages = _centred(total_B[:, None], group_B)[:, 0]
-        if scale_rewards != "none":
-            scope_B = group_B if scale_rewards == "group" else everyone_B
-            advantages = advantages / (_std(total_B[:, None], scope_B)[:, 0] + eps)
-    elif multi_objective_aggregation == "normalize_then_sum":
-        z_BF = _centred(rewards_BF, group_B) / (_std(rewards_BF, group_B) + eps)
-        total_B = (weights_F * z_BF).nansum(1).masked_fill(unscorable_B, torch.nan)[:, None]
-        advantages = (_centred(total_B, everyone_B) / (_std(total_B, everyone_B) + eps))[:, 0]
-    else:
-        raise ValueError(
-            f"multi_objective_aggregation={multi_objective_aggregation!r}: "
-            "expected 'sum_then_normalize' or 'normalize_then_sum'."
-        )
-    return advantages.nan_to_num(nan=0.0).float()
-
-
-def _checked(
-    rewards: Tensor, group_size: int | None, group_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Rewards as ``[B, F]`` in float32 (float64 stays), groups as dense ids ``[B]``."""
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected [B] or [B, F].")
     if (group_size is None) == (group_ids is None):
         raise ValueError("Give either group_size or group_ids.")
-    B = rewards.shape[0]
-    if group_size is not None:
-        if group_size < 1 or B % group_size:
-            raise ValueError(
-                f"group_size={group_size} does not divide the {B} rewards: "
-                "for groups of different sizes give group_ids."
-            )
-        dense = torch.arange(B, device=rewards.device) // group_size
-    else:
-        assert group_ids is not None
+    rewards_BF = rewards[:, None] if rewards.dim() == 1 else rewards
+    B, F = rewards_BF.shape
+    if group_size is not None and (group_size < 1 or B % group_size):
+        raise ValueError(
+            f"group_size={group_size} does not divide the {B} rewards: "
+            "for groups of different sizes give group_ids."
+        )
+    if group_ids is not None:
         if group_ids.shape != (B,):
             raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}: expected ({B},).")
-        dense = group_ids.to(rewards.device).unique(return_inverse=True)[1]
+        if group_ids.is_floating_point():
+            raise ValueError(f"group_ids has dtype {group_ids.dtype}: expected torch.int64.")
+        group_ids = group_ids.to(rewards.device)
+    if weights is not None and weights.shape != (F,):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}: expected ({F},).")
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards={scale_rewards!r}: expected 'group', 'batch' or 'none'.")
+    if multi_objective_aggregation not in ("sum_then_normalize", "normalize_then_sum"):
+        raise ValueError(
+            f"multi_objective_aggregation={multi_objective_aggregation!r}: "
+            "expected 'sum_then_normalize' or 'normalize_then_sum'."
+        )
     if rewards.dtype != torch.float64:
-        rewards = rewards.float()
+        rewards_BF = rewards_BF.float()
+    weights_F = rewards_BF.new_ones(F) if weights is None else weights.to(rewards_BF)
+    return torch.ops.fusedgrpo.group_advantages(
+        rewards_BF.detach(),
+        weights_F.detach(),
+        group_ids,
+        0 if group_size is None else group_size,
+        scale_rewards,
+        multi_objective_aggregation,
+        eps,
+        backend,
+    )
+
+
+@torch.library.custom_op("fusedgrpo::group_advantages", mutates_args=())
+def _group_advantages(
+    rewards: Tensor,
+    weights: Tensor,
+    group_ids: Tensor | None,
+    group_size: int,
+    scale_rewards: str,
+    aggregation: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """rewards ``[B, F]`` and weights ``[F]`` are both float32 or both float64.
+
+    group_size: read if there are no group_ids.
+    """
+    B, F = rewards.shape
     if rewards.isinf().any():
-        row = int(rewards.isinf().view(B, -1).any(1).nonzero()[0])
+        row = int(rewards.isinf().any(1).nonzero()[0])
         raise ValueError(f"rewards[{row}] is infinite: rewards must be finite, or NaN for 'none'.")
-    return (rewards[:, None] if rewards.dim() == 1 else rewards), dense
+    if B == 0 or F == 0:
+        return torch.zeros(B, dtype=torch.float32, device=rewards.device)
+    if resolve_backend(backend, "group_advantages", rewards.device) == "triton":
+        from fusedgrpo.kernels.advantages_triton import group_advantages_triton
+
+        return group_advantages_triton(
+            rewards, weights, group_ids, group_size, scale_rewards, aggregation, eps
+        )
+    if group_ids is None:
+        group_ids = torch.arange(B, device=rewards.device) // group_size
+    return group_advantages_torch(rewards, weights, group_ids, scale_rewards, aggregation, eps)
+
+
+@_group_advantages.register_fake
+def _(
+    rewards: Tensor,
+    weights: Tensor,
+    group_ids: Tensor | None,
+    group_size: int,
+    scale_rewards: str,
+    aggregation: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return rewards.new_empty(rewards.shape[0], dtype=torch.float32)
+
+
+def group_advantages_torch(
+    rewards_BF: Tensor,
+    weights_F: Tensor,
+    group_ids: Tensor,
+    scale_rewards: str,
+    aggregation: str,
+    eps: float,
+) -> Tensor:
+    """The twin of the Triton kernel, in the dtype of the rewards."""
+    group_B = group_ids.unique(return_inverse=True)[1]
+    everyone_B = torch.zeros_like(group_B)
+    unscorable_B = rewards_BF.isnan().all(1)
+    if aggregation == "sum_then_normalize":
+        total_B1 = _weighted_sum(rewards_BF, weights_F, unscorable_B)
+        advantages_B1 = _centred(total_B1, group_B)
+        if scale_rewards != "none":
+            scope_B = group_B if scale_rewards == "group" else everyone_B
+            advantages_B1 = advantages_B1 / (_std(total_B1, scope_B) + eps)
+    else:
+        z_BF = _centred(rewards_BF, group_B) / (_std(rewards_BF, group_B) + eps)
+        total_B1 = _weighted_sum(z_BF, weights_F, unscorable_B)
+        advantages_B1 = _centred(total_B1, everyone_B) / (_std(total_B1, everyone_B) + eps)
+    return advantages_B1[:, 0].nan_to_num(nan=0.0).float()
+
+
+def _weighted_sum(x_BF: Tensor, weights_F: Tensor, unscorable_B: Tensor) -> Tensor:
+    """``[B, 1]``, NaN where ``unscorable_B``."""
+    return (weights_F * x_BF).nansum(1).masked_fill(unscorable_B, torch.nan)[:, None]
 
 
 def _group_sum(x_BF: Tensor, group_B: Tensor) -> Tensor:

@@ -67,7 +67,6 @@ def linear_logprob(
     Raises IndexError for a target outside the vocabulary, ValueError or TypeError for shapes,
     dtypes and options that do not fit.
     """
-    chosen = resolve_backend(backend, "linear_logprob", hidden.device, hidden.dtype)
     head = HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     hidden, weight = autocast_operands(hidden, weight)
     check_operands(hidden, weight, targets, bias, mask)
@@ -84,7 +83,7 @@ def linear_logprob(
         return_entropy is not False,
         return_entropy is True,
         with_grad,
-        chosen,
+        backend,
     )
     shape = targets.shape
     return LogProbs(logp.view(shape), None if return_entropy is False else entropy.view(shape))
@@ -108,6 +107,7 @@ def _linear_logprob(
     """``logp``, ``z_target``, ``entropy``, each ``[N]``, and the gradients ``[N, H]`` of logp and
     entropy; those that were not asked for have no rows."""
     head = HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    chosen = resolve_backend(backend, "linear_logprob", hidden.device, hidden.dtype)
     N = len(hidden)
     keep = None if mask is None else mask.nonzero().flatten()
     kept_target = target if keep is None else target[keep]
@@ -127,7 +127,7 @@ def _linear_logprob(
                 bias,
                 kept_target[lo : lo + R],
                 head,
-                backend,  # type: ignore[arg-type]
+                chosen,
                 want_entropy=want_entropy,
                 u=u,
                 v=v,

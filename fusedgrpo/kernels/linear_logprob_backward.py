@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgrpo.kernels.backend import resolve_backend
 from fusedgrpo.kernels.ops import refuse_second_derivative
 from fusedgrpo.kernels.tiles import Finished, HeadOptions
 from fusedgrpo.kernels.vocab_pass import (
@@ -39,7 +40,7 @@ def _(g: Tensor | None, u: Tensor, e: Tensor | None, v: Tensor) -> Tensor:
     return torch.empty_like(u)
 
 
-@torch.library.custom_op("fusedgrpo::linear_logprobhead_gradients", mutates_args=())
+@torch.library.custom_op("fusedgrpo::linear_logprob_head_gradients", mutates_args=())
 def head_gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -60,7 +61,7 @@ def head_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients ``[V, H]`` and ``[V]`` of the head: each tile of logits again, ``dz.T @ h``."""
     head = HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-    fn = tile_functions(backend)  # type: ignore[arg-type]
+    fn = tile_functions(resolve_backend(backend, "linear_logprob", hidden.device, hidden.dtype))
     sizes = tiling_for(weight)
     R, K = sizes.rows, min(sizes.head_columns, len(weight))
     keep = None if mask is None else mask.nonzero().flatten()
@@ -131,5 +132,5 @@ def _head_outputs(
     )
 
 
-for _op in (scale_rows, head_gradients):
-    refuse_second_derivative(_op, "linear_logprob")
+refuse_second_derivative(scale_rows, "linear_logprob / linear_policy_loss")
+refuse_second_derivative(head_gradients, "linear_logprob")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -58,7 +59,7 @@ class LossOptions:
             ("beta", 0.0),
         ):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= minimum):
+            if value is not None and not minimum <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: expected a finite number >= {minimum:g}.")
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             if not getattr(self, name) > 0:
@@ -71,6 +72,32 @@ class LossOptions:
         """``epsilon_high``, or ``epsilon`` where it is not given."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
+    @property
+    def mean_per_completion(self) -> bool:
+        """Is the loss a sum of each completion's mean over its tokens, not of all tokens?"""
+        return self.loss_type in ("grpo", "sapo")
+
     def to_dict(self) -> dict[str, Any]:
         """The options as keyword arguments of ``policy_loss``."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to_numbers(self) -> list[float]:
+        """The options as a custom op's schema can carry them; ``from_numbers`` reads them back."""
+        values = self.to_dict()
+        values["loss_type"] = LOSS_TYPES.index(self.loss_type)
+        values["importance_sampling_level"] = IMPORTANCE_SAMPLING_LEVELS.index(
+            self.importance_sampling_level
+        )
+        return [math.nan if value is None else float(value) for value in values.values()]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> LossOptions:
+        values: dict[str, Any] = {
+            field.name: None if math.isnan(value) else value
+            for field, value in zip(fields(cls), numbers, strict=True)
+        }
+        values["loss_type"] = LOSS_TYPES[int(values["loss_type"])]
+        level = int(values["importance_sampling_level"])
+        values["importance_sampling_level"] = IMPORTANCE_SAMPLING_LEVELS[level]
+        values["use_bias_correction_kl"] = bool(values["use_bias_correction_kl"])
+        return cls(**values)

@@ -13,21 +13,23 @@ completion, level "sequence"), r = exp(s):
 and the sum over tokens is divided by a denominator that the caller knows, so that any split into
 micro-batches adds up to the same loss. Formulas and metric names: TRL 1.16's ``GRPOTrainer``.
 It differs from TRL in one thing: log-ratios are masked, and clamped to +-20, before ``exp``.
+
+The forward already writes d loss / d logp (``loss_terms.py``, where the derivation is), so that the
+backward is one product.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedgrpo.kernels.backend import Backend, resolve_backend
-from fusedgrpo.kernels.options import CLIPPED_LOSS_TYPES, LossOptions
-
-# exp(20) is 5e8: no sane ratio is near it, and exp of it and its gradient stay finite in float32.
-MAX_LOG_RATIO = 20.0
+from fusedgrpo.kernels.loss_terms import METRICS, loss_terms, name_metrics
+from fusedgrpo.kernels.ops import refuse_second_derivative
+from fusedgrpo.kernels.options import LossOptions
 
 
 class PolicyLoss(NamedTuple):
@@ -84,7 +86,10 @@ def policy_loss(
     With every token masked the loss is exactly 0, still connected to ``logp``. Metrics are means
     over this call's unmasked tokens (over completions at level "sequence"); ``clip_ratio/low_min``
     and ``high_max`` are the least and greatest mean of a completion.
-    Raises ValueError for options, shapes or a missing ``ref_logp`` that do not fit.
+    The gradient flows to ``logp`` alone, of the dtype of ``logp``; a second derivative is refused.
+    Float64 ``logp`` computes in float64 (torch only), anything else in float32.
+    Raises ValueError for options, shapes, a missing ``ref_logp`` or ``cu_seqlens`` (looked at only
+    on the CPU) that do not fit, and TypeError for float64 with ``backend="triton"``.
     """
     options = LossOptions(
         loss_type=loss_type,
@@ -102,186 +107,60 @@ def policy_loss(
         vespo_k_neg=vespo_k_neg,
         vespo_lambda_neg=vespo_lambda_neg,
     )
-    resolve_backend(backend, "policy_loss", logp.device)
-    _check_shapes(
+    check_ragged(
         logp,
         advantages,
         cu_seqlens,
         options,
+        backend,
         old_logp=old_logp,
         ref_logp=ref_logp,
         mask=mask,
         sampler_ratio=sampler_ratio,
         entropy=entropy,
     )
-    mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.bool()
-    dropped = None
-    if sampler_ratio is not None:
-        finite = sampler_ratio.isfinite()
-        dropped = (mask & ~finite).sum()
-        mask = mask & finite
-        sampler_ratio = torch.where(mask, sampler_ratio, 1.0)
-    ragged = _Ragged(cu_seqlens, mask)
-    per_sequence = options.importance_sampling_level == "sequence"
-    log_ratio = torch.where(mask, logp - (logp.detach() if old_logp is None else old_logp), 0.0)
-    log_weight = ragged.mean(log_ratio)[ragged.sequence] if per_sequence else log_ratio
-    ratio = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    advantage = advantages.to(logp.dtype)[ragged.sequence]
-    metrics: dict[str, Tensor] = {}
-
-    if options.loss_type in CLIPPED_LOSS_TYPES:
-        capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
-        clipped = ratio.clamp(1 - options.epsilon, 1 + options.upper)
-        token_loss = -torch.minimum(capped * advantage, clipped * advantage)
-        metrics |= _clip_metrics(capped.detach(), advantage, ragged, options, per_sequence)
-    elif options.loss_type == "cispo":
-        token_loss = -ratio.clamp(max=options.upper).detach() * advantage * logp
-        hit = (ratio.detach() > options.upper) & (advantage > 0)
-        metrics["cispo_clip_ratio"] = ragged.overall_mean(hit, per_sequence)
-    elif options.loss_type == "sapo":
-        t = _choose(advantage > 0, options.sapo_temperature_pos, options.sapo_temperature_neg, logp)
-        token_loss = -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantage
-    else:
-        phi = _vespo_weight(log_ratio.detach(), sampler_ratio, advantages, ragged, options)
-        token_loss = -phi[ragged.sequence] * advantage * logp
-        metrics["vespo/phi_seq_mean"] = phi.mean()
-
-    if sampler_ratio is not None and options.loss_type != "vespo":
-        token_loss = token_loss * sampler_ratio
-    if options.beta:
-        assert ref_logp is not None
-        d = torch.where(mask, ref_logp - logp, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        kl = d.exp() - d - 1
-        if options.use_bias_correction_kl:
-            kl = kl * ratio
-        token_loss = token_loss + options.beta * kl
-        metrics["kl"] = ragged.overall_mean(kl.detach())
-
-    loss = _normalised(
-        torch.where(mask, token_loss, 0.0), ragged, options, num_items, num_sequences
-    )
-    if entropy is not None:
-        metrics["entropy"] = ragged.overall_mean(entropy.detach())
-    clamped = log_weight.detach().abs() > MAX_LOG_RATIO
-    metrics["log_ratio_clamped"] = ragged.overall_mean(clamped, per_sequence)
-    if dropped is not None:
-        metrics["sampling/dropped_tokens"] = dropped
-    return PolicyLoss(loss, metrics)
-
-
-class _Ragged:
-    """Sums over completions ``[B]`` of tokens ``[N]``, under one mask for every sum and count."""
-
-    def __init__(self, cu_seqlens: Tensor, mask: Tensor):
-        lengths = cu_seqlens.to(mask.device).diff()
-        self.size = len(lengths)
-        self.mask = mask
-        rows = torch.arange(self.size, device=mask.device)
-        self.sequence = rows.repeat_interleave(lengths, output_size=len(mask))  # [N]
-        self.count = mask.new_zeros(self.size, dtype=torch.int64).index_add(
-            0, self.sequence, mask.long()
-        )  # [B]
-
-    def sum(self, x: Tensor) -> Tensor:
-        x = torch.where(self.mask, x, 0.0)
-        return x.new_zeros(self.size).index_add(0, self.sequence, x)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """``[B]``; 0 for a completion without an unmasked token."""
-        return self.sum(x) / self.count.clamp(min=1)
-
-    def overall_mean(self, x: Tensor, per_sequence: bool = False) -> Tensor:
-        """Mean of ``x [N]`` over unmasked tokens; over completions where x is constant in each."""
-        x = x.float()
-        if per_sequence:
-            return self.mean(x).sum() / (self.count > 0).sum().clamp(min=1)
-        return torch.where(self.mask, x, 0.0).sum() / self.mask.sum().clamp(min=1)
-
-
-def _clip_metrics(
-    ratio: Tensor, advantage: Tensor, ragged: _Ragged, options: LossOptions, per_sequence: bool
-) -> dict[str, Tensor]:
-    low = (ratio < 1 - options.epsilon) & (advantage < 0)
-    high = (ratio > 1 + options.upper) & (advantage > 0)
-    some = ragged.count > 0
-    return {
-        "clip_ratio/low_mean": ragged.overall_mean(low, per_sequence),
-        "clip_ratio/low_min": _or_zero(
-            torch.where(some, ragged.mean(low.float()), torch.inf), "min"
+    if logp.dtype != torch.float64:
+        logp = logp.float()
+    loss, _, metrics = torch.ops.fusedgrpo.policy_loss(
+        logp,
+        advantages,
+        cu_seqlens,
+        loss_denominator(
+            options,
+            logp,
+            len(advantages),
+            mask=mask,
+            sampler_ratio=sampler_ratio,
+            num_items=num_items,
+            num_sequences=num_sequences,
         ),
-        "clip_ratio/high_mean": ragged.overall_mean(high, per_sequence),
-        "clip_ratio/high_max": _or_zero(
-            torch.where(some, ragged.mean(high.float()), -torch.inf), "max"
-        ),
-        "clip_ratio/region_mean": ragged.overall_mean(low | high, per_sequence),
-    }
-
-
-def _or_zero(x: Tensor, how: str) -> Tensor:
-    """Least or greatest of ``x [B]``; 0 where no completion has an unmasked token."""
-    if not len(x):
-        return x.new_zeros(())
-    extreme = x.amin() if how == "min" else x.amax()
-    return torch.where(extreme.isinf(), 0.0, extreme)
-
-
-def _vespo_weight(
-    log_ratio: Tensor,
-    sampler_ratio: Tensor | None,
-    advantages: Tensor,
-    ragged: _Ragged,
-    options: LossOptions,
-) -> Tensor:
-    """``phi [B] = w^k exp(lambda (1 - w))`` of the completion's importance weight w; phi(1) = 1."""
-    lowest = math.log(1e-8)
-    log_w = ragged.sum(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-    if sampler_ratio is not None:
-        log_w = log_w + ragged.sum(sampler_ratio.log().clamp(lowest, MAX_LOG_RATIO))
-    log_w = log_w.clamp(lowest, MAX_LOG_RATIO)
-    gain = advantages >= 0
-    k = _choose(gain, options.vespo_k_pos, options.vespo_k_neg, log_w)
-    lam = _choose(gain, options.vespo_lambda_pos, options.vespo_lambda_neg, log_w).clamp(min=1e-4)
-    return (lam + k * log_w - lam * log_w.exp()).exp()
-
-
-def _choose(where: Tensor, a: float, b: float, like: Tensor) -> Tensor:
-    """``where ? a : b`` in the dtype of ``like`` (torch.where of two numbers would be float32)."""
-    return torch.where(where, like.new_full((), a), like.new_full((), b))
-
-
-def _normalised(
-    token_loss: Tensor,
-    ragged: _Ragged,
-    options: LossOptions,
-    num_items: float | Tensor | None,
-    num_sequences: float | Tensor | None,
-) -> Tensor:
-    """The sum of masked ``token_loss [N]`` over the denominator of its loss type."""
-    if num_items is None:
-        num_items = ragged.mask.sum()
-    if num_sequences is None:
-        num_sequences = ragged.size
-    items, sequences = (
-        torch.as_tensor(n, device=token_loss.device, dtype=token_loss.dtype).clamp(min=1)
-        for n in (num_items, num_sequences)
+        old_logp,
+        ref_logp,
+        mask,
+        sampler_ratio,
+        entropy,
+        options.to_numbers(),
+        backend,
     )
-    if options.loss_type in ("grpo", "sapo"):
-        return ragged.mean(token_loss).sum() / sequences
-    if options.loss_type == "luspo":
-        return token_loss.sum() / sequences
-    if options.loss_type == "dr_grpo":
-        assert options.max_completion_length is not None
-        return token_loss.sum() / (sequences * options.max_completion_length)
-    return token_loss.sum() / items
+    named = name_metrics(
+        metrics.detach(),
+        options,
+        entropy=entropy is not None,
+        sampler_ratio=sampler_ratio is not None,
+    )
+    return PolicyLoss(loss, named)
 
 
-def _check_shapes(
+def check_ragged(
     logp: Tensor,
     advantages: Tensor,
     cu_seqlens: Tensor,
     options: LossOptions,
+    backend: str,
     **per_token: Tensor | None,
 ) -> None:
+    """ValueError for shapes or a missing ``ref_logp`` that do not fit; TypeError for float64 where
+    Triton is asked for."""
     if logp.dim() != 1 or advantages.dim() != 1:
         raise ValueError(
             f"logp and advantages have shapes {tuple(logp.shape)} and {tuple(advantages.shape)}: "
@@ -294,8 +173,108 @@ def _check_shapes(
         )
     if options.beta and per_token["ref_logp"] is None:
         raise ValueError(f"beta={options.beta:g} needs ref_logp.")
+    if backend == "triton" and logp.dtype == torch.float64:
+        raise TypeError("backend='triton' computes in float32: logp is float64.")
     for name, tensor in per_token.items():
         if tensor is not None and tensor.shape != logp.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: expected {tuple(logp.shape)}."
             )
+
+
+def loss_denominator(
+    options: LossOptions,
+    logp: Tensor,
+    completions: int,
+    *,
+    mask: Tensor | None = None,
+    sampler_ratio: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+) -> Tensor:
+    """What ``loss_terms`` divides by: a 0-dim tensor like ``logp [N]``, computed on its device."""
+    if options.mean_per_completion or options.loss_type in ("luspo", "dr_grpo"):
+        count = completions if num_sequences is None else num_sequences
+    elif num_items is not None:
+        count = num_items
+    elif mask is None and sampler_ratio is None:
+        count = len(logp)
+    else:
+        keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.bool()
+        count = (keep if sampler_ratio is None else keep & sampler_ratio.isfinite()).sum()
+    if isinstance(count, Tensor):
+        count = count.to(logp.device, logp.dtype)
+    else:  # not as_tensor, which waits for the GPU
+        count = torch.full((), count, device=logp.device, dtype=logp.dtype)
+    count = count.detach().clamp(min=1)
+    if options.loss_type == "dr_grpo":
+        assert options.max_completion_length is not None
+        count = count * options.max_completion_length
+    return count
+
+
+@torch.library.custom_op("fusedgrpo::policy_loss", mutates_args=())
+def _policy_loss(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    denominator: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    mask: Tensor | None,
+    sampler_ratio: Tensor | None,
+    entropy: Tensor | None,
+    options: Sequence[float],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``LossTerms``; only the loss is differentiable, and only by ``logp``."""
+    if cu_seqlens.device.type == "cpu":  # elsewhere the check would wait for the device
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != len(logp) or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens is {ends}: expected to rise from 0 to N={len(logp)}.")
+    terms = loss_terms(
+        logp,
+        advantages,
+        cu_seqlens,
+        options=LossOptions.from_numbers(options),
+        denominator=denominator,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        mask=mask,
+        sampler_ratio=sampler_ratio,
+        entropy=entropy,
+        # Here, not in the public function: torch.compile cannot trace the look at the machine.
+        backend=resolve_backend(backend, "policy_loss", logp.device, logp.dtype),
+    )
+    return terms.loss, terms.coefficient, terms.metrics
+
+
+@_policy_loss.register_fake
+def _(logp: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(len(METRICS))
+
+
+@torch.library.custom_op("fusedgrpo::policy_loss_backward", mutates_args=())
+def _policy_loss_backward(grad_loss: Tensor, coefficient: Tensor) -> Tensor:
+    return grad_loss * coefficient
+
+
+@_policy_loss_backward.register_fake
+def _(grad_loss: Tensor, coefficient: Tensor) -> Tensor:
+    return torch.empty_like(coefficient)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, coefficient, metrics = output
+    ctx.mark_non_differentiable(coefficient, metrics)
+    ctx.save_for_backward(coefficient)
+    ctx.absent = (None,) * (len(inputs) - 1)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (coefficient,) = ctx.saved_tensors
+    return torch.ops.fusedgrpo.policy_loss_backward(grad_loss, coefficient), *ctx.absent
+
+
+_policy_loss.register_autograd(_backward, setup_context=_save)
+refuse_second_derivative(_policy_loss_backward, "policy_loss")

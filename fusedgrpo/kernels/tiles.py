@@ -226,10 +226,10 @@ def stored_gradient_tile(
     """Gradient of the GEMM's result from stored probabilities, for the rows that have one.
 
     p: ``[R, K]`` as ``softmax_tile`` left it, when the maximum was ``high [R]``. rows: ``[r]``,
-    which of R. target, factor, at_target: ``[r]``. dz: ``[r, K]``, gets ``-factor p_j`` with the
-    whole softmax's p, and ``at_target`` in the target's column.
+    which of R. target, done, factor, at_target: ``[r]``. dz: ``[r, K]``, gets ``-factor p_j`` with
+    the whole softmax's p, and ``at_target`` in the target's column.
     """
-    scale = -factor * (_base(high)[rows] - done.z_target[rows] + done.logp[rows]).exp()
+    scale = -factor * (_base(high)[rows] - done.z_target + done.logp).exp()
     grad = p[rows].to(scale.dtype).mul_(scale[:, None])
     here, column = _target_column(target, lo, grad.shape[1])
     grad.scatter_(1, column, torch.where(here, at_target[:, None], grad.gather(1, column)))

@@ -4,6 +4,8 @@
 program reads its row of the tile from memory, later ones from cache.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any
@@ -322,7 +324,7 @@ def stored_gradient_tile_kernel(
     source = tl.load(rows_ptr + row)
     column = tl.load(target_ptr + row) - lo
     base = _base(tl.load(high_ptr + source))
-    log_scale = base - tl.load(z_target_ptr + source) + tl.load(logp_ptr + source)
+    log_scale = base - tl.load(z_target_ptr + row) + tl.load(logp_ptr + row)
     scale = -tl.load(factor_ptr + row) * tl.exp(log_scale)
     at_target = tl.load(at_target_ptr + row)
     for start in range(0, width, BLOCK):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Stored(NamedTuple):
 
     p: Tensor  # [R, V]
     high: Tensor  # [tiles, R] the running maximum when the tile was written
+    tile_columns: int
 
 
 class VocabPass(NamedTuple):
@@ -87,7 +88,7 @@ def vocab_pass(
     stored = None
     if store:
         highs = torch.empty(-(-V // K), R, dtype=dtype, device=h.device)
-        stored = Stored(torch.empty(R, V, dtype=p_dtype, device=h.device), highs)
+        stored = Stored(torch.empty(R, V, dtype=p_dtype, device=h.device), highs, K)
 
     for index, lo in enumerate(range(0, V, K)):
         w = operand(weight[lo : lo + K])
@@ -101,7 +102,7 @@ def vocab_pass(
             p = p_RK[:, : len(w)]
         fn.softmax_tile(z, b, target, lo, head, run, p, want_first=want_entropy or v is not None)
         if p is not None:
-            _rounded(p)
+            round_operand(p)
         if stored is not None:
             stored.high[index] = run.high
         if acc is not None:
@@ -111,7 +112,7 @@ def vocab_pass(
             mm_into(acc, p, w, add=lo > 0)
             if acc_first is not None:
                 fn.moment_tile(z, b, target, lo, head, run, p)
-                _rounded(p)
+                round_operand(p)
                 mm_into(acc_first, p, w, add=lo > 0)
     done = fn.finish(run, target, weight, head, acc, acc_first, u, v, want_entropy=want_entropy)
     return VocabPass(done, run, stored)
@@ -132,17 +133,18 @@ def operand(x: Tensor) -> Tensor:
     return x.to(operand_dtype(x))
 
 
-def mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """``out (+)= a @ b`` for operands of one dtype, accumulated and kept in ``out``'s dtype."""
-    if a.dtype == out.dtype:
-        if add:
-            torch.addmm(out, a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+def mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, alpha: float = 1.0) -> None:
+    """``out (+)= alpha a @ b``, operands of one dtype, accumulated and kept in ``out``'s dtype."""
+    low: Any = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, alpha=alpha, out=out, **low)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.mm(a, b, out=out, **low)
+
+
+def as_operand(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` rounded to what an operand of the GEMMs with ``weight`` holds, in its own dtype."""
+    return x.to(_rounding or operand_dtype(weight)).to(x.dtype)
 
 
 @contextlib.contextmanager
@@ -157,6 +159,7 @@ def probabilities_as(dtype: torch.dtype) -> Iterator[None]:
         _rounding = before
 
 
-def _rounded(p: Tensor) -> None:
-    if _rounding is not None and p.dtype != _rounding:
+def round_operand(p: Tensor) -> None:
+    """Rounds an operand that is already in the GEMM's dtype, under ``probabilities_as`` only."""
+    if _rounding is not None:
         p.copy_(p.to(_rounding))

@@ -117,8 +117,10 @@ def test_twice_the_same_run_to_the_last_bit(tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo", "sapo"])
 def test_the_cut_into_micro_batches_does_not_change_the_run(tmp_path, loss_type):
-    whole = trained(tmp_path / "a", loss_type=loss_type, beta=0.1)
-    cut = trained(tmp_path / "b", loss_type=loss_type, beta=0.1, tokens_per_microbatch=20)
+    # Adam's default epsilon of 1e-8 would make full steps of the rounding of gradients that are 0.
+    same = {"loss_type": loss_type, "beta": 0.1, "adam_epsilon": 1e-6}
+    whole = trained(tmp_path / "a", **same)
+    cut = trained(tmp_path / "b", tokens_per_microbatch=20, **same)
     torch.testing.assert_close(weights(cut), weights(whole), rtol=0, atol=1e-6)
     for a, b in zip(rows_of(whole), rows_of(cut), strict=True):
         assert a == pytest.approx(b, abs=1e-5)

@@ -1,4 +1,4 @@
-"""The Triton kernels on the CPU: the kernel tests again, in a process under Triton's interpreter."""
+"""The Triton kernels on the CPU: the kernel tests again, under Triton's interpreter."""
 
 from __future__ import annotations
 

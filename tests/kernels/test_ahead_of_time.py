@@ -1,0 +1,101 @@
+"""Every Triton kernel compiles for every target, without spills, within its memory, in float32."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fusedgrpo.kernels.backend import interpreted
+
+pytest.importorskip("triton", reason="needs Triton's compiler")
+if interpreted():
+    pytest.skip("the interpreter's kernels cannot be compiled", allow_module_level=True)
+
+import faulty_kernels
+import triton
+
+
+def _aot() -> ModuleType:
+    file = Path(__file__).parents[2] / "bench/aot.py"
+    spec = importlib.util.spec_from_file_location("aot", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["aot"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+aot = _aot()
+VARIANTS = aot.all_variants()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    """Kept between runs: Triton's key is the source, the options and the compiler."""
+    assert pytestconfig.cache is not None
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(pytestconfig.cache.mkdir("triton")))
+
+
+# The others have a sibling here that compiles nearly alike, with a limit as low or lower: compiling
+# for all takes minutes.
+FIRST = {"sm_89", "sm_90", "sm_120", "gfx942"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in aot.TARGETS],
+)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_a_kernel_fits_the_target(variant, target):
+    found = aot.compiled(variant, aot.TARGETS[target])
+    assert found.faults(aot.TARGETS[target]) == []
+    assert found.registers > 0 and found.instructions > 0
+
+
+def test_every_kernel_has_a_variant():
+    covered = {variant.kernel for variant in VARIANTS}
+    kernels = {
+        value
+        for module in aot.kernel_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
+    assert kernels and kernels <= covered
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    "variant,target,fault",
+    [
+        pytest.param(faulty_kernels.float64(), "sm_89", "float64", id="float64"),
+        pytest.param(faulty_kernels.float64(), "gfx942", "float64", id="float64-amd"),
+        pytest.param(faulty_kernels.spilling(), "sm_89", "spills", id="spilling"),
+        pytest.param(faulty_kernels.too_much_shared(), "sm_89", "shared memory", id="shared"),
+    ],
+)
+def test_the_check_finds_a_fault(variant, target, fault):
+    target = aot.TARGETS[target]
+    assert aot.compiled(faulty_kernels.sound(), target).faults(target) == []
+    [found] = aot.compiled(variant, target).faults(target)
+    assert fault in found
+
+
+def test_spills_and_memory_of_amd_are_read_from_the_assembly():
+    """Kernels that really take as much compile for half a minute there."""
+    assembly = "\n".join(
+        [
+            "\tv_add_f32_e32 v0, v1, v2",
+            "  - .agpr_count:     0",
+            "    .group_segment_fixed_size: 70000",
+            "    .private_segment_fixed_size: 0",
+            "    .vgpr_count:     128",
+            "    .vgpr_spill_count: 3",
+        ]
+    )
+    found = aot.amd_resources(assembly, shared=16)
+    assert (found.registers, found.spilled, found.shared, found.instructions) == (128, 12, 70000, 1)
+    assert len(found.faults(aot.TARGETS["gfx942"])) == 2

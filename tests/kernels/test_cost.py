@@ -1,0 +1,194 @@
+"""What the head costs: matrix products counted by dispatch, and bytes alive beyond the results."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from counting import Cost
+from torch._subclasses import FakeTensorMode
+
+from fusedgrpo.kernels import (
+    LossOptions,
+    linear_logprob,
+    linear_policy_loss,
+    stored_gradient,
+    vocab_pass,
+)
+from fusedgrpo.kernels import linear_policy_loss as _function
+from fusedgrpo.kernels.launch import Tiling, tiling
+from fusedgrpo.kernels.tiles import Finished
+
+N, H, V = 40, 8, 100
+MIB = 2**20
+
+
+def unit(rows=N):
+    """1 u: one product of so many rows with the head."""
+    return 2 * rows * H * V
+
+
+@pytest.fixture
+def small(monkeypatch):
+    sizes = Tiling(rows=16, columns=32, head_columns=24, stored_rows=16)
+    monkeypatch.setattr(vocab_pass, "tiling", lambda *shape: sizes)
+
+
+def make(trainable=False):
+    hidden = torch.randn(N, H, requires_grad=True)
+    return hidden, torch.randn(V, H, requires_grad=trainable), torch.randint(0, V, (N,))
+
+
+def flops(run):
+    with Cost() as cost:
+        run()
+    return cost.flops
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("masked", [False, True])
+def test_linear_logprob_takes_1_2_3_and_4_units(masked):
+    mask = torch.arange(N) % 4 != 0 if masked else None
+    u = unit(30 if masked else N)
+
+    def score():
+        with torch.no_grad():
+            linear_logprob(*make(), mask=mask)
+
+    def train(trainable=False, entropy=False):
+        out = linear_logprob(*make(trainable), mask=mask, return_entropy=entropy)
+        (out.logp.sum() + (out.entropy.sum() if entropy else 0)).backward()
+
+    assert flops(score) == u
+    assert flops(lambda: train()) == 2 * u
+    assert flops(lambda: train(entropy=True)) == 3 * u, "the entropy costs one product"
+    assert flops(lambda: train(trainable=True)) == 4 * u
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_linear_policy_loss_takes_1_2_and_3_units_and_skips_rows_without_gradient(level):
+    options = LossOptions(importance_sampling_level=level)
+    cu_seqlens = torch.tensor([0, 10, 20, 30, 40])
+
+    def run(advantages, trainable=False, mask=None):
+        inputs = make(trainable)
+        out = linear_policy_loss(
+            *inputs, torch.tensor(advantages), cu_seqlens, options=options, mask=mask
+        )
+        out.loss.backward()
+
+    def score():
+        with torch.no_grad():
+            linear_policy_loss(*make(), torch.ones(4), cu_seqlens, options=options)
+
+    some = [1.0, 0.0, -1.0, 0.0]
+    mask = torch.arange(N) < 30
+    assert flops(score) == unit()
+    assert flops(lambda: run([1.0] * 4)) == 2 * unit()
+    assert flops(lambda: run([1.0] * 4, trainable=True)) == 3 * unit()
+    assert flops(lambda: run(some)) == unit() + unit(20)
+    assert flops(lambda: run(some, trainable=True)) == unit() + 2 * unit(20)
+    assert flops(lambda: run(some, trainable=True, mask=mask)) == unit(30) + 2 * unit(20)
+    assert flops(lambda: run([0.0] * 4, trainable=True)) == unit()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_completion_longer_than_a_chunk_is_passed_twice_at_sequence_level():
+    options = LossOptions(importance_sampling_level="sequence")
+
+    def run():
+        advantages, ends = torch.tensor([1.0, 1.0]), torch.tensor([0, 10, N])  # 30 > 16 rows
+        linear_policy_loss(*make(True), advantages, ends, options=options).loss.backward()
+
+    assert flops(run) == 3 * unit(10) + 4 * unit(30)
+
+
+# --- bytes -----------------------------------------------------------------------------------
+
+BIG = 3584, 152_064  # Qwen2.5-7B
+
+
+def silent_tiles():
+    """The tile functions without their arithmetic: what is left of the Triton path are the buffers
+    that it hands to its kernels."""
+
+    def finish(run, target, weight, head, acc, acc_first, u, v, *, want_entropy):
+        return Finished(run.total, run.z_target, run.total if want_entropy else run.total[:0])
+
+    def nothing(*args, **kwargs):
+        pass
+
+    names = [
+        "softmax_tile",
+        "moment_tile",
+        "rescale",
+        "logit_gradient_tile",
+        "stored_gradient_tile",
+    ]
+    return types.SimpleNamespace(finish=finish, **dict.fromkeys(names, nothing))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Tilings, operand dtypes and kernels of a GPU, on tensors without data."""
+    from fusedgrpo.kernels import linear_logprob_backward
+
+    for module in (vocab_pass, stored_gradient, linear_logprob_backward):
+        monkeypatch.setattr(module, "tile_functions", lambda backend: silent_tiles())
+        monkeypatch.setattr(module, "operand_dtype", lambda x: x.dtype, raising=False)
+    monkeypatch.setattr(vocab_pass, "tiling", lambda H, V, size, device: tiling(H, V, 2, "cuda"))
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """What reads data is told what it would have read: all tokens used, no coefficient 0."""
+    loss_module = __import__("sys").modules[_function.__module__]
+    for module in (loss_module, __import__("sys").modules[linear_logprob.__module__]):
+        monkeypatch.setattr(module, "check_targets", lambda target, vocab: None)
+    monkeypatch.setattr(
+        loss_module,
+        "_used_tokens",
+        lambda cu, mask, ratio, like: (torch.arange(len(like)), [0, len(like)]),
+    )
+    monkeypatch.setattr(stored_gradient, "live_rows", lambda c: (torch.arange(len(c)), 1.0))
+
+
+def scratch(run, rows):
+    """Most bytes alive beyond inputs, and beyond what is alive when ``run`` is through."""
+    H, V = BIG
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        # float16: the head's gradient is kept in float32 until the backward, and counts as result.
+        hidden = torch.zeros(rows, H, dtype=torch.float16)
+        weight = torch.zeros(V, H, dtype=torch.float16)
+        targets = torch.zeros(rows, dtype=torch.int64)
+        with Cost() as cost:
+            kept = run(hidden, weight, targets)
+    assert kept is not None
+    return cost.peak - cost.kept
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize("path", ["cpu", "gpu"])
+@pytest.mark.parametrize("what", ["score", "train", "entropy", "loss", "loss, trainable head"])
+def test_scratch_at_7b_shapes_stays_below_512_mib_whatever_n(path, what, request):
+    if path == "gpu":
+        request.getfixturevalue("as_on_a_gpu")
+
+    def run(hidden, weight, targets):
+        hidden.requires_grad_(what != "score")
+        if what.startswith("loss"):
+            weight.requires_grad_(what != "loss")
+            ends = torch.tensor([0, len(targets)])
+            options = LossOptions(loss_type="dapo")
+            return linear_policy_loss(hidden, weight, targets, torch.ones(1), ends, options=options)
+        return linear_logprob(hidden, weight, targets, return_entropy=what == "entropy")
+
+    # Two chunks of rows, then four, stand for all that 32,768 rows are.
+    sizes = vocab_pass.tiling(*BIG, 4, "cpu")
+    N = 2 * (sizes.stored_rows if what.startswith("loss") else sizes.rows)
+    once, twice = scratch(run, N), scratch(run, 2 * N)
+    assert 0 < twice < 512 * MIB, f"{twice / MIB:.0f} MiB"
+    # A few floats a token for the loss; nothing like a row of hidden states.
+    assert twice - once <= N * 128
