@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.kernels.backend import Backend, resolve_backend
+from fusedgrpo.kernels.ops import plain_arithmetic_on
 
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -112,9 +113,10 @@ def _group_advantages(
     if resolve_backend(backend, "group_advantages", rewards.device) == "triton":
         from fusedgrpo.kernels.advantages_triton import group_advantages_triton
 
-        return group_advantages_triton(
-            rewards, weights, group_ids, group_size, scale_rewards, aggregation, eps
-        )
+        with plain_arithmetic_on(rewards):
+            return group_advantages_triton(
+                rewards, weights, group_ids, group_size, scale_rewards, aggregation, eps
+            )
     if group_ids is None:
         group_ids = torch.arange(B, device=rewards.device) // group_size
     return group_advantages_torch(rewards, weights, group_ids, scale_rewards, aggregation, eps)

@@ -29,7 +29,12 @@ from torch import Tensor
 
 from fusedgrpo.kernels.backend import Backend, resolve_backend
 from fusedgrpo.kernels.linear_logprob_backward import head_gradients, scale_rows
-from fusedgrpo.kernels.ops import autocast_operands, check_operands, check_targets
+from fusedgrpo.kernels.ops import (
+    autocast_operands,
+    check_operands,
+    check_targets,
+    plain_arithmetic_on,
+)
 from fusedgrpo.kernels.tiles import HeadOptions
 from fusedgrpo.kernels.vocab_pass import accumulator, tiling_for, vocab_pass
 
@@ -115,7 +120,7 @@ def _linear_logprob(
 
     outputs = _outputs(hidden, want_entropy, want_u, want_u and grad_entropy, torch.zeros)
     R = tiling_for(weight).rows
-    with torch.autocast(hidden.device.type, enabled=False):
+    with plain_arithmetic_on(hidden):
         for lo in range(0, N if keep is None else len(keep), R):
             # Chunks are gathered one by one: a compacted copy of hidden never exists.
             rows = slice(lo, lo + R) if keep is None else keep[lo : lo + R]

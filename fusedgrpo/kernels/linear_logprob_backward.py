@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.kernels.backend import resolve_backend
-from fusedgrpo.kernels.ops import refuse_second_derivative
+from fusedgrpo.kernels.ops import plain_arithmetic_on, refuse_second_derivative
 from fusedgrpo.kernels.tiles import Finished, HeadOptions
 from fusedgrpo.kernels.vocab_pass import (
     accumulator,
@@ -75,7 +75,7 @@ def head_gradients(
     grad_weight, grad_bias = _head_outputs(weight, bias, weight_grad, bias_grad)
     z_RK = torch.empty(min(R, N), K, **new)
     dz_RK = torch.empty(min(R, N), K, dtype=operand_dtype(weight), device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with plain_arithmetic_on(hidden):
         for lo in range(0, len(weight), K):
             w = operand(weight[lo : lo + K])
             b = None if bias is None else bias[lo : lo + K]

@@ -32,6 +32,7 @@ from fusedgrpo.kernels.ops import (
     autocast_operands,
     check_operands,
     check_targets,
+    plain_arithmetic_on,
     refuse_second_derivative,
 )
 from fusedgrpo.kernels.options import LossOptions
@@ -193,7 +194,7 @@ def _linear_policy_loss(
             store=store,
         )
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    with plain_arithmetic_on(hidden):
         for chunk in _chunks(ends, R, whole and any(wanted)):
             tokens = used[chunk.lo : chunk.hi]
             pieces = tokens.split(R)

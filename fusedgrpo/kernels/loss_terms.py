@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedgrpo.kernels.ops import plain_arithmetic_on
 from fusedgrpo.kernels.options import CLIPPED_LOSS_TYPES, LossOptions
 
 # exp(20) is 5e8: no sane ratio is near it, and exp of it and its gradient stay finite in float32.
@@ -120,7 +121,8 @@ def loss_terms(
     if backend == "triton":
         from fusedgrpo.kernels.loss_terms_triton import loss_terms_triton
 
-        return loss_terms_triton(*required, **tensors)
+        with plain_arithmetic_on(logp):
+            return loss_terms_triton(*required, **tensors)
     return _loss_terms_torch(*required, **tensors)
 
 

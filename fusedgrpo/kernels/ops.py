@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,14 @@ def refuse_second_derivative(op: Any, name: str) -> None:
         )
 
     op.register_autograd(backward)
+
+
+@contextlib.contextmanager
+def plain_arithmetic_on(x: Tensor) -> Iterator[None]:
+    """For the body of an operator on ``x``: no autocast, and kernels launched on x's GPU."""
+    device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with device, torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

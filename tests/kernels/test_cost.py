@@ -105,6 +105,19 @@ def test_a_completion_longer_than_a_chunk_is_passed_twice_at_sequence_level():
     assert flops(run) == 3 * unit(10) + 4 * unit(30)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("trainable,units", [(False, 3), (True, 4)])
+def test_trl_takes_one_more_with_a_frozen_head(trainable, units):
+    """What the README's table says of TRL 1.16's streamed log-probs."""
+    chunked = pytest.importorskip("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+
+    def run():
+        hidden, weight, targets = make(trainable)
+        chunked.apply(hidden, weight, None, targets, 1.0, 32, None, 1.0, ())[0].sum().backward()
+
+    assert flops(run) == units * unit()
+
+
 # --- bytes -----------------------------------------------------------------------------------
 
 BIG = 3584, 152_064  # Qwen2.5-7B
