@@ -107,6 +107,9 @@ class GRPOConfig:
     tokens_per_microbatch: int | None = option(
         None, "packed tokens per forward pass; null: chosen for the device", low=1
     )
+    shared_prompt: Literal["auto", "on", "off"] = option(
+        "auto", "forward a prompt once for all its completions, if the model can"
+    )
 
     # sampling
     temperature: float = option(1.0, "of sampling and of all log-probabilities", above=0)

@@ -1,4 +1,4 @@
-"""What one optimizer step trains on, and how it is cut into micro-batches. Pure functions."""
+"""What one optimizer step trains on. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.engine.metrics import to_json_line
+from fusedgrpo.kernels import LossOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class Sample:
     sampler_weight: Tensor | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
+    def pair(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.prompt_ids, self.completion_ids
 
     @property
     def loss_tokens(self) -> int:
@@ -52,22 +53,12 @@ class Sample:
         return len(self.completion_ids) - self.loss_tokens if self.in_loss else 0
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of ``lengths`` cut into batches of at most ``max_tokens`` tokens, padding counted,
-    or of a single sequence.
-
-    Longest first: what does not fit into memory fails in the first batch. The loss is a sum over
-    tokens with a denominator known before, so the cut changes the order of sums, nothing else.
-    """
-    batches: list[list[int]] = []
-    width = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * width <= max_tokens:
-            batches[-1].append(index)
-        else:
-            width = lengths[index]
-            batches.append([index])
-    return batches
+def has_gradient(sample: Sample, options: LossOptions, entropy_coef: float) -> bool:
+    """False for a completion whose gradient is exactly 0: it need not be forwarded, and still
+    counts in the denominators."""
+    if not sample.loss_tokens:
+        return False
+    return bool(sample.advantage or options.beta or entropy_coef)
 
 
 def concatenated(samples: Sequence[Sample], field: str, device: torch.device) -> Tensor | None:

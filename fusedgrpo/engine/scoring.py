@@ -3,6 +3,7 @@ log-probs."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example
+from fusedgrpo.engine.packing import micro_batches
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout import Rollout
 from fusedgrpo.engine.rollout_metrics import (
@@ -20,10 +22,9 @@ from fusedgrpo.engine.rollout_metrics import (
     reward_metrics,
     weight_metrics,
 )
-from fusedgrpo.engine.samples import micro_batches
+from fusedgrpo.engine.samples import Sample, has_gradient
 from fusedgrpo.engine.window import RolloutWindow, sampler_logp
-from fusedgrpo.kernels import group_advantages
-from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.kernels import LossOptions, group_advantages
 from fusedgrpo.models.policy import Policy
 
 
@@ -58,25 +59,33 @@ def score_rollout(
 
 
 def rollout_logprobs(
-    policy: Policy, rollout: Rollout, max_tokens: int, poll: Callable[[], None] = lambda: None
+    policy: Policy,
+    window: RolloutWindow,
+    needs: Callable[[Sample], bool],
+    *,
+    mask_truncated: bool,
+    max_tokens: int,
+    poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Log-probs ``[N]`` float32 on the CPU of all completion tokens, without gradients.
+    """Log-probs ``[N]`` float32 on the CPU of the completions that ``needs`` names, NaN for others,
+    without gradients.
 
-    The same route and the same cut into micro-batches as the update; call it inside
-    ``policy.reference()`` for the reference's.
+    The same route and the same cut into micro-batches as the update, so that an update which comes
+    first finds ratios of exactly 1. Call it inside ``policy.reference()`` for the reference's.
     """
-    pairs = [(group.prompt_ids, c.ids) for group in rollout.groups for c in group.completions]
-    lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
-    parts: list[Tensor] = [torch.zeros(0)] * len(pairs)
+    logp = torch.full((sum(len(c.ids) for c in window.rollout.completions()),), torch.nan)
     with policy.scoring():
-        for members in micro_batches(lengths, max_tokens):
-            poll()
-            packed = PackedBatch.build([pairs[i] for i in members], policy.device)
-            logp = policy.logprobs(packed).logp.cpu()
-            sizes = [len(pairs[i][1]) for i in members]
-            for i, part in zip(members, logp.split(sizes), strict=True):
-                parts[i] = part
-    return torch.cat(parts)
+        for part in range(window.steps):
+            samples, places = window.part(part, mask_truncated=mask_truncated)
+            chosen = [i for i, sample in enumerate(samples) if needs(sample)]
+            pairs = [samples[i].pair for i in chosen]
+            for members in micro_batches(pairs, max_tokens, policy.layout):
+                poll()
+                batch = policy.logprobs(policy.pack([pairs[k] for k in members])).logp.cpu()
+                sizes = [len(pairs[k][1]) for k in members]
+                for k, values in zip(members, batch.split(sizes), strict=True):
+                    logp[places[chosen[k]]] = values
+    return logp
 
 
 def make_window(
@@ -103,16 +112,35 @@ def make_window(
         functions.names, rewards, group_ids, config.scale_rewards
     )
     window = RolloutWindow(rollout, advantages, steps, config.num_iterations, metrics=metrics)
+    options, truncated = loss_options(config), config.mask_truncated_completions
+
+    def logprobs() -> Tensor:
+        return rollout_logprobs(
+            policy,
+            window,
+            lambda sample: has_gradient(sample, options, config.entropy_coef),
+            mask_truncated=truncated,
+            max_tokens=max_tokens,
+            poll=poll,
+        )
+
     # One update on its own rollout needs no old log-probs: they are the policy's own.
     if steps * config.num_iterations > 1 or config.sampler_correction:
-        window.old_logp = rollout_logprobs(policy, rollout, max_tokens, poll)
+        window.old_logp = logprobs()
         sampled = sampler_logp(list(rollout.completions()))
         metrics |= mismatch_metrics(sampled, window.old_logp)
         if config.sampler_correction:
             weight = (window.old_logp - sampled).exp().clamp(max=config.sampler_correction_cap)
-            window.sampler_weight = weight
             metrics |= weight_metrics(weight)
+            # Where nothing was scored nothing has a gradient: the tokens count, whatever weight.
+            window.sampler_weight = torch.where(window.old_logp.isnan(), 1.0, weight)
     if config.beta:
         with policy.reference():
-            window.ref_logp = rollout_logprobs(policy, rollout, max_tokens, poll)
+            window.ref_logp = logprobs()
     return window
+
+
+def loss_options(config: GRPOConfig) -> LossOptions:
+    """The loss of a configuration."""
+    names = (field.name for field in dataclasses.fields(LossOptions))
+    return LossOptions(**{name: getattr(config, name) for name in names})

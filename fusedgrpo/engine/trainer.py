@@ -25,7 +25,7 @@ from fusedgrpo.engine.rollout import Rollout
 from fusedgrpo.engine.rundir import RunDir
 from fusedgrpo.engine.sampler import GenerateSampler, Sampler, SamplingParams
 from fusedgrpo.engine.samples import Sample, dump_samples
-from fusedgrpo.engine.scoring import make_window, per_completion, score_rollout
+from fusedgrpo.engine.scoring import loss_options, make_window, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.engine.signals import Interrupted, StopSignals
 from fusedgrpo.engine.sinks import tracker_classes
@@ -34,7 +34,6 @@ from fusedgrpo.engine.trainer_state import Progress
 from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError
-from fusedgrpo.kernels import LossOptions
 from fusedgrpo.models.loading import check_tokenizer, eos_ids, load_tokenizer, model_limits
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.precision import pick_device
@@ -128,7 +127,7 @@ class GRPOTrainer:
             self.policy,
             optimizer,
             build_scheduler(args, optimizer, self.plan.total_steps),
-            _loss_options(args),
+            loss_options(args),
             max_grad_norm=args.max_grad_norm,
             max_tokens=self.max_tokens,
             entropy_coef=args.entropy_coef,
@@ -428,12 +427,6 @@ def _with_model_name(args: GRPOConfig, model: Any) -> GRPOConfig:
     config = getattr(model, "config", None)
     name = model if isinstance(model, str) else getattr(config, "_name_or_path", None)
     return dataclasses.replace(args, model_name_or_path=name) if name else args
-
-
-def _loss_options(args: GRPOConfig) -> LossOptions:
-    names = LossOptions.__dataclass_fields__
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return LossOptions(**values)
 
 
 def _bits(model: Any) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.samples import Sample, concatenated, loss_mask, micro_batches
+from fusedgrpo.engine.packing import forwarded_tokens, micro_batches
+from fusedgrpo.engine.samples import Sample, concatenated, has_gradient, loss_mask
 from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
-from fusedgrpo.models.packed import PackedBatch
 from fusedgrpo.models.policy import Policy
 
 MISMATCH_MEAN = "sampling/sampling_logp_difference/mean"
@@ -105,8 +105,9 @@ class Updater:
         skipped = [sample for sample in samples if not self._has_gradient(sample)]
         everything, samples = len(samples), [s for s in samples if self._has_gradient(s)]
         averager.skip(skipped)
-        lengths = [sample.num_tokens for sample in samples]
-        for index, members in enumerate(micro_batches(lengths, self.max_tokens)):
+        forwarded = 0
+        cut = micro_batches([s.pair for s in samples], self.max_tokens, self.policy.layout)
+        for index, members in enumerate(cut):
             self.poll()
             batch = [samples[i] for i in members]
             # Dropout, if there is any, repeats itself when the step is run again after a resume.
@@ -114,27 +115,25 @@ class Updater:
                 loss, metrics = self._loss(batch, num_items, everything)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+            forwarded += forwarded_tokens([s.pair for s in batch], self.policy.layout)
             tokens = sum(sample.loss_tokens for sample in batch)
             sequences = sum(sample.loss_tokens > 0 for sample in batch)
             averager.add(metrics, tokens, sequences)
         merged = averager.result()
         merged["frac_rows_skipped"] = len(skipped) / max(everything, 1)
+        merged["num_forwarded_tokens"] = forwarded
         if "sampling/dropped_tokens" in merged:  # those of rows that were not forwarded, too
             merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
         return total, merged
 
     def _has_gradient(self, sample: Sample) -> bool:
-        """False for a completion whose gradient is exactly 0: it is not forwarded, and still counts
-        in the denominators."""
-        if not sample.loss_tokens:
-            return False
-        return bool(sample.advantage or self.options.beta or self.entropy_coef)
+        return has_gradient(sample, self.options, self.entropy_coef)
 
     def _loss(
         self, batch: Sequence[Sample], num_items: int, num_sequences: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.policy.device
-        packed = PackedBatch.build([(s.prompt_ids, s.completion_ids) for s in batch], device)
+        packed = self.policy.pack([sample.pair for sample in batch])
         logp, entropy = self.policy.logprobs(
             packed, entropy=True if self.entropy_coef else "detached"
         )

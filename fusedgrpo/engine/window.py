@@ -21,7 +21,8 @@ from fusedgrpo.engine.samples import Sample
 @dataclass(slots=True)
 class RolloutWindow:
     """rollout: B completions. advantages: ``[B]`` float32. old_logp, ref_logp, sampler_weight:
-    ``[N]`` float32 over all completion tokens, flat order, or None. metrics: of the rollout,
+    ``[N]`` float32 over all completion tokens, flat order, or None; log-probs are NaN for
+    completions that no gradient needs them of. metrics: of the rollout,
     repeated on each of its steps. done: optimizer steps taken so far. All tensors on the CPU.
     """
 
@@ -41,10 +42,13 @@ class RolloutWindow:
 
     def next_samples(self, *, mask_truncated: bool) -> list[Sample]:
         """What the next optimizer step trains on: whole groups, as evenly as they divide."""
-        part = self.done % self.steps
+        return self.part(self.done % self.steps, mask_truncated=mask_truncated)[0]
+
+    def part(self, part: int, *, mask_truncated: bool) -> tuple[list[Sample], list[slice]]:
+        """The samples of one step out of ``steps``, and where in ``[N]`` their tokens are."""
         groups = len(self.rollout.groups)
         chosen = range(groups * part // self.steps, groups * (part + 1) // self.steps)
-        samples = []
+        samples, places = [], []
         token = 0
         for index, (group_id, completion) in enumerate(
             zip(self.rollout.group_ids, self.rollout.completions(), strict=True)
@@ -53,6 +57,7 @@ class RolloutWindow:
             token = rows.stop
             if group_id not in chosen:
                 continue
+            places.append(rows)
             samples.append(
                 Sample(
                     prompt_ids=self.rollout.groups[group_id].prompt_ids,
@@ -67,7 +72,7 @@ class RolloutWindow:
                     else self.sampler_weight[rows],
                 )
             )
-        return samples
+        return samples, places
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as tensors for safetensors and values for JSON."""

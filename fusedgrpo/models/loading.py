@@ -136,6 +136,7 @@ def load_policy(
         compute_dtype=compute_dtype,
         temperature=config.temperature,
         keep_reference=keep if config.beta else None,
+        shared_prompt=config.shared_prompt,
     )
     policy.head  # noqa: B018 - an adapter on the head is refused here, not in the first update
     return policy

@@ -8,55 +8,127 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Ids = Sequence[int]
 
+# How a batch goes through the model, from the least work to the most compatible:
+# each prompt once for all its completions; each completion after a prompt of its own; the same,
+# one sequence per row of a padded batch.
+Layout = Literal["shared", "packed", "rows"]
+
+
+class Segment(NamedTuple):
+    """Tokens ``start : start + length`` of T, which see themselves, causally, and before
+    themselves the ``prefix_length`` tokens from ``prefix_start``."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """B sequences "prompt + completion" without padding.
 
-    input_ids: ``[T]`` int64. cu_seqlens: ``[B+1]`` int64, sequence i is
-    ``input_ids[cu_seqlens[i]:cu_seqlens[i+1]]``. cu_completions: ``[B+1]`` int64, the same for the
-    ``N`` scored tokens alone. predictors: ``[N]`` int64, where in ``T`` the hidden state sits that
-    predicts each scored token (the token before it). max_length: of a sequence, on the host.
+    A completion's last token predicts nothing and is not forwarded. In layout ``"shared"`` a prompt
+    is one segment, and each of its completions another one with the prompt as its prefix; in the
+    other layouts a segment is a whole sequence.
+
+    input_ids, position_ids: ``[T]`` int64; positions of a completion go on from its prompt's.
+    targets: ``[N]`` int64, the scored tokens, completion after completion in the order given.
+    predictors: ``[N]`` int64, where in T the hidden state sits that predicts each of them.
+    cu_completions: ``[B+1]`` int64, completion i is ``targets[cu_completions[i]:...[i+1]]``.
     """
 
     input_ids: Tensor
-    cu_seqlens: Tensor
-    cu_completions: Tensor
+    position_ids: Tensor
+    targets: Tensor
     predictors: Tensor
-    max_length: int
+    cu_completions: Tensor
+    segments: tuple[Segment, ...]
+    layout: Layout
 
     @classmethod
-    def build(cls, pairs: Sequence[tuple[Ids, Ids]], device: torch.device | str) -> PackedBatch:
-        """Pack ``(prompt ids, completion ids)`` pairs. Every prompt needs a token."""
+    def build(
+        cls,
+        pairs: Sequence[tuple[Ids, Ids]],
+        device: torch.device | str,
+        layout: Layout = "shared",
+    ) -> PackedBatch:
+        """Pack ``(prompt ids, completion ids)`` pairs. Every prompt needs a token.
+
+        Prompts that are equal are one prompt in layout ``"shared"``, wherever their pairs stand.
+        """
+        if any(not prompt for prompt, _ in pairs):
+            raise ValueError("A prompt without tokens has nothing to predict from.")
         ids: list[int] = []
-        predictors: list[int] = []
-        for prompt, completion in pairs:
-            if not prompt:
-                raise ValueError("A prompt without tokens has nothing to predict from.")
-            first = len(ids) + len(prompt) - 1
-            predictors.extend(range(first, first + len(completion)))
+        positions: list[int] = []
+        segments: list[Segment] = []
+        # Per pair, in the order of T: where the prompt's last token went, and the completion's
+        # first one.
+        last: list[int] = [0] * len(pairs)
+        first: list[int] = [0] * len(pairs)
+        for prompt, members in _families(pairs, layout):
+            start = len(ids)
             ids.extend(prompt)
-            ids.extend(completion)
-        lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+            positions.extend(range(len(prompt)))
+            if layout == "shared":
+                segments.append(Segment(start, len(prompt)))
+            for i in members:
+                forwarded = pairs[i][1][:-1]
+                last[i], first[i] = start + len(prompt) - 1, len(ids)
+                ids.extend(forwarded)
+                positions.extend(range(len(prompt), len(prompt) + len(forwarded)))
+                if layout != "shared":
+                    segments.append(Segment(start, len(prompt) + len(forwarded)))
+                elif forwarded:
+                    segments.append(Segment(first[i], len(forwarded), start, len(prompt)))
+
+        predictors: list[int] = []
+        for i, (_, completion) in enumerate(pairs):
+            if completion:
+                predictors.append(last[i])
+                predictors.extend(range(first[i], first[i] + len(completion) - 1))
 
         def on_device(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         return cls(
             input_ids=on_device(ids),
-            cu_seqlens=on_device([0, *accumulate(lengths)]),
-            cu_completions=on_device([0, *accumulate(len(c) for _, c in pairs)]),
+            position_ids=on_device(positions),
+            targets=on_device([token for _, completion in pairs for token in completion]),
             predictors=on_device(predictors),
-            max_length=max(lengths, default=0),
+            cu_completions=on_device([0, *accumulate(len(c) for _, c in pairs)]),
+            segments=tuple(segments),
+            layout=layout,
         )
 
+    def padded_rows(self) -> tuple[Tensor, Tensor]:
+        """Segments as rows, padded on the right: ids and mask, ``[segments, longest]``; the mask
+        picks the T tokens in order. For layout ``"rows"``."""
+        lengths = torch.tensor([s.length for s in self.segments], device=self.input_ids.device)
+        longest = max((s.length for s in self.segments), default=0)
+        mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        ids = torch.zeros(mask.shape, dtype=torch.int64, device=lengths.device)
+        ids[mask] = self.input_ids
+        return ids, mask
+
     @property
-    def targets(self) -> Tensor:
-        """``[N]`` int64: the scored tokens."""
-        return self.input_ids[self.predictors + 1]
+    def num_tokens(self) -> int:
+        """T: what is forwarded, padding of rows aside."""
+        return len(self.input_ids)
+
+
+def _families(pairs: Sequence[tuple[Ids, Ids]], layout: Layout) -> list[tuple[Ids, list[int]]]:
+    """Prompts with the pairs that share them; one pair each where prompts are not shared."""
+    if layout != "shared":
+        return [(prompt, [i]) for i, (prompt, _) in enumerate(pairs)]
+    families: dict[tuple[int, ...], list[int]] = {}
+    for i, (prompt, _) in enumerate(pairs):
+        families.setdefault(tuple(prompt), []).append(i)
+    return list(families.items())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fusedgrpo.kernels import LogProbs, linear_logprob
+from fusedgrpo.models import attention
 from fusedgrpo.models.head import Head, find_head, vocabulary_size
-from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.layout import SharedPrompt, choose_layout
+from fusedgrpo.models.packed import Ids, Layout, PackedBatch
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.config import GRPOConfig
@@ -26,6 +28,10 @@ class Policy:
     fresh adapters that is the model with the adapters switched off; with
     ``keep_reference="adapter"`` a copy of the adapters' weights (for adapters that were trained
     before), with ``keep_reference="model"`` a frozen copy of the model.
+
+    shared_prompt: ``"auto"`` forwards each prompt once for all its completions if the model gives
+    the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
+    ``layout``, for ``PackedBatch.build``.
     """
 
     def __init__(
@@ -35,11 +41,14 @@ class Policy:
         compute_dtype: torch.dtype | None = None,
         temperature: float = 1.0,
         keep_reference: Literal["adapter", "model"] | None = None,
+        shared_prompt: SharedPrompt = "auto",
     ):
         self.model: Any = model
         self.compute_dtype = compute_dtype
         self.temperature = temperature
         self.has_adapter = hasattr(model, "disable_adapter")
+        attention.install(self.causal_lm)
+        self.layout: Layout = choose_layout(self, shared_prompt)
         self._reference_model: nn.Module | None = None
         self._reference_adapter: list[Tensor] | None = None
         if keep_reference == "model":
@@ -84,6 +93,10 @@ class Policy:
             self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None
         )
 
+    def pack(self, pairs: Sequence[tuple[Ids, Ids]]) -> PackedBatch:
+        """``(prompt ids, completion ids)`` pairs in the policy's layout, on its device."""
+        return PackedBatch.build(pairs, self.device, self.layout)
+
     def logprobs(
         self, packed: PackedBatch, *, entropy: bool | Literal["detached"] = False
     ) -> LogProbs:
@@ -93,7 +106,7 @@ class Policy:
         the same route. Temperature is applied, top-k and top-p are not.
         """
         with self.autocast():
-            hidden = self._hidden(packed)
+            hidden = self.hidden(packed)
             head = self.head
             if self.compute_dtype is None:
                 hidden = hidden.to(head.weight.dtype)
@@ -108,23 +121,24 @@ class Policy:
                 return_entropy=entropy,
             )
 
-    def _hidden(self, packed: PackedBatch) -> Tensor:
-        """``[N, H]``: the hidden states that predict the scored tokens.
-
-        One sequence per row, padded on the right: with causal attention no token sees a later one,
-        so the padding only costs time. Masks come from lengths, never from token ids.
-        """
-        lengths = packed.cu_seqlens.diff()
-        columns = torch.arange(packed.max_length, device=lengths.device)
-        attention_mask = columns < lengths[:, None]
-        rows = torch.zeros(attention_mask.shape, dtype=torch.int64, device=lengths.device)
-        rows[attention_mask] = packed.input_ids
-        output = self.causal_lm.get_decoder()(
-            input_ids=rows, attention_mask=attention_mask.long(), use_cache=False
-        )
-        # Where each of the T tokens went in the padded rows, then the N of them that are wanted.
-        places = attention_mask.flatten().nonzero().flatten()[packed.predictors]
-        return output.last_hidden_state.flatten(0, 1).index_select(0, places)
+    def hidden(self, packed: PackedBatch) -> Tensor:
+        """``[N, H]``: the hidden states that predict the scored tokens."""
+        decoder = self.causal_lm.get_decoder()
+        if packed.layout == "rows":
+            ids, mask = packed.padded_rows()
+            states = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+            # With causal attention no token sees the padding to its right.
+            states = states.last_hidden_state.flatten(0, 1)[mask.flatten()]
+        else:
+            states = decoder(
+                input_ids=packed.input_ids[None],
+                position_ids=packed.position_ids[None],
+                # Four dimensions: transformers takes it for a finished mask and builds none.
+                attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
+                use_cache=False,
+                fusedgrpo_plan=attention.Plan(packed.segments, self.device),
+            ).last_hidden_state[0]
+        return states.index_select(0, packed.predictors)
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:

@@ -288,16 +288,17 @@ def count_tokens(model: Any) -> list[tuple[int, int]]:
 
 def test_a_prompt_is_prefilled_once_and_then_one_token_at_a_time() -> None:
     model = tiny.model()
-    shapes = count_tokens(model)
     s = sampler(model, eos=[tiny.VOCAB + 1])
+    shapes = count_tokens(model)
     s.sample([list(range(4, 24))] * 2, 5, SamplingParams(max_new_tokens=7), seed=0)
     assert shapes == [(2, 19)] + [(10, 1)] * 7
 
 
 def test_a_wave_stops_when_all_its_completions_have_ended() -> None:
     model = tiny.model()
+    s = sampler(model, eos=range(tiny.VOCAB))
     shapes = count_tokens(model)
-    sampler(model, eos=range(tiny.VOCAB)).sample([[5, 6]], 3, SamplingParams(max_new_tokens=50), 0)
+    s.sample([[5, 6]], 3, SamplingParams(max_new_tokens=50), 0)
     assert shapes == [(1, 1), (3, 1)]
 
 
@@ -310,8 +311,9 @@ def test_dropout_and_checkpointing_are_off_while_sampling_and_modes_come_back() 
     model.train()
     base.model.layers[0].eval()
     modes = [m.training for m in model.modules()]
+    trained = sampler(model)
     shapes = count_tokens(base)
-    groups = sampler(model).sample(PROMPTS, 3, params, seed=1)
+    groups = trained.sample(PROMPTS, 3, params, seed=1)
     assert ids(groups) == ids(expected)
     assert [m.training for m in model.modules()] == modes
     assert all(tokens == 1 for _, tokens in shapes[1:]), "the cache was not used"

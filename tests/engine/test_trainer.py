@@ -10,10 +10,11 @@ import tiny
 import torch
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
+from fusedgrpo.engine import scoring, update
 from fusedgrpo.engine.metrics import read_metrics
-from fusedgrpo.engine.update import Updater
 from fusedgrpo.errors import ConfigError, NonFiniteError, RewardError
 from fusedgrpo.kernels.reference import reference_group_advantages
+from fusedgrpo.models import layout
 
 PROMPTS = [
     {"prompt": " ".join(f"w{4 + (i * j) % 30}" for j in range(1, 3 + i % 4))} for i in range(7)
@@ -118,12 +119,33 @@ def test_twice_the_same_run_to_the_last_bit(tmp_path):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo", "sapo"])
 def test_the_cut_into_micro_batches_does_not_change_the_run(tmp_path, loss_type):
     # Adam's default epsilon of 1e-8 would make full steps of the rounding of gradients that are 0.
-    same = {"loss_type": loss_type, "beta": 0.1, "adam_epsilon": 1e-6}
+    same = {"loss_type": loss_type, "beta": 0.1, "adam_epsilon": 1e-3}
     whole = trained(tmp_path / "a", **same)
     cut = trained(tmp_path / "b", tokens_per_microbatch=20, **same)
     torch.testing.assert_close(weights(cut), weights(whole), rtol=0, atol=1e-6)
     for a, b in zip(rows_of(whole), rows_of(cut), strict=True):
+        # A group that is cut repeats its prompt.
+        assert a.pop("num_forwarded_tokens") < b.pop("num_forwarded_tokens")
         assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1, "num_iterations": 2}, {"loss_type": "grpo"}])
+def test_sharing_prompts_does_not_change_the_run(tmp_path, options):
+    options = {"adam_epsilon": 1e-3, **options}
+    runs = [trained(tmp_path / v, shared_prompt=v, **options) for v in ("on", "off")]
+    assert [run.policy.layout for run in runs] == ["shared", "packed"]
+    torch.testing.assert_close(*map(weights, runs), rtol=0, atol=1e-6)
+    for shared, alone in zip(*map(rows_of, runs), strict=True):
+        assert shared.pop("num_forwarded_tokens") < 0.8 * alone.pop("num_forwarded_tokens")
+        assert shared == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_model_that_cannot_be_packed_trains_one_sequence_per_row(tmp_path, monkeypatch):
+    packed = trained(tmp_path / "a", adam_epsilon=1e-3)
+    monkeypatch.setattr(layout, "_obstacle", lambda policy, wanted: "it is a test")
+    rows = trained(tmp_path / "b", adam_epsilon=1e-3)
+    assert rows.policy.layout == "rows"
+    torch.testing.assert_close(weights(packed), weights(rows), rtol=0, atol=1e-6)
 
 
 def test_gradient_checkpointing_does_not_change_the_run(tmp_path):
@@ -397,7 +419,8 @@ def test_rows_without_gradient_are_not_forwarded_and_change_nothing(
 ):
     options = {"reward_funcs": first_group_only, "num_iterations": num_iterations}
     run = trained(tmp_path / "a", **options)
-    monkeypatch.setattr(Updater, "_has_gradient", lambda self, sample: True)
+    for module in (update, scoring):
+        monkeypatch.setattr(module, "has_gradient", lambda sample, options, entropy_coef: True)
     full = trained(tmp_path / "b", **options)
     torch.testing.assert_close(weights(run), weights(full), rtol=0, atol=1e-6)
     for skipped, whole in zip(rows_of(run), rows_of(full), strict=True):

@@ -34,6 +34,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Cohere": {"logit_scale": 0.25},
     "Phi3": {},
     "Mistral": {"sliding_window": 4},
+    "Qwen3": {"head_dim": 8},
+    "SmolLM3": {},
 }
 
 

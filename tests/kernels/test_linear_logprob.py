@@ -168,6 +168,39 @@ def test_masked_positions_are_exactly_zero_in_value_and_gradient(kernel):
     assert (hidden.grad[mask].abs().sum(1) > 0).all()
 
 
+def test_masked_positions_add_nothing_to_the_gradients_of_the_head(kernel):
+    hidden, weight, bias, targets = make(device=kernel.device)
+    mask = torch.arange(len(targets), device=kernel.device) % 3 != 0
+    weight.requires_grad_()
+    bias.requires_grad_()
+    grads = []
+    for h, t, m in ((hidden, targets, mask), (hidden[mask], targets[mask], None)):
+        out = linear_logprob(
+            h, weight, t, bias=bias, mask=m, return_entropy=True, backend=kernel.backend
+        )
+        grads.append(torch.autograd.grad(out.logp.sum() + out.entropy.sum(), (weight, bias)))
+    for a, b in zip(*grads, strict=True):
+        close(a, b, 3e-6)
+
+
+def test_a_sure_token_keeps_its_gradient(kernel):
+    """1 minus a float32 p knows nothing of a 1 - p of 1e-8: of the row's whole gradient."""
+    weight = torch.eye(20, device=kernel.device)  # the logits are the hidden states
+    targets = torch.arange(0, 20, 3, device=kernel.device)
+    sure = torch.linspace(12.0, 21.0, len(targets), device=kernel.device)
+    hidden = (
+        0.1 * torch.randn(len(targets), 20, device=kernel.device) + weight[targets] * sure[:, None]
+    )
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got = linear_logprob(*inputs, targets, backend=kernel.backend).logp
+    want = reference_linear_logprob(*exact, targets)[0]
+    ours, head = torch.autograd.grad(got.sum(), inputs)
+    exact_ours, exact_head = torch.autograd.grad(want.sum(), exact)
+    for a, b in ((ours, exact_ours), (head[targets], exact_head[targets])):
+        assert ((a - b).norm(dim=1) <= 1e-5 * b.norm(dim=1)).all()
+
+
 def _bf16_cases():
     """Flat, peaked (top logits 16-31, as sharp models have) and collapsed rows."""
     g = torch.Generator().manual_seed(1)
@@ -231,6 +264,21 @@ def test_gradients_of_a_low_precision_head_survive_small_coefficients(kernel, dt
     floor = 6e-8 if dtype == torch.float16 else 0.0
     for a, x in zip(ours, exact, strict=True):
         assert (a - x.grad).norm() <= 6e-3 * x.grad.norm() + floor * x.numel() ** 0.5
+
+
+def test_a_low_precision_head_sums_what_its_logits_could_not_hold(kernel):
+    """Gradients of 1e-4 of the head, from gradients of 1e-8 of the logits: 0 in float16."""
+    if interpreted():
+        pytest.skip("the interpreter truncates where a GPU rounds")
+    hidden, weight, _, targets = make(N=40, device=kernel.device)
+    hidden, weight = (hidden * 1024).half(), (weight / 1024).half().requires_grad_()
+    exact = weight.detach().double().requires_grad_()
+    (reference_linear_logprob(hidden.double(), exact, targets)[0].sum() * 1e-6).backward()
+    with vocab_pass.probabilities_as(torch.float16):
+        (
+            linear_logprob(hidden, weight, targets, backend=kernel.backend).logp.sum() * 1e-6
+        ).backward()
+    assert (weight.grad - exact.grad).norm() <= 1e-3 * exact.grad.norm()
 
 
 def test_float32_error_stays_under_1e_5(kernel):

@@ -227,6 +227,46 @@ def test_a_trained_low_precision_head_keeps_small_coefficients(kernel):
         assert (a.grad.double() - b.grad).norm() <= 1e-3 * b.grad.norm()
 
 
+def test_a_sure_token_keeps_its_gradient(kernel):
+    """1 minus a float32 p knows nothing of a 1 - p of 1e-8: of the row's whole gradient."""
+    weight = torch.eye(20, device=kernel.device)  # the logits are the hidden states
+    targets = torch.arange(0, 20, 3, device=kernel.device)
+    sure = torch.linspace(12.0, 21.0, len(targets), device=kernel.device)
+    hidden = 0.1 * torch.randn(len(targets), 20, device=kernel.device)
+    hidden = (hidden + weight[targets] * sure[:, None]).requires_grad_()
+    exact = hidden.detach().double().requires_grad_()
+    advantages = torch.tensor([1.0, -1.0], device=kernel.device)
+    ends = torch.tensor([0, 3, len(targets)], device=kernel.device)
+    linear_policy_loss(
+        hidden, weight, targets, advantages, ends, options=LossOptions(), backend=kernel.backend
+    ).loss.backward()
+    reference_policy_loss(
+        reference_linear_logprob(exact, weight.double(), targets)[0],
+        advantages.double(), ends, options=LossOptions(),
+    ).backward()  # fmt: skip
+    error = (hidden.grad - exact.grad).norm(dim=1)
+    assert (error <= 1e-5 * exact.grad.norm(dim=1)).all()
+
+
+def test_a_token_without_a_finite_sampler_weight_is_as_good_as_masked(kernel):
+    dtype, _ = exact_dtype(kernel)
+    hidden, weight, _, targets, advantages, ends, tensors = make(LENGTHS, kernel, dtype)
+    hidden.requires_grad_()
+    keep = torch.arange(len(targets), device=kernel.device) % 3 != 0
+
+    def run(**keywords):
+        loss = linear_policy_loss(
+            hidden, weight, targets, advantages, ends, options=LossOptions(loss_type="grpo"),
+            backend=kernel.backend, **keywords,
+        ).loss  # fmt: skip
+        return loss, *torch.autograd.grad(loss, hidden)
+
+    ratio = tensors["sampler_ratio"]
+    dropped = run(sampler_ratio=ratio.where(keep, torch.nan))
+    for a, b in zip(dropped, run(sampler_ratio=ratio, mask=keep), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_without_gradients_it_gives_the_same_loss(kernel):
     hidden, weight, _, targets, advantages, ends, tensors = make(LENGTHS, kernel, torch.float32)
     arguments = (targets, advantages, ends)

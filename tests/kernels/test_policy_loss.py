@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -315,6 +316,19 @@ def test_a_ratio_on_the_bound_of_the_clip_keeps_its_whole_gradient(kernel):
         torch.testing.assert_close(grad, -advantages.to(grad) / 3)
 
 
+def test_a_delta_below_the_clip_holds_for_both_signs(kernel):
+    """Of a ratio of e the least is taken: 1.1, where the clip would have taken 1.2 of A > 0."""
+    logp = torch.ones(2, device=kernel.device, requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0], device=kernel.device)
+    loss = policy_loss(
+        logp, advantages, torch.arange(3), old_logp=torch.zeros_like(logp), epsilon=0.2, delta=1.1,
+        backend=kernel.backend,
+    ).loss  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, logp)
+    assert loss.item() == pytest.approx((-1.1 + 1.2) / 2)
+    assert not grad.any()
+
+
 def test_a_token_without_a_finite_sampler_weight_leaves_both_sides_of_the_mean(kernel):
     logp, advantages, cu, old, _, _, ratio = make(kernel, lengths=(3, 3))
     bad = ratio.clone()
@@ -328,6 +342,18 @@ def test_a_token_without_a_finite_sampler_weight_leaves_both_sides_of_the_mean(k
     assert want.metrics["sampling/dropped_tokens"].item() == 0
     got = policy_loss(logp, advantages, cu, sampler_ratio=bad, mask=keep, **tensors)
     assert got.metrics["sampling/dropped_tokens"].item() == 0
+
+
+def test_vespo_clamps_each_factor_before_their_product(kernel):
+    """exp(20) and exp(-20), then 1e8 and a sampler's weight of 0 that counts as 1e-8: both 1."""
+    for gaps, weights in (((30.0, -25.0), (1.0, 1.0)), ((math.log(1e8), 0.0), (1.0, 0.0))):
+        old = -torch.tensor(gaps, device=kernel.device)
+        metrics = policy_loss(
+            torch.zeros_like(old), old.new_ones(1), torch.tensor([0, 2]), old_logp=old,
+            sampler_ratio=old.new_tensor(weights), loss_type="vespo", vespo_lambda_pos=0.5,
+            backend=kernel.backend,
+        ).metrics  # fmt: skip
+        assert metrics["vespo/phi_seq_mean"].item() == pytest.approx(1, abs=1e-5)
 
 
 def test_clip_sides(kernel):
