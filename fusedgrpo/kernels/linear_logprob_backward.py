@@ -15,6 +15,7 @@ from fusedgrpo.kernels.vocab_pass import (
     mm_into,
     operand,
     operand_dtype,
+    round_operand,
     tile_functions,
     tiling_for,
 )
@@ -99,6 +100,7 @@ def head_gradients(
                     None if grad_entropy is None else grad_entropy[rows] / unit,
                     dz,
                 )
+                round_operand(dz)
                 if weight_grad:
                     mm_into(tile_weight, dz.T, h, add=True)
                 if bias_grad:

@@ -398,6 +398,7 @@ def test_qlora_in_four_bits_trains_on_the_cpu(tmp_path, optim):
         ),
         train_dataset=PROMPTS,
     )  # fmt: skip
+    assert run.policy.layout == "shared"
     before = weights(run).clone()
     run.train()
     rows = rows_of(run)
