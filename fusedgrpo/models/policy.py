@@ -24,10 +24,10 @@ class Policy:
     """The model that is trained, with its reference.
 
     model: a transformers causal LM, or one wrapped by peft. compute_dtype: the dtype of autocast,
-    or None to compute in the weights' own. The reference policy is the model as it is now. With
-    fresh adapters that is the model with the adapters switched off; with
-    ``keep_reference="adapter"`` a copy of the adapters' weights (for adapters that were trained
-    before), with ``keep_reference="model"`` a frozen copy of the model.
+    None to compute in the weights' own, or ``"inherit"`` for what the caller has set. The reference
+    policy is the model as it is now. With fresh adapters that is the model with the adapters
+    switched off; with ``keep_reference="adapter"`` a copy of the adapters' weights (for adapters
+    that were trained before), with ``keep_reference="model"`` a frozen copy of the model.
 
     shared_prompt: ``"auto"`` forwards each prompt once for all its completions if the model gives
     the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
@@ -38,7 +38,7 @@ class Policy:
         self,
         model: nn.Module,
         *,
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | Literal["inherit"] | None = None,
         temperature: float = 1.0,
         keep_reference: Literal["adapter", "model"] | None = None,
         shared_prompt: SharedPrompt = "auto",
@@ -87,8 +87,20 @@ class Policy:
         """Names and parameters that the optimizer updates."""
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
-    def autocast(self) -> torch.autocast:
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        if isinstance(self.compute_dtype, torch.dtype):
+            return self.compute_dtype
+        device_type = self.device.type
+        if self.compute_dtype == "inherit" and torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.head.weight.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that sampling, scoring and update share."""
+        if self.compute_dtype == "inherit":
+            return contextlib.nullcontext()
         return torch.autocast(
             self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedgrpo.engine.packing import forwarded_tokens, micro_batches
 from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.packing import forwarded_tokens, micro_batches
 
 LAYOUTS = st.sampled_from(["shared", "packed", "rows"])
 # Three prompts at most, so that most samples share one.

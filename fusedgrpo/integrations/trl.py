@@ -1,0 +1,305 @@
+"""TRL's GRPO and RLOO trainers on our forward pass: change one line, keep everything else.
+
+    from fusedgrpo.integrations.trl import FusedGRPOTrainer as GRPOTrainer
+
+Log-probs and entropies of policy, old policy and reference come from packed batches in which each
+prompt is there once, through a head without logits. Losses, metrics, callbacks, checkpoints, PEFT,
+quantization, vLLM and rewards stay TRL's. Tested with TRL 1.16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.errors import ConfigError, ModelError
+from fusedgrpo.integrations.packed_forward import PackedForward, install
+from fusedgrpo.models.layout import SharedPrompt
+from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.packing import micro_batches
+
+TESTED = "1.16"
+
+log = logging.getLogger("fusedgrpo")
+
+
+def _import_trl() -> tuple[Any, Any]:
+    """The modules of the two trainers; ImportError with the remedy where TRL is not as expected."""
+    remedy = f"Install the version that was tested: pip install 'trl=={TESTED}.*'."
+    try:
+        version = importlib.metadata.version("trl")
+        from trl.trainer import grpo_trainer, rloo_trainer
+    except (importlib.metadata.PackageNotFoundError, ImportError) as error:
+        raise ImportError(f"fusedgrpo.integrations.trl needs TRL: {error}. {remedy}") from error
+    if version.split(".")[:2] != TESTED.split("."):
+        raise ImportError(
+            f"fusedgrpo.integrations.trl was tested with TRL {TESTED}, this is {version}. {remedy}"
+        )
+    expected = {
+        "_get_per_token_logps_and_entropies": (
+            "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
+            "compute_entropy", "compute_aux_loss",
+        ),
+        "_compute_loss": ("model", "inputs"),
+        "_prepare_inputs": ("generation_batch",),
+    }  # fmt: skip
+    for module, name in ((grpo_trainer, "GRPOTrainer"), (rloo_trainer, "RLOOTrainer")):
+        for method, names in expected.items():
+            found = inspect.signature(getattr(getattr(module, name), method)).parameters
+            if tuple(found)[1 : len(names) + 1] != names:
+                raise ImportError(
+                    f"TRL {version}: {name}.{method} takes ({', '.join(found)}), expected (self, "
+                    f"{', '.join(names)}, ...). {remedy}"
+                )
+        if not hasattr(module, "shuffle_sequence_dict"):
+            raise ImportError(f"TRL {version}: {module.__name__} does not shuffle. {remedy}")
+    return grpo_trainer, rloo_trainer
+
+
+grpo_trainer, rloo_trainer = _import_trl()
+
+
+class FusedLogProbs:
+    """What a TRL trainer gains: put it before the trainer's class among the bases.
+
+    shared_prompt: ``"auto"``, ``"on"`` or ``"off"``, as in ``GRPOConfig``.
+    tokens_per_microbatch: packed tokens of one forward without gradients (old and reference
+        log-probs); default: as many as ``per_device_train_batch_size`` padded rows have.
+    group_rows: keep the completions of a prompt next to each other when the rollout is shuffled, so
+        that prompts are shared; groups, and completions within a group, are still shuffled.
+        ``False`` shuffles single rows as TRL does.
+
+    Rows whose gradient is exactly zero (advantage 0, no KL in the loss, no entropy bonus; nothing
+    unmasked) are scored without gradients: the same loss, metrics and gradients for a third of
+    their cost.
+    """
+
+    _module: Any = grpo_trainer
+
+    def __init__(
+        self,
+        *args: Any,
+        shared_prompt: SharedPrompt = "auto",
+        tokens_per_microbatch: int | None = None,
+        group_rows: bool = True,
+        **kwargs: Any,
+    ):
+        if shared_prompt not in ("auto", "on", "off"):
+            raise ConfigError(f"shared_prompt={shared_prompt!r}: expected 'auto', 'on' or 'off'.")
+        if tokens_per_microbatch is not None and tokens_per_microbatch < 1:
+            raise ConfigError(
+                f"tokens_per_microbatch={tokens_per_microbatch}: expected at least 1."
+            )
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.group_rows = group_rows
+        self._no_gradient: Tensor | None = None
+        self._said: set[str] = set()
+        super().__init__(*args, **kwargs)
+        me: Any = self
+        for model in (me.model, getattr(me, "ref_model", None)):
+            if model is not None:
+                causal_lm = _causal_lm(me.accelerator.unwrap_model(model))
+                if type(causal_lm).__name__.endswith("ForConditionalGeneration"):
+                    continue  # a multimodal model keeps TRL's forward
+                install(
+                    causal_lm,
+                    temperature=me.temperature,
+                    shared_prompt=shared_prompt,
+                    head_in_float32=bool(getattr(me.args, "cast_lm_head_to_fp32", False)),
+                )
+
+    # --- log-probs -------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``(logps [B, T], entropies [B, T] or None, None)``, 0 where the mask is 0, as TRL's."""
+        forward = self._packed_forward(model)
+        obstacle = None
+        if forward is None:
+            obstacle = "the model takes more than text"
+        elif compute_aux_loss:
+            obstacle = "the load-balancing loss needs the router's logits"
+        elif any(value is not None for value in multimodal.values()):
+            obstacle = "the batch holds more than text"
+        if obstacle is not None or forward is None:
+            self._say(f"TRL's own forward pass is used: {obstacle}.")
+            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+                model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
+                compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **multimodal,
+            )  # fmt: skip
+
+        pairs = _pairs(input_ids, attention_mask, logits_to_keep)
+        kept = attention_mask[:, -logits_to_keep:].bool()
+        training = torch.is_grad_enabled()
+        entropy: bool | Literal["detached"] = False
+        if compute_entropy:
+            bonus = training and getattr(self, "_entropy_bonus_enabled", False)
+            entropy = True if bonus else "detached"
+        budget = self.tokens_per_microbatch or (batch_size or len(pairs)) * input_ids.shape[1]
+
+        parts: list[tuple[list[int], Tensor, Tensor | None]] = []
+        with_gradient, without = self._split_rows(len(pairs), training)
+        if with_gradient:  # in one piece: its activations stay until the backward in any case
+            parts.append((with_gradient, *self._score(model, pairs, with_gradient, entropy)))
+        with torch.no_grad() if training else contextlib.nullcontext():
+            layout = forward.layout if without else "rows"
+            for members in micro_batches([pairs[i] for i in without], budget, layout):
+                rows = [without[k] for k in members]
+                parts.append((rows, *self._score(model, pairs, rows, entropy)))
+        logps = _padded([(rows, logp) for rows, logp, _ in parts], kept, pairs)
+        entropies = None
+        if compute_entropy:
+            entropies = _padded([(rows, e) for rows, _, e in parts if e is not None], kept, pairs)
+        return logps, entropies, None
+
+    def _score(
+        self, model: Any, pairs: Sequence[Any], rows: list[int], entropy: bool | str
+    ) -> tuple[Tensor, Tensor | None]:
+        me: Any = self
+        forward = self._packed_forward(model)
+        assert forward is not None
+        with me.accelerator.autocast():
+            packed = PackedBatch.build(
+                [pairs[i] for i in rows], me.accelerator.device, forward.layout
+            )
+            logp, entropies = model(fusedgrpo_packed=(packed, entropy))
+        return logp, entropies
+
+    def _packed_forward(self, model: Any) -> PackedForward | None:
+        me: Any = self
+        return getattr(_causal_lm(me.accelerator.unwrap_model(model)), "fusedgrpo_forward", None)
+
+    def _split_rows(self, count: int, training: bool) -> tuple[list[int], list[int]]:
+        """Rows to score with and without gradients."""
+        if not training:
+            return [], list(range(count))
+        if self._no_gradient is None:
+            return list(range(count)), []
+        flags = self._no_gradient.tolist()
+        live = [i for i in range(count) if not flags[i]]
+        # One row at least: the loss has to hang on the parameters, and DDP waits for all of them.
+        live = live or [0]
+        return live, [i for i in range(count) if i not in set(live)]
+
+    # --- the loss and the order of rows ----------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._no_gradient = self._rows_without_gradient(inputs)
+        try:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
+        finally:
+            self._no_gradient = None
+
+    def _rows_without_gradient(self, inputs: dict[str, Any]) -> Tensor:
+        """``[B]`` bool: rows whose gradient is exactly 0 under TRL's loss."""
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        nothing = mask.sum(1) == 0
+        in_loss_kl = getattr(self, "beta", 0.0) != 0.0 and self._module is grpo_trainer
+        if in_loss_kl or getattr(self, "_entropy_bonus_enabled", False):
+            return nothing
+        advantages = inputs["advantages"]
+        flat = advantages == 0 if advantages.dim() == 1 else (advantages == 0).all(1)
+        return nothing | flat
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if not self.group_rows:
+            return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
+        with _replaced(self._module, "shuffle_sequence_dict", shuffle_groups):
+            return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning(message)
+
+
+class FusedGRPOTrainer(FusedLogProbs, grpo_trainer.GRPOTrainer):  # type: ignore
+    """``trl.GRPOTrainer``, with the arguments of ``FusedLogProbs`` besides its own."""
+
+
+class FusedRLOOTrainer(FusedLogProbs, rloo_trainer.RLOOTrainer):  # type: ignore
+    """``trl.RLOOTrainer``, with the arguments of ``FusedLogProbs`` besides its own."""
+
+    _module = rloo_trainer
+
+
+def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
+    """TRL's ``shuffle_sequence_dict``, with rows of one prompt kept next to each other.
+
+    Groups come in random order and so do the rows of each.
+    """
+    prompts: dict[tuple[int, ...], list[int]] = {}
+    masks = batch["prompt_mask"].bool()
+    for row, (ids, mask) in enumerate(zip(batch["prompt_ids"], masks, strict=True)):
+        prompts.setdefault(tuple(ids[mask].tolist()), []).append(row)
+    groups = list(prompts.values())
+    order: list[int] = []
+    for g in torch.randperm(len(groups)).tolist():
+        order += [groups[g][k] for k in torch.randperm(len(groups[g])).tolist()]
+
+    def permuted(value: Any) -> Any:
+        if value is None or (isinstance(value, Tensor) and value.dim() == 0):
+            return value
+        return value[order] if isinstance(value, Tensor) else [value[i] for i in order]
+
+    return {name: permuted(value) for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """TRL looks the function up in its module when it calls it, and offers no other way in."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _pairs(
+    input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Prompt and completion of each padded row, without the padding."""
+    pairs = []
+    split = input_ids.shape[1] - logits_to_keep
+    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+        prompt = tuple(t for t, m in zip(ids[:split], mask[:split], strict=True) if m)
+        completion = tuple(t for t, m in zip(ids[split:], mask[split:], strict=True) if m)
+        if not prompt:
+            raise ModelError("A prompt without tokens has nothing to predict from.")
+        pairs.append((prompt, completion))
+    return pairs
+
+
+def _padded(parts: list[tuple[list[int], Tensor]], kept: Tensor, pairs: Sequence[Any]) -> Tensor:
+    """``[B, T]``: the values of each row's completion where ``kept`` is true, else 0."""
+    sizes = [len(completion) for _, completion in pairs]
+    pieces: list[Tensor] = [parts[0][1].new_zeros(0)] * len(pairs)
+    for rows, values in parts:
+        own = values.split([sizes[i] for i in rows])
+        for i, piece in zip(rows, own, strict=True):
+            pieces[i] = piece
+    flat = torch.cat(pieces)
+    return flat.new_zeros(kept.shape).masked_scatter(kept, flat)
