@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/grpo_demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

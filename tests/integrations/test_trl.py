@@ -20,7 +20,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
 from fusedgrpo.errors import ConfigError  # noqa: E402
 from fusedgrpo.integrations import trl as integration  # noqa: E402
-from fusedgrpo.integrations.trl import FusedGRPOTrainer, FusedRLOOTrainer, shuffle_groups  # noqa: E402
+from fusedgrpo.integrations.trl import (  # noqa: E402
+    FusedGRPOTrainer,
+    FusedRLOOTrainer,
+    shuffle_groups,
+)
 from fusedgrpo.kernels import LOSS_TYPES  # noqa: E402
 
 PROMPTS = ["w4 w5 w6", "w7 w8", "w9 w10 w11 w12", "w5", "w6 w6 w7", "w30 w31"]

@@ -18,9 +18,10 @@ from fusedgrpo.kernels.backend import interpreted
 @pytest.mark.skipif(interpreted(), reason="this is the interpreter's process")
 def test_every_kernel_test_passes_under_the_interpreter():
     here = Path(__file__).parent
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", str(here), "-k", "triton-interpreted"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={**env, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=here.parents[1],
         capture_output=True,
         text=True,
