@@ -146,3 +146,17 @@ def amd_resources(assembly: str, shared: int) -> Resources:
         instructions=len(re.findall(r"^\t[a-z]\w+(?:\s|$)", assembly, re.M)),
         float64=len(re.findall(r"^\t\w+_f64", assembly, re.M)),
     )
+
+
+def reduction_layouts(variant: Variant, target: Target) -> tuple[str, ...]:
+    """How the operands of the variant's reductions are spread over threads, each layout once.
+
+    Compiled for pointers and integers that are multiples of 16, as large tensors have them.
+    """
+    runtime = [i for i, kind in enumerate(variant.signature.values()) if kind != "constexpr"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in runtime}
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, aligned)
+    text = triton.compile(source, target=target.gpu, options=variant.launch.options()).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", text, re.M))
+    used = re.findall(r"\}\) : \(tensor<\d+x\w+, (#\w+)>\)", text)
+    return tuple(sorted({layouts[name] for name in used}))

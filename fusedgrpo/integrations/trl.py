@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.integrations.packed_forward import PackedForward, install
+from fusedgrpo.integrations.trl_loss import compute_loss, refuse_uncovered
 from fusedgrpo.models.layout import SharedPrompt
 from fusedgrpo.models.packed import PackedBatch
 from fusedgrpo.models.packing import micro_batches
@@ -75,6 +76,7 @@ class FusedLogProbs:
     group_rows: keep the completions of a prompt next to each other when the rollout is shuffled, so
         that prompts are shared; groups, and completions within a group, are still shuffled.
         ``False`` shuffles single rows as TRL does.
+    fused_loss: (GRPO) the loss is ours too, in one kernel, with TRL's values and metrics.
 
     Rows whose gradient is exactly zero (advantage 0, no KL in the loss, no entropy bonus; nothing
     unmasked) are scored without gradients: the same loss, metrics and gradients for a third of
@@ -89,6 +91,7 @@ class FusedLogProbs:
         shared_prompt: SharedPrompt = "auto",
         tokens_per_microbatch: int | None = None,
         group_rows: bool = True,
+        fused_loss: bool = False,
         **kwargs: Any,
     ):
         if shared_prompt not in ("auto", "on", "off"):
@@ -98,11 +101,16 @@ class FusedLogProbs:
                 f"tokens_per_microbatch={tokens_per_microbatch}: expected at least 1."
             )
         self.tokens_per_microbatch = tokens_per_microbatch
+        if fused_loss and self._module is not grpo_trainer:
+            raise ConfigError("fused_loss=True is for GRPO: RLOO has a loss of its own.")
         self.group_rows = group_rows
+        self.fused_loss = fused_loss
         self._no_gradient: Tensor | None = None
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
         me: Any = self
+        if fused_loss:
+            refuse_uncovered(me)
         for model in (me.model, getattr(me, "ref_model", None)):
             if model is not None:
                 causal_lm = _causal_lm(me.accelerator.unwrap_model(model))
@@ -202,6 +210,8 @@ class FusedLogProbs:
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._no_gradient = self._rows_without_gradient(inputs)
         try:
+            if self.fused_loss:
+                return compute_loss(self, model, inputs)
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
         finally:
             self._no_gradient = None

@@ -73,7 +73,7 @@ def _stored_rows(V: int, itemsize: int, most: int) -> int:
 
 def tile_launch(columns: int) -> Launch:
     """One program per row of a tile of logits."""
-    return Launch(block=min(power_of_two(columns), 4096), num_warps=8)
+    return Launch(block=min(max(power_of_two(columns), 2), 4096), num_warps=8)
 
 
 def row_launch(H: int) -> Launch:

@@ -76,7 +76,7 @@ def linear_logprob(
     hidden, weight = autocast_operands(hidden, weight)
     check_operands(hidden, weight, targets, bias, mask)
     with_grad = torch.is_grad_enabled() and hidden.requires_grad
-    logp, _, entropy, _, _ = _linear_logprob(
+    logp, _, entropy, *_ = _linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -108,24 +108,26 @@ def _linear_logprob(
     grad_entropy: bool,
     want_u: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``logp``, ``z_target``, ``entropy``, each ``[N]``, and the gradients ``[N, H]`` of logp and
-    entropy; those that were not asked for have no rows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``logp``, ``z_target``, ``entropy``, ``unit``, each ``[N]``, and the gradients ``[N, H]`` of
+    logp and entropy in those units; those that were not asked for have no rows."""
     head = HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     chosen = resolve_backend(backend, "linear_logprob", hidden.device, hidden.dtype)
     N = len(hidden)
     keep = None if mask is None else mask.nonzero().flatten()
-    kept_target = target if keep is None else target[keep]
+    kept_target = target.contiguous() if keep is None else target[keep]
+    bias = None if bias is None else bias.contiguous()
     check_targets(kept_target, len(weight))
 
     outputs = _outputs(hidden, want_entropy, want_u, want_u and grad_entropy, torch.zeros)
     R = tiling_for(weight).rows
+    full: dict[str, Any] = {"dtype": hidden.dtype, "device": hidden.device}
     with plain_arithmetic_on(hidden):
         for lo in range(0, N if keep is None else len(keep), R):
             # Chunks are gathered one by one: a compacted copy of hidden never exists.
             rows = slice(lo, lo + R) if keep is None else keep[lo : lo + R]
             chunk = hidden[rows]
-            u, v = (torch.empty_like(chunk) if len(x) else None for x in outputs[3:])
+            u, v = (torch.empty(chunk.shape, **full) if len(x) else None for x in outputs[4:])
             done = vocab_pass(
                 chunk,
                 weight,
@@ -145,7 +147,7 @@ def _linear_logprob(
 
 def _outputs(
     hidden: Tensor, want_entropy: bool, want_u: bool, want_v: bool, new: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, H = hidden.shape
     row = {"dtype": accumulator(hidden), "device": hidden.device}
     full = {"dtype": hidden.dtype, "device": hidden.device}
@@ -153,6 +155,7 @@ def _outputs(
         new(N, **row),
         new(N, **row),
         new(N if want_entropy else 0, **row),
+        new(N, **row),
         new((N if want_u else 0, H), **full),
         new((N if want_v else 0, H), **full),
     )
@@ -166,16 +169,19 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, *_ = inputs
-    logp, z_target, entropy, u, v = output
+    logp, z_target, entropy, unit, u, v = output
     _, _, _, _, _, *ctx.head, want_entropy, grad_entropy, ctx.has_u, ctx.backend = inputs
     ctx.grad_entropy = want_entropy and grad_entropy
     ctx.weight_grad = ctx.needs_input_grad[1]
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[2]
     head_grad = ctx.weight_grad or ctx.bias_grad
     ctx.save_for_backward(
-        u, v, *((hidden, weight, bias, target, mask, logp, z_target, entropy) if head_grad else ())
+        unit,
+        u,
+        v,
+        *((hidden, weight, bias, target, mask, logp, z_target, entropy) if head_grad else ()),
     )
-    ctx.mark_non_differentiable(z_target, u, v, *(() if ctx.grad_entropy else (entropy,)))
+    ctx.mark_non_differentiable(z_target, unit, u, v, *(() if ctx.grad_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 
@@ -184,10 +190,9 @@ def _backward(
     grad_logp: Tensor | None,
     grad_z_target: None,
     grad_entropy: Tensor | None,
-    grad_u: None,
-    grad_v: None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:
-    u, v, *for_head = ctx.saved_tensors
+    unit, u, v, *for_head = ctx.saved_tensors
     grad_hidden = grad_weight = grad_bias = None
     if not ctx.grad_entropy:
         grad_entropy = None
@@ -197,7 +202,8 @@ def _backward(
                 raise RuntimeError(
                     "linear_logprob ran without grad mode: it kept no gradient of hidden."
                 )
-            grad_hidden = scale_rows(grad_logp, u, grad_entropy, v)
+            in_units = (None if g is None else g * unit for g in (grad_logp, grad_entropy))
+            grad_hidden = scale_rows(next(in_units), u, next(in_units), v)
         if for_head:
             grad_weight, grad_bias = head_gradients(
                 *for_head,

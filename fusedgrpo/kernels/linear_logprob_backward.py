@@ -67,6 +67,8 @@ def head_gradients(
     R, K = sizes.rows, min(sizes.head_columns, len(weight))
     keep = None if mask is None else mask.nonzero().flatten()
     N = len(hidden) if keep is None else len(keep)
+    target = target.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if grad_logp is None:
         grad_logp = torch.zeros_like(logp)
     # A low-precision dz would round coefficients of 1e-8 a token away: it is in units of the
@@ -87,7 +89,7 @@ def head_gradients(
                 z, dz = z_RK[: len(h), : len(w)], dz_RK[: len(h), : len(w)]
                 mm_into(z, h, w.T)
                 done = Finished(
-                    logp[rows], z_target[rows], entropy[rows] if len(entropy) else entropy
+                    logp[rows], z_target[rows], entropy[rows] if len(entropy) else entropy, unit
                 )
                 fn.logit_gradient_tile(
                     z,

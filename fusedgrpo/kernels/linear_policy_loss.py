@@ -167,6 +167,8 @@ def _linear_policy_loss(
         "denominator": denominator,
         "backend": chosen,
     }
+    targets = targets.contiguous()
+    bias = None if bias is None else bias.contiguous()
     used, ends = _used_tokens(cu_seqlens, mask, sampler_ratio, hidden)
     check_targets(targets[used], len(weight))
     counts = torch.tensor(ends, device=hidden.device).diff()

@@ -62,6 +62,7 @@ class Finished(NamedTuple):
     logp: Tensor  # [R]
     z_target: Tensor  # [R] with it, log p_j = (z_j - z_target) + logp, however large the logits
     entropy: Tensor  # [R]; [0] unless asked for
+    unit: Tensor  # [R] (1 - p_target) * slope, which u and v are to be multiplied by
 
 
 def softmax_tile(
@@ -147,37 +148,41 @@ def finish(
     *,
     want_entropy: bool,
 ) -> Finished:
-    """Log-probs from the running sums, and ``u = d logp / d hidden``, ``v = d entropy / d hidden``.
+    """Log-probs from the running sums; ``u [R, H]`` and ``v [R, H]`` get d logp / d hidden and
+    d entropy / d hidden, both divided by ``unit``.
 
     With x = (log-sum-exp of the others) - z_target:
 
         logp = -softplus(x)    1 - p_target = -expm1(logp)
         H    = H(p_target, 1 - p_target) + (1 - p_target) H(others)
-        u    = (1 - p_target) (W[target] - E_others[W])
-        v    = -sum_j p_j (log p_j + H) W_j, the target's term apart
+        d logp / d hidden    = (1 - p_target) (W[target] - E_others[W]) slope
+        d entropy / d hidden = -sum_j p_j (log p_j + H) W_j slope, the target's term apart
+
+    1 - p_target is the part that 16 bits cannot hold where a token is all but certain.
     """
     base = _base(run.high)
     x = run.total.log() + (base - run.z_target)
     logp = -_softplus(x)
     some = run.total > 0
-    rest = -torch.expm1(logp)  # 1 - p_target
+    rest, p_target = -torch.expm1(logp), logp.exp()  # 1 - p_target, p_target
     total = torch.where(some, run.total, 1.0)
     entropy = logp.new_empty(0)
+    log_rest = -_softplus(-x)
     if want_entropy or v is not None:
-        log_rest = -_softplus(-x)
         within = torch.where(some, total.log() - run.first / total, 0.0)
-        entropy = torch.where(rest > 0, rest * (within - log_rest), 0.0) - logp.exp() * logp
+        own = torch.where(p_target > 0, p_target * logp, 0.0)
+        entropy = torch.where(rest > 0, rest * (within - log_rest), 0.0) - own
     if acc is not None and u is not None:
         target_w = weight[target].to(acc.dtype) * run.slope_target[:, None]
         mean_w = acc / total[:, None]
-        u.copy_((target_w - mean_w).mul_((rest * head.slope)[:, None]))
+        u.copy_(target_w - mean_w)
         if acc_first is not None and v is not None:
-            p_target = logp.exp()
-            level = (base - run.z_target + logp + entropy)[:, None]
-            grad = -(p_target * (logp + entropy))[:, None] * target_w
-            grad -= rest[:, None] * (acc_first / total[:, None] + level * mean_w)
-            v.copy_(grad.mul_(head.slope))
-    return Finished(logp, run.z_target, entropy)
+            mixed = (rest > 0) & (p_target > 0)
+            share = torch.where(mixed, p_target * (logp + entropy) / rest, 0.0)[:, None]
+            # log p_j + H where z_j = high
+            level = torch.where(some, log_rest - total.log() + entropy, 0.0)[:, None]
+            v.copy_(-(share * target_w + acc_first / total[:, None] + level * mean_w))
+    return Finished(logp, run.z_target, entropy, rest * head.slope)
 
 
 def logit_gradient_tile(

@@ -105,6 +105,8 @@ def softmax_tile_kernel(
     base = _base(high)
     shift = tl.where(before == float("-inf"), 0.0, before - base)
 
+    # No store in this loop, and another block size in the one that stores: this one is laid out by
+    # its load then, sums have one order in every variant, and scoring gives the bits of the update.
     total = tl.zeros((BLOCK,), tl.float32)
     first = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
@@ -114,14 +116,22 @@ def softmax_tile_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(z_row + cols, mask=inside, other=0.0)
-        z, slope = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+        z, _ = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
         e = tl.where(inside & (cols != column), tl.exp(z - base), 0.0)
         total += e
         if WANT_FIRST:
             first += tl.where(e > 0, e * (z - base), 0.0)
-        if WANT_P:
-            p = (e * slope).to(p_ptr.dtype.element_ty)
-            tl.store(p_ptr + row * p_stride + cols, p, mask=inside)
+    if WANT_P:
+        for start in range(0, width, BLOCK // 2):
+            cols = start + tl.arange(0, BLOCK // 2)
+            inside = cols < width
+            bias = 0.0
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(z_row + cols, mask=inside, other=0.0)
+            z, slope = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+            p = tl.where(cols != column, tl.exp(z - base) * slope, 0.0)
+            tl.store(p_ptr + row * p_stride + cols, p.to(p_ptr.dtype.element_ty), mask=inside)
 
     rescale = tl.exp(shift)
     total_before = tl.load(total_ptr + row)
@@ -205,6 +215,7 @@ def finish_kernel(
     acc_ptr,
     acc_first_ptr,
     logp_ptr,
+    unit_ptr,
     entropy_ptr,
     u_ptr,
     v_ptr,
@@ -226,19 +237,23 @@ def finish_kernel(
     rest = _sigmoid(x)
     p_target = _sigmoid(-x)
     total = tl.where(none, 1.0, sum_others)
+    log_rest = -_softplus(-x)
     entropy = 0.0
     if WANT_ENTROPY or WANT_V:
-        log_rest = -_softplus(-x)
         within = tl.where(none, 0.0, tl.log(total) - tl.load(first_ptr + row) / total)
-        entropy = tl.where(rest == 0.0, 0.0, rest * (within - log_rest)) - p_target * logp
+        own = tl.where(p_target == 0.0, 0.0, p_target * logp)
+        entropy = tl.where(rest == 0.0, 0.0, rest * (within - log_rest)) - own
     tl.store(logp_ptr + row, logp)
+    tl.store(unit_ptr + row, rest * SLOPE)
     if WANT_ENTROPY:
         tl.store(entropy_ptr + row, entropy)
     if WANT_U:
         target = tl.load(target_ptr + row)
         slope_target = tl.load(slope_target_ptr + row)
-        level = base - z_target + logp + entropy
-        surprise = p_target * (logp + entropy)
+        pure = (rest == 0.0) | (p_target == 0.0)
+        share = tl.where(pure, 0.0, p_target * (logp + entropy) / rest)
+        # log p_j + H where z_j = high
+        level = tl.where(none, 0.0, log_rest - tl.log(total) + entropy)
         for start in range(0, H, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             inside = cols < H
@@ -246,11 +261,11 @@ def finish_kernel(
             w = tl.load(weight_ptr + w_offset, mask=inside, other=0.0).to(tl.float32)
             w = w * slope_target
             mean_w = tl.load(acc_ptr + row * H + cols, mask=inside, other=0.0) / total
-            u = (w - mean_w) * (rest * SLOPE)
+            u = w - mean_w
             tl.store(u_ptr + row * H + cols, u.to(u_ptr.dtype.element_ty), mask=inside)
             if WANT_V:
                 mean_first = tl.load(acc_first_ptr + row * H + cols, mask=inside, other=0.0) / total
-                v = -(surprise * w + rest * (mean_first + level * mean_w)) * SLOPE
+                v = -(share * w + mean_first + level * mean_w)
                 tl.store(v_ptr + row * H + cols, v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
@@ -436,7 +451,7 @@ def finish(
 ) -> Finished:
     R, H = len(target), weight.shape[1]
     launch = row_launch(H)
-    logp = torch.empty_like(run.total)
+    logp, unit = torch.empty_like(run.total), torch.empty_like(run.total)
     want_entropy = want_entropy or v is not None
     entropy = torch.empty_like(run.total) if want_entropy else run.total.new_empty(0)
     finish_kernel[(R,)](
@@ -452,6 +467,7 @@ def finish(
         logp if acc is None else acc,
         logp if acc_first is None else acc_first,
         logp,
+        unit,
         entropy if want_entropy else logp,
         logp if u is None else u,
         logp if v is None else v,
@@ -463,7 +479,7 @@ def finish(
         BLOCK=launch.block,
         **launch.options(),
     )
-    return Finished(logp, run.z_target, entropy)
+    return Finished(logp, run.z_target, entropy, unit)
 
 
 def logit_gradient_tile(

@@ -15,11 +15,13 @@ length, P their prefix.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from fusedgrpo.models.packed import Segment
 
 NAME = "fusedgrpo"
+
+log = logging.getLogger(NAME)
+
 # Segments share a bucket down to this share of its longest; shorter ones than SHORT always do.
 FILLED = 0.75
 SHORT = 32
@@ -52,6 +57,7 @@ class Plan:
     def __init__(self, segments: Sequence[Segment], device: torch.device):
         self.segments = list(segments)
         self.device = device
+        self.windows: list[int | None] = []  # of each attention that ran over this plan
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     @functools.cached_property
@@ -140,13 +146,16 @@ def packed_attention(
     window: how many keys a query sees at most, itself counted. softcap: of the scores.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plan.windows.append(window)
     # Rotary embeddings may leave queries and keys in float32 under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-    kernel = _varlen_kernel(query.device.type, value.dtype, softcap is not None)
-    if kernel is not None and not dropout and query.shape[-1] <= 256:
+    kernel = None
+    if query.is_cuda and not dropout and query.shape[-1] == value.shape[-1]:
+        kernel = _varlen_kernel(query.device, value.dtype, query.shape[-1], softcap is not None)
+    if kernel is not None:
         key_rows, cu_q, cu_k, max_q, max_k = plan.varlen
-        k, v = k.index_select(0, key_rows), v.index_select(0, key_rows)
+        k, v = gather_rows(k, key_rows), gather_rows(v, key_rows)
         return kernel(q, k, v, cu_q, cu_k, max_q, max_k, scaling, window, softcap)[None]
 
     groups = query.shape[1] // key.shape[1]
@@ -203,14 +212,42 @@ def _bucket_attention(
     return out.transpose(1, 2).flatten(0, 1)
 
 
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]`` for rows that may repeat. On a GPU the gradient of a repeated row is summed in
+    float32 and in a fixed order, where ``index_select`` adds in x's dtype as threads come."""
+    return _GatherRows.apply(x, rows) if x.is_cuda else x.index_select(0, rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        total = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
+        total.index_put_((rows,), grad.float(), accumulate=True)  # sorts: no atomics
+        return total.to(grad.dtype), None
+
+
 @functools.cache
 def _varlen_kernel(
-    device_type: str, dtype: torch.dtype, softcap: bool
+    device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool
 ) -> Callable[..., Tensor] | None:
     """One kernel for ragged queries and keys, ``[T, h, d]`` each; None where there is none."""
-    if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return None
-    if importlib.util.find_spec("flash_attn") is not None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        if importlib.util.find_spec("flash_attn") is not None:
+            log.warning("flash-attn is installed but cannot be used: %s", error)
+    else:
         return _flash_attn
     if softcap or importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
@@ -243,6 +280,7 @@ def _flash_attn(
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=softcap or 0.0,
+        deterministic=True,
     )
 
 
@@ -263,7 +301,11 @@ def _torch_varlen(
     varlen_attn: Any = varlen.varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"scale": scaling}
+    options: dict[str, Any] = {}
+    if "scale" in known:
+        options["scale"] = scaling
+    else:
+        q = q * (scaling * q.shape[-1] ** 0.5)
     if "window_size" in known:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     elif window is None or window >= max_k:
@@ -285,15 +327,16 @@ def _torch_varlen(
 # --- the implementation as transformers calls it ---------------------------------------------
 
 
-def install(model: nn.Module) -> None:
+def install(model: nn.Module) -> dict[int, tuple[Any, str]]:
     """Route the attention of ``model`` (a transformers causal LM) through here.
 
-    Calls without a plan go where they went before: same masks, same kernels, same bits.
+    Calls without a plan go where they went before. Returns what ``uninstall`` takes to undo it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    changed: dict[int, tuple[Any, str]] = {}
     for config in configs.values():
         original = getattr(config, "_attn_implementation", None)
         if original is None or original.startswith(NAME):
@@ -303,11 +346,25 @@ def install(model: nn.Module) -> None:
         if original in ALL_MASK_ATTENTION_FUNCTIONS:
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
         config._attn_implementation_internal = name
+        changed[id(config)] = config, original
+    return changed
+
+
+def uninstall(changed: dict[int, tuple[Any, str]]) -> None:
+    for config, original in changed.values():
+        config._attn_implementation_internal = original
 
 
 def installed(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     return str(getattr(config, "_attn_implementation", "")).startswith(NAME)
+
+
+# Keyword arguments of an attention that change nothing in what it computes over a plan.
+HARMLESS = {
+    "is_causal", "position_ids", "cache_position", "past_key_values", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
 
 
 def _attention_forward(
@@ -319,17 +376,21 @@ def _attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     fusedgrpo_plan: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if fusedgrpo_plan is None:
-        forward = _implementation(original, module)
-        return forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    for name in ("s_aux", "position_bias", "cache"):
-        if kwargs.get(name) is not None:
+        optional = {"sliding_window": sliding_window, "softcap": softcap}
+        kwargs |= {name: value for name, value in optional.items() if value is not None}
+        with _own_name(module, original):
+            return _implementation(original, module)(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                **kwargs,
+            )  # fmt: skip
+    for name, given in kwargs.items():
+        if name not in HARMLESS and given is not None and given is not False:
             raise NotImplementedError(f"attention with {name}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("attention that is not causal")
@@ -341,10 +402,25 @@ def _attention_forward(
         fusedgrpo_plan,
         dropout=dropout,
         scaling=scaling,
-        window=window,
+        window=sliding_window,
         softcap=softcap,
     )
     return out, None
+
+
+@contextlib.contextmanager
+def _own_name(module: nn.Module, original: str) -> Iterator[None]:
+    """Inside, the module's config names the implementation that really runs: some look there."""
+    config: Any = getattr(module, "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    if name is None:
+        yield
+        return
+    config._attn_implementation_internal = original
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = name
 
 
 def _implementation(original: str, module: nn.Module) -> Callable[..., Any]:

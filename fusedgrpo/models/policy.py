@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,9 @@ from fusedgrpo.models.packed import Ids, Layout, PackedBatch
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.config import GRPOConfig
+
+
+log = logging.getLogger("fusedgrpo")
 
 
 class Policy:
@@ -46,8 +50,8 @@ class Policy:
         self.model: Any = model
         self.compute_dtype = compute_dtype
         self.temperature = temperature
+        self._said_positions = False
         self.has_adapter = hasattr(model, "disable_adapter")
-        attention.install(self.causal_lm)
         self.layout: Layout = choose_layout(self, shared_prompt)
         self._reference_model: nn.Module | None = None
         self._reference_adapter: list[Tensor] | None = None
@@ -133,9 +137,10 @@ class Policy:
                 return_entropy=entropy,
             )
 
-    def hidden(self, packed: PackedBatch) -> Tensor:
+    def hidden(self, packed: PackedBatch, plan: attention.Plan | None = None) -> Tensor:
         """``[N, H]``: the hidden states that predict the scored tokens."""
         decoder = self.causal_lm.get_decoder()
+        self._check_positions(packed)
         if packed.layout == "rows":
             ids, mask = packed.padded_rows()
             states = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
@@ -148,9 +153,31 @@ class Policy:
                 # Four dimensions: transformers takes it for a finished mask and builds none.
                 attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
                 use_cache=False,
-                fusedgrpo_plan=attention.Plan(packed.segments, self.device),
+                fusedgrpo_plan=plan or attention.Plan(packed.segments, self.device),
             ).last_hidden_state[0]
-        return states.index_select(0, packed.predictors)
+        return attention.gather_rows(states, packed.predictors)
+
+    def _check_positions(self, packed: PackedBatch) -> None:
+        """Say it where rotary embeddings would depend on the longest sequence of the batch."""
+        config = self.causal_lm.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        kind = rope.get("rope_type")
+        if kind not in ("dynamic", "longrope"):
+            return
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", config.max_position_embeddings
+        )
+        longest = max((s.prefix_length + s.length for s in packed.segments), default=0)
+        if longest > limit and not self._said_positions:
+            self._said_positions = True
+            log.warning(
+                "rope_type %s: a sequence has %d tokens, more than %d. From there on this model's "
+                "numbers depend on the longest sequence beside them in a micro-batch; keep prompt "
+                "and completion together below it.",
+                kind,
+                longest,
+                limit,
+            )
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:

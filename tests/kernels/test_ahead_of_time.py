@@ -99,3 +99,16 @@ def test_spills_and_memory_of_amd_are_read_from_the_assembly():
     found = aot.amd_resources(assembly, shared=16)
     assert (found.registers, found.spilled, found.shared, found.instructions) == (128, 12, 70000, 1)
     assert len(found.faults(aot.TARGETS["gfx942"])) == 2
+
+
+def test_scoring_and_update_take_their_sums_in_one_order():
+    """A store in 16 bit would spread a row over threads in another way, and logp would differ in
+    its last bits between the pass without gradients and the one with them."""
+    from fusedgrpo.kernels.tiles_triton import softmax_tile_kernel
+
+    variants = [
+        v for v in VARIANTS if v.kernel is softmax_tile_kernel and not v.constants["SOFTCAP"]
+    ]
+    assert len({v.constants["WANT_P"] for v in variants}) == 2
+    orders = {aot.reduction_layouts(v, aot.TARGETS["sm_90"]) for v in variants}
+    assert len(orders) == 1 and orders.pop()

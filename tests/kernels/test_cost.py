@@ -128,7 +128,8 @@ def silent_tiles():
     that it hands to its kernels."""
 
     def finish(run, target, weight, head, acc, acc_first, u, v, *, want_entropy):
-        return Finished(run.total, run.z_target, run.total if want_entropy else run.total[:0])
+        entropy = run.total if want_entropy else run.total[:0]
+        return Finished(run.total, run.z_target, entropy, run.total)
 
     def nothing(*args, **kwargs):
         pass

@@ -535,3 +535,64 @@ def test_float64_goes_to_torch_and_triton_by_name_refuses_it(kernel):
     assert linear_logprob(hidden, weight, targets).logp.dtype == torch.float64
     with pytest.raises(RuntimeError, match="compute in float32"):
         linear_logprob(hidden, weight, targets, backend="triton")
+
+
+def test_any_strides_of_targets_bias_and_hidden(kernel):
+    """A kernel that takes strides for granted reads other numbers, or writes its gradient askew."""
+    hidden, weight, bias, targets = make(device=kernel.device)
+    N = len(hidden)
+    c = torch.randn(N).to(kernel.device)
+
+    def run(h, w, t, b):
+        h = h.detach().requires_grad_()
+        out = linear_logprob(h, w, t, bias=b, return_entropy=True, backend=kernel.backend)
+        return (*out, *torch.autograd.grad((out.logp * c).sum() + out.entropy.sum(), h))
+
+    want = run(hidden, weight, targets, bias)
+    strided_targets = torch.stack([targets, targets + 10**6], 1).flatten()[::2]
+    strided_bias = torch.stack([bias, bias + 7], 1).flatten()[::2]
+    for got in (
+        run(hidden, weight, strided_targets, bias),
+        run(hidden, weight, targets, strided_bias),
+        run(hidden.T.contiguous().T, weight, targets, bias),
+    ):
+        for a, b in zip(got, want, strict=True):
+            close(a, b, 2e-6)
+    expanded = targets[:1].expand(N)
+    for a, b in zip(
+        run(hidden, weight, expanded, bias),
+        run(hidden, weight, expanded.contiguous(), bias),
+        strict=True,
+    ):
+        close(a, b, 2e-6)
+
+
+def test_a_sure_token_keeps_its_gradient_in_float16(kernel):
+    """1 - p is 1e-7 there: a gradient of that size is nothing in float16 until it is scaled."""
+    unit = torch.nn.functional.normalize(torch.randn(40, 16), dim=1)
+    weight = unit.to(kernel.device, torch.float16)
+    targets = torch.arange(8, device=kernel.device)
+    level = torch.linspace(16, 26, 8)[:, None]
+    hidden = (unit[:8] * level).to(kernel.device, torch.float16)
+    exact = hidden.double().requires_grad_()
+    want = reference_linear_logprob(exact, weight.double(), targets)[0]
+    (want.sum() * 2.0**22).backward()
+    assert 0 < -want.max() < 1e-6
+    hidden.requires_grad_()
+    got = linear_logprob(hidden, weight, targets, backend=kernel.backend).logp
+    (got.sum() * 2.0**22).backward()
+    error = (hidden.grad.double() - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
+    assert error.max() <= 2e-3
+
+
+def test_a_target_that_is_switched_off_spoils_no_entropy(kernel):
+    hidden, weight, bias, targets = make(device=kernel.device)
+    off = bias.clone()
+    off[targets[2]] = -torch.inf
+    hidden.requires_grad_()
+    out = linear_logprob(
+        hidden, weight, targets, bias=off, return_entropy=True, backend=kernel.backend
+    )
+    assert out.logp[2] == -torch.inf and out.entropy.isfinite().all()
+    (grad,) = torch.autograd.grad(out.entropy.sum(), hidden)
+    assert grad.isfinite().all()

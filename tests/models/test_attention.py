@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import tiny
@@ -140,7 +141,7 @@ def test_an_attention_that_leaks_is_found_out(monkeypatch):
     monkeypatch.setattr(Plan, "__init__", leaky)
     policy = Policy(tiny.model("Llama"))
     assert policy.layout == "rows"
-    with pytest.raises(ModelError, match=r"shared_prompt: on.*packed hidden states are off by"):
+    with pytest.raises(ModelError, match=r"shared_prompt: on.*hidden states are off by"):
         Policy(tiny.model("Llama"), shared_prompt="on")
 
 
@@ -159,7 +160,7 @@ def test_a_model_that_does_not_know_the_arguments_falls_back_and_says_why(caplog
         input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
     )
     policy = Policy(model)
-    assert policy.layout == "rows"
+    assert policy.layout == "rows" and not attention.installed(model)
     assert "LlamaForCausalLM takes one padded sequence per row: its forward pass" in caplog.text
     assert_equal_to_one_at_a_time(policy, pairs_of([(4, [5, 2])]), "rows")
 
@@ -169,6 +170,93 @@ def test_layers_that_are_no_attention_fall_back(caplog):
     model.config.layer_types = ["full_attention", "linear_attention"]
     assert Policy(model).layout == "rows"
     assert "layers of type linear_attention" in caplog.text
+
+
+def test_a_model_that_looks_at_the_name_of_its_attention_is_left_alone(caplog):
+    """Falcon takes its eager branch, with a mask made for SDPA, under any other name."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=tiny.VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.FalconForCausalLM(config).eval()
+    ids = torch.arange(4, 12)[None]
+    before = model(ids).logits
+    assert Policy(model).layout == "rows" and not attention.installed(model)
+    assert torch.equal(model(ids).logits, before)
+    assert "hidden states are off by" in caplog.text
+
+
+def test_a_window_that_does_not_reach_the_attention_is_found_out(caplog):
+    """PhiMoE applies its window by a mask alone; it is wider than the tokens of the question."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(
+        vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=64, num_local_experts=2,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    assert Policy(transformers.PhimoeForCausalLM(config).eval()).layout == "rows"
+    assert "sliding window is not handed to its attention" in caplog.text
+
+
+def test_an_unknown_argument_of_an_attention_is_not_swallowed():
+    model = tiny.model("Llama")
+    assert Policy(model).layout == "shared"
+    layer = model.model.layers[0].self_attn
+    q, kv = torch.randn(1, 2, 4, 8), torch.randn(1, 1, 4, 8)
+    forward = functools.partial(attention._attention_forward, "sdpa", layer, q, kv, kv, None)
+    plan = Plan([Segment(0, 4)], torch.device("cpu"))
+    forward(fusedgrpo_plan=plan, position_ids=torch.arange(4), use_cache=False)
+    with pytest.raises(NotImplementedError, match="attention with indices"):
+        forward(fusedgrpo_plan=plan, indices=torch.arange(4))
+
+
+def test_code_that_asks_for_the_name_during_generation_gets_the_real_one(monkeypatch):
+    model = tiny.model("Llama")
+    seen = []
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def spy(module, *args, **kwargs):
+        seen.append(module.config._attn_implementation)
+        return original(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", spy)
+    Policy(model)
+    seen.clear()
+    model.generate(torch.tensor([[4, 5]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert seen and set(seen) == {"sdpa"} and attention.installed(model)
+
+
+def test_rotary_embeddings_that_depend_on_the_longest_neighbour_are_said(caplog):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny.model("Llama", max_position_embeddings=16, rope_parameters=rope)
+    policy = Policy(model)
+    policy.logprobs(policy.pack([([4, 5, 6], [7, 8])]))
+    assert "rope_type" not in caplog.text
+    for _ in range(2):
+        policy.logprobs(policy.pack([([4, 5, 6], [7] * 20)]))
+    assert caplog.text.count("rope_type dynamic: a sequence has 22 tokens, more than 16") == 1
+
+
+def test_rows_that_repeat_get_the_sum_of_their_gradients():
+    x = torch.randn(5, 3, requires_grad=True)
+    rows = torch.tensor([0, 3, 3, 3, 1])
+    g = torch.randn(5, 3)
+    out = attention._GatherRows.apply(x, rows)
+    (got,) = torch.autograd.grad(out, x, g)
+    (want,) = torch.autograd.grad(x.index_select(0, rows), x, g)
+    assert torch.equal(out, x[rows])
+    torch.testing.assert_close(got, want)
+    low = x.detach().bfloat16().requires_grad_()
+    rows = torch.zeros(64, dtype=torch.int64)
+    ones = torch.full((64, 3), 1.0 + 2**-7, dtype=torch.bfloat16)
+    (got,) = torch.autograd.grad(attention._GatherRows.apply(low, rows), low, ones)
+    assert torch.equal(got[0], torch.full((3,), 64.5, dtype=torch.bfloat16)), "rounded once"
 
 
 def test_off_packs_whole_sequences():

@@ -55,8 +55,8 @@ MUTANTS = (
     Mutant(
         "the temperature is missing in d logp / d hidden",
         "tiles.py",
-        "(target_w - mean_w).mul_((rest * head.slope)[:, None])",
-        "(target_w - mean_w).mul_(rest[:, None])",
+        "entropy, rest * head.slope)",
+        "entropy, rest)",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options1]",),
     ),
     Mutant(
@@ -140,8 +140,8 @@ MUTANTS = (
     Mutant(
         "the entropy has no gradient",
         "linear_logprob.py",
-        "grad_hidden = scale_rows(grad_logp, u, grad_entropy, v)",
-        "grad_hidden = scale_rows(grad_logp, u, None, v)",
+        "scale_rows(next(in_units), u, next(in_units), v)",
+        "scale_rows(next(in_units), u, None, v)",
         (SCORING + "test_each_gradient_alone_from_each_output_alone[entropy-hidden]",),
     ),
     Mutant(
