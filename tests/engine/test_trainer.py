@@ -142,7 +142,7 @@ def test_sharing_prompts_does_not_change_the_run(tmp_path, options):
 
 def test_a_model_that_cannot_be_packed_trains_one_sequence_per_row(tmp_path, monkeypatch):
     packed = trained(tmp_path / "a", adam_epsilon=1e-3)
-    monkeypatch.setattr(layout, "_obstacle", lambda policy, wanted: "it is a test")
+    monkeypatch.setattr(layout, "_foreign_layers", lambda policy: "it is a test")
     rows = trained(tmp_path / "b", adam_epsilon=1e-3)
     assert rows.policy.layout == "rows"
     torch.testing.assert_close(weights(packed), weights(rows), rtol=0, atol=1e-6)
