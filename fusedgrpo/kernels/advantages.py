@@ -9,7 +9,7 @@ differ in size.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -123,16 +123,7 @@ def _group_advantages(
 
 
 @_group_advantages.register_fake
-def _(
-    rewards: Tensor,
-    weights: Tensor,
-    group_ids: Tensor | None,
-    group_size: int,
-    scale_rewards: str,
-    aggregation: str,
-    eps: float,
-    backend: str,
-) -> Tensor:
+def _(rewards: Tensor, *_: Any) -> Tensor:
     return rewards.new_empty(rewards.shape[0], dtype=torch.float32)
 
 

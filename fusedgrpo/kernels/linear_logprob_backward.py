@@ -89,7 +89,10 @@ def head_gradients(
                 z, dz = z_RK[: len(h), : len(w)], dz_RK[: len(h), : len(w)]
                 mm_into(z, h, w.T)
                 done = Finished(
-                    logp[rows], z_target[rows], entropy[rows] if len(entropy) else entropy, unit
+                    logp[rows],
+                    z_target[rows],
+                    entropy[rows] if len(entropy) else entropy,
+                    unit=logp.new_empty(0),  # of u and v, which this pass does not have
                 )
                 fn.logit_gradient_tile(
                     z,

@@ -125,13 +125,14 @@ def test_any_lengths_and_masks_equal_the_reference(kernel, lengths, level, loss_
         advantages.double(), ends, options=options, mask=mask,
         **{k: x.double() for k, x in tensors.items()},
     )  # fmt: skip
-    torch.testing.assert_close(got.loss.double(), want, rtol=tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(got.loss.double(), want, rtol=tolerance, atol=tolerance)
     ours = torch.autograd.grad(got.loss, inputs)
     theirs = torch.autograd.grad(want, exact, allow_unused=True)
     for a, b in zip(ours, theirs, strict=True):
         b = torch.zeros_like(a).double() if b is None else b
-        torch.testing.assert_close(a.double(), b, rtol=1e-3 if a.dtype == torch.float32 else 1e-8,
-                                   atol=10 * tolerance)  # fmt: skip
+        # To a share of the largest entry: those near 0 are sums of large ones.
+        scale = max(b.abs().max().item(), 1.0) if b.numel() else 1.0
+        assert not b.numel() or (a.double() - b).abs().max() <= tolerance * scale
 
 
 def test_each_input_alone_may_need_a_gradient(kernel):
