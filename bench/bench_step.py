@@ -275,7 +275,9 @@ def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
             return config
 
     class Given:
-        def sample(self, prompt_ids: Any, n: int, params: Any, seed: int, *, rows: Any) -> Any:
+        def sample(
+            self, prompt_ids: Any, n: int, params: Any, seed: int, *, rows: Any, first: int = 0
+        ) -> Any:
             ids = iter(given_completions(case, model.get_base_model().config.vocab_size))
             return [
                 Group(

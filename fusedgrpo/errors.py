@@ -47,6 +47,10 @@ class OutputDirError(FusedGRPOError, OSError):
     """The output directory cannot be written or is in use by another run."""
 
 
+class ProcessError(FusedGRPOError, RuntimeError):
+    """Another of the processes that train together has failed."""
+
+
 class NonFiniteError(FusedGRPOError, ArithmeticError):
     """A loss or a gradient is NaN or infinite. The weights were not touched."""
 

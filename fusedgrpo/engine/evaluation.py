@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from fusedgrpo.engine.data import PromptDataset
+from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout import Group, Rollout
 from fusedgrpo.engine.rollout_metrics import length_metrics, reward_metrics
 from fusedgrpo.engine.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.scoring import score_rollout
-from fusedgrpo.engine.seeding import derive, seeded
+from fusedgrpo.engine.seeding import derive
 
 
 def evaluate(
@@ -26,10 +28,11 @@ def evaluate(
     batch_size: int,
     seed: int,
     state: SimpleNamespace,
+    processes: Processes,
 ) -> dict[str, Any]:
-    """``n`` completions for each prompt of ``data``, ``batch_size`` completions at a time; the
-    metrics of all of them together, prefixed ``eval_``."""
-    per_batch = max(1, batch_size // n)
+    """``n`` completions for each prompt of ``data``, ``batch_size`` completions at a time in each
+    process; the metrics of all of them together, prefixed ``eval_``."""
+    per_batch = max(1, batch_size * processes.size // n)
     groups: list[Group] = []
     scored: list[RewardBatch] = []
     for start in range(0, len(data), per_batch):
@@ -38,30 +41,25 @@ def evaluate(
             [example.prompt_ids for example in examples],
             n,
             params,
-            derive(seed, start),
+            seed,
             rows=[example.row for example in examples],
+            first=start,
         )
-        with seeded(derive(seed, "score", start)):
-            scored.append(
-                score_rollout(
-                    rewards,
-                    Rollout(tuple(part)),
-                    examples,
-                    conversational=data.conversational,
-                    column_names=data.column_names,
-                    state=state,
-                )
+        scored.append(
+            score_rollout(
+                rewards,
+                Rollout(tuple(part)),
+                examples,
+                conversational=data.conversational,
+                column_names=data.column_names,
+                state=state,
+                seed=derive(seed, "score", start),
+                processes=processes,
             )
+        )
         groups += part
     rollout = Rollout(tuple(groups))
-    together = RewardBatch(
-        values=torch.cat([batch.values for batch in scored]),
-        total=torch.cat([batch.total for batch in scored]),
-        seconds={},
-        extra={},
-        metrics={},
-        dropped=sum(batch.dropped for batch in scored),
-    )
+    together = dataclasses.replace(RewardBatch.joined(scored), seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
     metrics = length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
     return {f"eval_{name}": value for name, value in metrics.items()}

@@ -18,9 +18,17 @@ from fusedgrpo.engine.display import Display
 from fusedgrpo.engine.metrics import MetricsLog, read_metrics
 from fusedgrpo.engine.report import write_report
 from fusedgrpo.engine.rundir import RunDir
+from fusedgrpo.engine.samples import Sample, dump_samples
 from fusedgrpo.engine.sinks import Sinks
 
 log = logging.getLogger("fusedgrpo")
+
+
+class _NoDisplay:
+    """A ``Display`` that nobody sees."""
+
+    def phase(self, name: str) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 class RunOutputs:
@@ -103,9 +111,34 @@ class RunOutputs:
             lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             self.run.skipped_rows.write_text("".join(lines), encoding="utf-8")
 
+    def dump(self, step: int, samples: Sequence[Sample], **facts: Any) -> Path:
+        """Write the samples of a step that went wrong; returns the file's path."""
+        path = self.run.path / "nonfinite" / f"step-{step:06d}.json"
+        return dump_samples(path, samples, **facts)
+
     def finish(self, save_model: Callable[[Path], Path]) -> None:
         """The trained weights, the plots and the report."""
         where = save_model(self.run.path)
         if read_metrics(self.run.metrics):
             write_report(self.run.path, self.run.report)  # which draws the plots, too
         self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")
+
+
+class NoOutputs(RunOutputs):
+    """The outputs of every process but the first: nothing is locked, shown or written."""
+
+    def __init__(self) -> None:
+        self.display = _NoDisplay()  # type: ignore[assignment]
+
+    @classmethod
+    @contextmanager
+    def opened(cls, config: GRPOConfig, *, resume: bool, **rest: Any) -> Iterator[RunOutputs]:
+        yield cls()
+
+    def row(self, row: dict[str, Any]) -> None: ...
+    def completions(self, step: int, records: list[dict[str, Any]]) -> None: ...
+    def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
+    def finish(self, save_model: Callable[[Path], Path]) -> None: ...
+
+    def dump(self, step: int, samples: Sequence[Sample], **facts: Any) -> Path:
+        return Path(f"step-{step:06d}.json")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.rollout import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.models.policy import Policy
@@ -48,8 +49,13 @@ class Sampler(Protocol):
         seed: int,
         *,
         rows: Sequence[int] | None = None,
+        first: int = 0,
     ) -> list[Group]:
-        """One group of ``n`` completions for each prompt, in order; ``rows`` label the groups."""
+        """One group of ``n`` completions for each prompt, in order; ``rows`` label the groups.
+
+        Each completion draws from a seed of its own, derived from ``seed`` and the position of its
+        prompt; ``first`` is that of the first prompt, where these are part of a rollout.
+        """
         ...
 
 
@@ -85,6 +91,7 @@ class GenerateSampler:
         seed: int,
         *,
         rows: Sequence[int] | None = None,
+        first: int = 0,
     ) -> list[Group]:
         """See ``Sampler``. Deterministic in (weights, prompt, seed, position of the prompt)."""
         rows = range(len(prompt_ids)) if rows is None else rows
@@ -93,7 +100,9 @@ class GenerateSampler:
         for start in range(0, len(prompt_ids), per_wave):
             prompts = prompt_ids[start : start + per_wave]
             seeds = [
-                derive(seed, start + i, sample) for i in range(len(prompts)) for sample in range(n)
+                derive(seed, first + start + i, sample)
+                for i in range(len(prompts))
+                for sample in range(n)
             ]
             completions = self._wave(prompts, n, params, seeds)
             for i, prompt in enumerate(prompts):
@@ -159,6 +168,38 @@ class GenerateSampler:
             reason: FinishReason = "length" if end is None else "stop"
             completions.append(Completion(ids, text, reason, row_logp[: len(ids)].clone()))
         return completions
+
+
+class SharedSampler:
+    """A ``Sampler`` that leaves each process its share of the prompts; all get all groups."""
+
+    def __init__(self, sampler: Sampler, processes: Processes):
+        self.sampler = sampler
+        self.processes = processes
+
+    def sample(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        *,
+        rows: Sequence[int] | None = None,
+        first: int = 0,
+    ) -> list[Group]:
+        """See ``Sampler``."""
+        rows = range(len(prompt_ids)) if rows is None else rows
+        own = self.processes.share(len(prompt_ids))
+        mine = slice(own.start, own.stop)
+
+        def sample() -> list[Group]:
+            if not own:
+                return []
+            return self.sampler.sample(
+                prompt_ids[mine], n, params, seed, rows=rows[mine], first=first + own.start
+            )
+
+        return [group for part in self.processes.together(sample) for group in part]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example
+from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout import Rollout
 from fusedgrpo.engine.rollout_metrics import (
@@ -22,9 +23,10 @@ from fusedgrpo.engine.rollout_metrics import (
     weight_metrics,
 )
 from fusedgrpo.engine.samples import Sample, has_gradient
+from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.engine.window import RolloutWindow, sampler_logp
 from fusedgrpo.kernels import LossOptions, group_advantages
-from fusedgrpo.models.packing import micro_batches
+from fusedgrpo.models.packing import micro_batches, shares
 from fusedgrpo.models.policy import Policy
 
 
@@ -41,9 +43,42 @@ def score_rollout(
     conversational: bool,
     column_names: Sequence[str],
     state: SimpleNamespace,
+    seed: int,
+    processes: Processes,
 ) -> RewardBatch:
     """Call the reward functions, by TRL's convention: strings for plain prompts, lists with one
-    assistant message for conversational ones, and every other column of the data by its name."""
+    assistant message for conversational ones, and every other column of the data by its name.
+
+    Each process scores its share of the groups, with random generators seeded from ``seed``.
+    """
+    own = processes.share(len(rollout.groups))
+
+    def score() -> RewardBatch:
+        if not own and len(rollout.groups):
+            width = len(rewards.names)
+            return RewardBatch(torch.zeros(0, width), torch.zeros(0), {}, {}, {}, 0)
+        with seeded(processes.derive(seed)):
+            return _score(
+                rewards,
+                Rollout(rollout.groups[own.start : own.stop]),
+                examples[own.start : own.stop],
+                conversational=conversational,
+                column_names=column_names,
+                state=state,
+            )
+
+    return RewardBatch.joined(processes.together(score))
+
+
+def _score(
+    rewards: RewardFunctions,
+    rollout: Rollout,
+    examples: Sequence[Example],
+    *,
+    conversational: bool,
+    column_names: Sequence[str],
+    state: SimpleNamespace,
+) -> RewardBatch:
     asked = per_completion(rollout, examples)
     texts: list[Any] = [completion.text for completion in rollout.completions()]
     if conversational:
@@ -65,19 +100,24 @@ def rollout_logprobs(
     *,
     mask_truncated: bool,
     max_tokens: int,
+    processes: Processes,
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Log-probs ``[N]`` float32 on the CPU of the completions that ``needs`` names, NaN for others,
     without gradients.
 
-    The same route and the same cut into micro-batches as the update, so that an update which comes
-    first finds ratios of exactly 1. Call it inside ``policy.reference()`` for the reference's.
+    The same route and the same cut, into processes and micro-batches, as the update, so that an
+    update which comes first finds ratios of exactly 1. Call it inside ``policy.reference()`` for
+    the reference's.
     """
-    logp = torch.full((sum(len(c.ids) for c in window.rollout.completions()),), torch.nan)
-    with policy.scoring():
+
+    def score() -> Tensor:
+        logp = torch.full((sum(len(c.ids) for c in window.rollout.completions()),), torch.nan)
         for part in range(window.steps):
             samples, places = window.part(part, mask_truncated=mask_truncated)
             chosen = [i for i, sample in enumerate(samples) if needs(sample)]
+            own = shares([samples[i].pair for i in chosen], processes.size)[processes.rank]
+            chosen = chosen[own.start : own.stop]
             pairs = [samples[i].pair for i in chosen]
             for members in micro_batches(pairs, max_tokens, policy.layout):
                 poll()
@@ -85,7 +125,13 @@ def rollout_logprobs(
                 sizes = [len(pairs[k][1]) for k in members]
                 for k, values in zip(members, batch.split(sizes), strict=True):
                     logp[places[chosen[k]]] = values
-    return logp
+        return logp
+
+    with policy.scoring():
+        whole, *others = processes.together(score)
+    for theirs in others:
+        whole = torch.where(whole.isnan(), theirs, whole)
+    return whole
 
 
 def make_window(
@@ -97,6 +143,7 @@ def make_window(
     *,
     steps: int,
     max_tokens: int,
+    processes: Processes,
     poll: Callable[[], None] = lambda: None,
 ) -> RolloutWindow:
     """Advantages, and the log-probs that the loss will compare with, of a scored rollout."""
@@ -121,6 +168,7 @@ def make_window(
             lambda sample: has_gradient(sample, options, config.entropy_coef),
             mask_truncated=truncated,
             max_tokens=max_tokens,
+            processes=processes,
             poll=poll,
         )
 

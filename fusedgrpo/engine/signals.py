@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,14 +21,16 @@ class StopSignals:
     """Catches the signals while it is entered, in the main thread; elsewhere it does nothing.
 
     The first signal is noted and raised by the next ``check``, at a point where the state is whole.
-    The second one does what it would have done without us. A signal that is ignored (nohup) stays
-    ignored.
+    The second one does what it would have done without us, unless it comes within ``echo_seconds``
+    of the first. A signal that is ignored (nohup) stays ignored.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self) -> None:
+    def __init__(self, echo_seconds: float = 0.0) -> None:
         self.received: int | None = None
+        self._echo_ends = 0.0
+        self._echo_seconds = echo_seconds
         self._before: dict[int, Any] = {}
 
     def check(self) -> None:
@@ -52,8 +55,14 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        if self.received is None:
+            self.received = number
+            self._echo_ends = time.monotonic() + self._echo_seconds
+            if not self._echo_seconds:
+                self._restore()
+        elif time.monotonic() > self._echo_ends:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -17,16 +17,17 @@ from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.evaluation import evaluate
 from fusedgrpo.engine.optim import build_optimizer, build_scheduler
-from fusedgrpo.engine.outputs import RunOutputs
+from fusedgrpo.engine.outputs import NoOutputs, RunOutputs
 from fusedgrpo.engine.plan_batch import resolve_batch
+from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.prompt_stream import PromptStream
 from fusedgrpo.engine.rewards import RewardBatch, build_rewards
 from fusedgrpo.engine.rollout import Rollout
 from fusedgrpo.engine.rundir import RunDir
-from fusedgrpo.engine.sampler import GenerateSampler, Sampler, SamplingParams
-from fusedgrpo.engine.samples import Sample, dump_samples
+from fusedgrpo.engine.sampler import GenerateSampler, Sampler, SamplingParams, SharedSampler
+from fusedgrpo.engine.samples import Sample
 from fusedgrpo.engine.scoring import loss_options, make_window, per_completion, score_rollout
-from fusedgrpo.engine.seeding import derive, seeded
+from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.signals import Interrupted, StopSignals
 from fusedgrpo.engine.sinks import tracker_classes
 from fusedgrpo.engine.step_clock import StepClock
@@ -76,7 +77,8 @@ class GRPOTrainer:
         search_paths: Sequence[str | Path] = (),
     ):
         self.args = args = _with_model_name(args or GRPOConfig(), model)
-        RunDir.probe(args.output_dir)
+        self.processes = Processes.start(args.use_cpu)
+        self.processes.in_main(lambda: RunDir.probe(args.output_dir))
         tracker_classes(args.report_to)
         self.processing_class = processing_class or tokenizer or load_tokenizer(args)
         self.reward_funcs = build_rewards(
@@ -116,9 +118,12 @@ class GRPOTrainer:
             self.policy = Policy.load(args, model, peft_config)
         check_tokenizer(self.processing_class, self.policy.causal_lm)
         self.eos_ids = eos_ids(self.policy.causal_lm, self.processing_class)
-        self.plan = resolve_batch(args, len(self.train_dataset))
+        self.processes.agree(self.train_dataset.fingerprint, "other training prompts")
+        self.processes.start_alike(self.policy.model)
+        self.plan = resolve_batch(args, len(self.train_dataset), self.processes.size)
         self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
-        self.signals = StopSignals()
+        # A launcher passes on the signal that the terminal has sent to everybody already.
+        self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
         self.max_tokens = (
             args.tokens_per_microbatch or TOKENS_PER_MICROBATCH[self.policy.device.type]
         )
@@ -133,10 +138,13 @@ class GRPOTrainer:
             entropy_coef=args.entropy_coef,
             seed=args.seed,
             poll=self.signals.check,
+            processes=self.processes,
         )
         self.sampler = sampler or GenerateSampler(
             self.policy, self.processing_class, self.eos_ids, poll=self.signals.check
         )
+        if self.processes.size > 1:
+            self.sampler = SharedSampler(self.sampler, self.processes)
         self.sampling = SamplingParams(
             max_new_tokens=args.max_completion_length,
             temperature=args.temperature,
@@ -185,7 +193,7 @@ class GRPOTrainer:
         if 0 < self.plan.total_steps <= self.progress.step:
             raise ConfigError("This trainer has finished its run. Make a new one to train again.")
         checkpoints = Path(args.output_dir).expanduser().absolute() / "checkpoints"
-        found = trainer_state.find(resume, checkpoints)
+        found = self.processes.in_main(lambda: trainer_state.find(resume, checkpoints))
         if found is not None:
             trainer_state.restore(self, found)
             self.stream.cursor = self.progress.cursor
@@ -193,7 +201,7 @@ class GRPOTrainer:
                 args, self.updater.optimizer, self.plan.total_steps, self.progress.step
             )
         with (
-            RunOutputs.opened(
+            (RunOutputs if self.processes.is_main else NoOutputs).opened(
                 args,
                 resume=self.progress.step > 0,
                 total_steps=self.plan.total_steps,
@@ -233,6 +241,7 @@ class GRPOTrainer:
                     args,
                     steps=-(-len(rollout.groups) // self.plan.groups_per_step),
                     max_tokens=self.max_tokens,
+                    processes=self.processes,
                     poll=self.signals.check,
                 )
             self._take(window)
@@ -256,6 +265,7 @@ class GRPOTrainer:
             **({} if result.applied else {"skipped_update": 1}),
             **clock.metrics(tokens),
         }
+        row["memory/peak"] = max(self.processes.gather(row["memory/peak"]))
         if self._is_due(args.eval_strategy, args.eval_steps or args.logging_steps):
             outputs.display.phase("evaluate")
             row |= self.evaluate()
@@ -283,15 +293,16 @@ class GRPOTrainer:
         return Rollout(tuple(groups))
 
     def _score(self, rollout: Rollout, examples: Sequence[Example]) -> RewardBatch:
-        with seeded(derive(self.args.seed, "score", self.progress.rollouts)):
-            return score_rollout(
-                self.reward_funcs,
-                rollout,
-                examples,
-                conversational=self.train_dataset.conversational,
-                column_names=self.train_dataset.column_names,
-                state=self._reward_state(),
-            )
+        return score_rollout(
+            self.reward_funcs,
+            rollout,
+            examples,
+            conversational=self.train_dataset.conversational,
+            column_names=self.train_dataset.column_names,
+            state=self._reward_state(),
+            seed=derive(self.args.seed, "score", self.progress.rollouts),
+            processes=self.processes,
+        )
 
     def _take(self, window: RolloutWindow) -> None:
         """The rollout is whole: from here on its prompts are used and its tokens counted."""
@@ -328,8 +339,8 @@ class GRPOTrainer:
         if result.applied:
             self.progress.nonfinite_in_a_row = 0
         else:
-            dump = dump_samples(
-                outputs.run.path / "nonfinite" / f"step-{self.progress.step + 1:06d}.json",
+            dump = outputs.dump(
+                self.progress.step + 1,
                 samples,
                 decode=self.processing_class.decode,
                 loss=result.loss,
@@ -369,14 +380,22 @@ class GRPOTrainer:
             batch_size=self.args.per_device_eval_batch_size,
             seed=derive(self.args.seed, "eval"),
             state=self._reward_state(),
+            processes=self.processes,
         )
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Write ``adapter/`` (or ``model/``) under ``output_dir``; returns its path."""
+        """Write ``adapter/`` (or ``model/``) under ``output_dir``; returns its path.
+
+        In a run of several processes, process 0 writes and the others do nothing.
+        """
         directory = Path(self.args.output_dir if output_dir is None else output_dir)
+        if not self.processes.is_main:
+            return directory
         return trainer_state.save_weights(self.policy.model, self.processing_class, directory)
 
-    def _save(self, outputs: RunOutputs) -> Path:
+    def _save(self, outputs: RunOutputs) -> Path | None:
+        if not self.processes.is_main:
+            return None
         path = trainer_state.save(self, outputs.run.checkpoints)
         log.info("Checkpoint: %s", path)
         if self.args.save_total_limit:
@@ -416,10 +435,11 @@ class GRPOTrainer:
             kind = {"LORA": "LoRA"}.get(adapter.peft_type.value, adapter.peft_type.value)
             what = f"{kind}{rank} on {_bits(self.policy.causal_lm)} weights"
         dtype = self.policy.compute_dtype or self.policy.head.weight.dtype
-        return (
+        line = (
             f"{self.plan.describe()}; {what}, {trained / 1e6:.3g}M trained, computing in "
             f"{str(dtype).removeprefix('torch.')} on {self.policy.device.type}"
         )
+        return line + (f"; {self.processes.size} processes" if self.processes.size > 1 else "")
 
 
 def _with_model_name(args: GRPOConfig, model: Any) -> GRPOConfig:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.samples import Sample, concatenated, has_gradient, loss_mask
-from fusedgrpo.engine.seeding import derive, seeded
+from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
-from fusedgrpo.models.packing import forwarded_tokens, micro_batches
+from fusedgrpo.models.packing import forwarded_tokens, micro_batches, shares
 from fusedgrpo.models.policy import Policy
 
 MISMATCH_MEAN = "sampling/sampling_logp_difference/mean"
@@ -30,10 +31,22 @@ class UpdateResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class MicroBatch:
+    """What came of one micro-batch. tokens, sequences: those in the loss; forwarded: tokens."""
+
+    tokens: int
+    sequences: int
+    forwarded: int
+    loss: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
 class Updater:
     """Holds the optimizer, its schedule and, in float16, the loss scale.
 
     poll: called between micro-batches, so that a signal does not wait for a long step.
+    processes: each forwards its share of the samples, and gradients are summed.
     """
 
     def __init__(
@@ -48,6 +61,7 @@ class Updater:
         entropy_coef: float = 0.0,
         seed: int = 0,
         poll: Callable[[], None] = lambda: None,
+        processes: Processes | None = None,
     ):
         self.policy = policy
         self.optimizer = optimizer
@@ -58,6 +72,7 @@ class Updater:
         self.entropy_coef = entropy_coef
         self.seed = seed
         self.poll = poll
+        self.processes = processes or Processes()
         self.scaler = torch.amp.GradScaler(
             policy.device.type, enabled=policy.compute_dtype == torch.float16
         )
@@ -71,6 +86,7 @@ class Updater:
         try:
             loss, metrics = self._accumulate(samples, step)
             parameters = [p for _, p in self.policy.trainable()]
+            self.processes.sum_gradients(parameters)
             if all(p.grad is None for p in parameters):
                 # Where no sample had a gradient the optimizer still takes its step, as it would
                 # have with the zeros that a forward and backward of them yields.
@@ -78,8 +94,7 @@ class Updater:
                     parameter.grad = torch.zeros_like(parameter)
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            result = UpdateResult(False, *torch.stack([loss, norm.to(loss)]).tolist())
-            result.metrics = metrics
+            result = UpdateResult(False, loss, norm.item(), metrics)
             result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
             if result.applied:
                 if self.max_grad_norm > 0:
@@ -97,34 +112,56 @@ class Updater:
         """Of the step that comes next."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _accumulate(self, samples: Sequence[Sample], step: int) -> tuple[Tensor, dict[str, float]]:
-        """Gradients of all micro-batches in ``.grad``; the loss as a device tensor."""
+    def _accumulate(self, samples: Sequence[Sample], step: int) -> tuple[float, dict[str, float]]:
+        """This process's share of the gradients in ``.grad``; loss and metrics of all samples."""
         num_items = sum(sample.loss_tokens for sample in samples)
-        total = torch.zeros((), device=self.policy.device)
-        averager = MetricAverager(self.options)
         skipped = [sample for sample in samples if not self._has_gradient(sample)]
-        everything, samples = len(samples), [s for s in samples if self._has_gradient(s)]
-        averager.skip(skipped)
-        forwarded = 0
-        cut = micro_batches([s.pair for s in samples], self.max_tokens, self.policy.layout)
-        for index, members in enumerate(cut):
+        live = [sample for sample in samples if self._has_gradient(sample)]
+        own = shares([s.pair for s in live], self.processes.size)[self.processes.rank]
+        done = self.processes.together(
+            lambda: self._backward(live[own.start : own.stop], num_items, len(samples), step)
+        )
+        parts = [part for of_process in done for part in of_process]
+        merged = merge_metrics(parts, skipped, self.options)
+        merged["frac_rows_skipped"] = len(skipped) / max(len(samples), 1)
+        merged["num_forwarded_tokens"] = sum(part.forwarded for part in parts)
+        if "sampling/dropped_tokens" in merged:  # those of rows that were not forwarded, too
+            merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
+        return math.fsum(part.loss for part in parts), merged
+
+    def _backward(
+        self, samples: Sequence[Sample], num_items: int, num_sequences: int, step: int
+    ) -> list[MicroBatch]:
+        """Forward and backward of ``samples``, micro-batch by micro-batch."""
+        layout = self.policy.layout
+        parts: list[MicroBatch] = []
+        losses: list[Tensor] = []
+        measured: list[Tensor] = []
+        names: list[str] = []
+        for index, members in enumerate(
+            micro_batches([s.pair for s in samples], self.max_tokens, layout)
+        ):
             self.poll()
             batch = [samples[i] for i in members]
             # Dropout, if there is any, repeats itself when the step is run again after a resume.
-            with seeded(derive(self.seed, "update", step, index)):
-                loss, metrics = self._loss(batch, num_items, everything)
+            with seeded(self.processes.derive(self.seed, "update", step, index)):
+                loss, metrics = self._loss(batch, num_items, num_sequences)
                 self.scaler.scale(loss).backward()
-            total += loss.detach()
-            forwarded += forwarded_tokens([s.pair for s in batch], self.policy.layout)
-            tokens = sum(sample.loss_tokens for sample in batch)
-            sequences = sum(sample.loss_tokens > 0 for sample in batch)
-            averager.add(metrics, tokens, sequences)
-        merged = averager.result()
-        merged["frac_rows_skipped"] = len(skipped) / max(everything, 1)
-        merged["num_forwarded_tokens"] = forwarded
-        if "sampling/dropped_tokens" in merged:  # those of rows that were not forwarded, too
-            merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
-        return total, merged
+            losses.append(loss.detach())
+            names = list(metrics)
+            measured.append(torch.stack([metrics[name].float() for name in names]))
+            parts.append(
+                MicroBatch(
+                    tokens=sum(sample.loss_tokens for sample in batch),
+                    sequences=sum(sample.loss_tokens > 0 for sample in batch),
+                    forwarded=forwarded_tokens([s.pair for s in batch], layout),
+                )
+            )
+        # Only now, when nothing is left to start, wait for the device.
+        for part, loss, row in zip(parts, losses, measured, strict=True):
+            part.loss = loss.item()
+            part.metrics = dict(zip(names, row.tolist(), strict=True))
+        return parts
 
     def _has_gradient(self, sample: Sample) -> bool:
         return has_gradient(sample, self.options, self.entropy_coef)
@@ -168,52 +205,45 @@ class Updater:
         return loss, metrics
 
 
-class MetricAverager:
-    """Merges the metrics of micro-batches into those of the step, as if it had been one batch."""
+SUMS = ("policy_loss", "sampling/dropped_tokens")
 
-    SUMS = ("policy_loss", "sampling/dropped_tokens")
 
-    def __init__(self, options: LossOptions):
-        self.per_sequence = options.importance_sampling_level == "sequence"
-        self.parts: list[tuple[dict[str, Tensor], int, int]] = []
-        self.skipped_tokens = self.skipped_sequences = 0
+def merge_metrics(
+    parts: Sequence[MicroBatch], skipped: Sequence[Sample], options: LossOptions
+) -> dict[str, float]:
+    """The metrics of micro-batches as those of the step, as if it had been one batch.
 
-    def add(self, metrics: dict[str, Tensor], tokens: int, sequences: int) -> None:
-        # A part without a token says nothing, unless all are like that.
-        if self.parts and not self.parts[0][1]:
-            self.parts.clear()
-        if tokens or not self.parts:
-            self.parts.append((metrics, tokens, sequences))
+    skipped: samples that were not forwarded; nothing of them was clipped, and no more is known.
+    """
+    # A part without a token says nothing, unless all are like that.
+    parts = [part for part in parts if part.tokens] or list(parts[-1:])
+    names = list(parts[0].metrics) if parts else []
+    return {name: _merge(name, parts, skipped, options) for name in names}
 
-    def skip(self, samples: Sequence[Sample]) -> None:
-        """Samples that were not forwarded: nothing of them was clipped, and no more is known."""
-        self.skipped_tokens = sum(sample.loss_tokens for sample in samples)
-        self.skipped_sequences = sum(sample.loss_tokens > 0 for sample in samples)
 
-    def result(self) -> dict[str, float]:
-        names = list(self.parts[0][0]) if self.parts else []
-        stacked = [torch.stack([m[name].float() for name in names]) for m, _, _ in self.parts]
-        rows = [row.tolist() for row in stacked]
-        columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
-        return {name: self._merge(name, values) for name, values in columns.items()}
-
-    def _merge(self, name: str, values: list[float]) -> float:
-        clip_metric = name.startswith(("clip_ratio/", "cispo_clip_ratio"))
-        if clip_metric and self.skipped_sequences:
-            values = [*values, 0.0]
-        if name in self.SUMS:
-            return math.fsum(values)
-        if name == "clip_ratio/low_min":
-            return min(values)
-        if name in ("clip_ratio/high_max", MISMATCH_MAX):
-            return max(values)
-        by_sequence = name == "vespo/phi_seq_mean" or (
-            self.per_sequence and name.startswith(("clip_ratio/", "cispo_", "log_ratio_"))
-        )
-        weights = [sequences if by_sequence else tokens for _, tokens, sequences in self.parts]
-        if len(values) > len(weights):
-            weights.append(self.skipped_sequences if by_sequence else self.skipped_tokens)
-        return weighted_mean(values, weights)
+def _merge(
+    name: str, parts: Sequence[MicroBatch], skipped: Sequence[Sample], options: LossOptions
+) -> float:
+    values = [part.metrics[name] for part in parts]
+    unclipped = sum(sample.loss_tokens > 0 for sample in skipped)
+    clip_metric = name.startswith(("clip_ratio/", "cispo_clip_ratio"))
+    if clip_metric and unclipped:
+        values = [*values, 0.0]
+    if name in SUMS:
+        return math.fsum(values)
+    if name == "clip_ratio/low_min":
+        return min(values)
+    if name in ("clip_ratio/high_max", MISMATCH_MAX):
+        return max(values)
+    by_sequence = name == "vespo/phi_seq_mean" or (
+        options.importance_sampling_level == "sequence"
+        and name.startswith(("clip_ratio/", "cispo_", "log_ratio_"))
+    )
+    weights = [part.sequences if by_sequence else part.tokens for part in parts]
+    if len(values) > len(weights):
+        tokens = sum(sample.loss_tokens for sample in skipped)
+        weights.append(unclipped if by_sequence else tokens)
+    return weighted_mean(values, weights)
 
 
 def weighted_mean(values: Iterable[float], weights: Sequence[int]) -> float:

@@ -6,6 +6,8 @@ nothing else.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,6 +43,25 @@ def micro_batches(pairs: Sequence[Pair], max_tokens: int, layout: Layout) -> lis
             batches.append(part)
     batches.sort(key=lambda batch: -batch.tokens)
     return [sorted(batch.members) for batch in batches]
+
+
+def shares(pairs: Sequence[Pair], count: int) -> list[range]:
+    """``pairs`` cut into ``count`` runs of about the same number of tokens, some perhaps empty.
+
+    Prompts count as shared evenly by their completions; one that is cut is forwarded twice.
+    """
+    copies: dict[tuple[int, ...], int] = {}
+    for prompt, _ in pairs:
+        copies[tuple(prompt)] = copies.get(tuple(prompt), 0) + 1
+    tokens = [len(c) + len(p) / copies[tuple(p)] for p, c in pairs]
+    total = math.fsum(tokens)
+    sizes = [0] * count
+    before = 0.0
+    for own in tokens:
+        sizes[min(int(count * (before + own / 2) / total), count - 1)] += 1
+        before += own
+    ends = list(itertools.accumulate(sizes))
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def forwarded_tokens(pairs: Sequence[Pair], layout: Layout) -> int:

@@ -56,6 +56,32 @@ class RewardBatch:
     metrics: dict[str, float]
     dropped: int
 
+    @classmethod
+    def joined(cls, parts: Sequence[RewardBatch]) -> RewardBatch:
+        """Batches of the same functions end to end. Wall times are those of the slowest part,
+        metrics the mean of the parts that have them; a column is None where a part has none."""
+        if len(parts) == 1:
+            return parts[0]
+        names = dict.fromkeys(name for part in parts for name in part.extra)
+        logged = dict.fromkeys(name for part in parts for name in part.metrics)
+        own = [[part.metrics[m] for part in parts if m in part.metrics] for m in logged]
+        timed = dict.fromkeys(name for part in parts for name in part.seconds)
+        return cls(
+            values=torch.cat([part.values for part in parts]),
+            total=torch.cat([part.total for part in parts]),
+            seconds={n: max(part.seconds.get(n, 0.0) for part in parts) for n in timed},
+            extra={
+                name: [
+                    value
+                    for part in parts
+                    for value in part.extra.get(name, [None] * len(part.total))
+                ]
+                for name in names
+            },
+            metrics={m: sum(v) / len(v) for m, v in zip(logged, own, strict=True)},
+            dropped=sum(part.dropped for part in parts),
+        )
+
 
 class RewardFunctions:
     """The reward functions of a run. Close it, or use it as a context manager.

@@ -1,0 +1,124 @@
+"""The runs of test_processes.py: in one process there, in two when a launcher starts this file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+import torch
+
+from fusedgrpo import GRPOConfig, GRPOTrainer
+
+PROMPTS = [
+    {"prompt": " ".join(f"w{4 + (i * j) % 30}" for j in range(1, 3 + i % 4))} for i in range(7)
+]
+
+
+def even_ids(completion_ids, **kwargs):
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def sometimes(completion_ids, log_extra, log_metric, **kwargs):
+    """Does not apply to every third completion, and logs something."""
+    log_extra("first", [ids[0] for ids in completion_ids])
+    return [None if ids[0] % 3 == 0 else float(len(ids)) for ids in completion_ids]
+
+
+def first_prompt_only(prompts, completion_ids, **kwargs):
+    """No signal in most groups, and so nothing to do for one of two processes."""
+    first = PROMPTS[0]["prompt"]
+    return [
+        float(ids[0] % 5) if prompt == first else 1.0
+        for prompt, ids in zip(prompts, completion_ids, strict=True)
+    ]
+
+
+RUNS = {
+    "one step per rollout": {"prompts_per_step": 3, "max_grad_norm": 0.1},
+    "a window with kl": {
+        "prompts_per_step": 3,
+        "generation_batch_size": 20,
+        "num_iterations": 2,
+        "beta": 0.1,
+        "num_generations": 4,
+        "reward_funcs": [even_ids, sometimes],
+        "scale_rewards": "batch",
+        "tokens_per_microbatch": 24,
+        "max_steps": 5,
+    },
+    "fewer prompts than processes": {
+        "prompts_per_step": 1,
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "entropy_coef": 0.01,
+        "num_iterations": 2,
+    },
+    "one process without signal": {
+        "prompts_per_step": 7,
+        "reward_funcs": [first_prompt_only],
+    },
+    "all weights": {
+        "finetuning_type": "full",
+        "prompts_per_step": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_dataset": PROMPTS[:3],
+        "per_device_eval_batch_size": 4,
+    },
+}
+
+
+def make(output_dir, *, reward_funcs=even_ids, eval_dataset=None, model=None, **changes):
+    options = {
+        "output_dir": str(output_dir),
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "lora_r": 4,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "adam_epsilon": 1e-3,  # else Adam makes full steps of the rounding of gradients near 0
+    }
+    if torch.distributed.is_initialized():  # adapters that differ until process 0 hands out its own
+        torch.manual_seed(torch.distributed.get_rank())
+    return GRPOTrainer(
+        model=tiny.model() if model is None else model,
+        reward_funcs=reward_funcs,
+        args=GRPOConfig(**options | changes),
+        train_dataset=PROMPTS,
+        eval_dataset=eval_dataset,
+        tokenizer=tiny.tokenizer(),
+    )
+
+
+def run_all(directory):
+    for name, options in RUNS.items():
+        trainer = make(directory / name, **options)
+        trainer.train()
+        trainable = {n: p.detach().clone() for n, p in trainer.policy.trainable()}
+        rank = trainer.processes.rank
+        torch.save(trainable, directory / name / f"weights{rank}.pt")
+    # A checkpoint for a run of another number of processes, in the middle of a window.
+    options = RUNS["a window with kl"] | {"save_strategy": "steps", "save_steps": 2}
+    make(directory / "saved", **options).train()
+    # And the other way round, where there is one from a single process.
+    if (directory / "from_one").exists():
+        make(directory / "from_one", **options).train(resume_from_checkpoint=True)
+
+
+def fails_in_process_1(completion_ids, **kwargs):
+    if torch.distributed.get_rank():
+        raise ValueError("no reward here")
+    return even_ids(completion_ids)
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["fails"]:
+        make(sys.argv[1], reward_funcs=fails_in_process_1).train()
+    else:
+        run_all(Path(sys.argv[1]))
