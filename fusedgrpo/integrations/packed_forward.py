@@ -2,19 +2,25 @@
 
 Trainers hand out models in wrappers (DDP, FSDP, DeepSpeed, peft, autocast) that do their work
 around ``forward``, so the packed pass goes through it: ``model(fusedgrpo_packed=(batch, entropy))``
-returns log-probs and entropies.
+returns log-probs as the real and entropies as the imaginary part of one tensor. So it is with the
+LM head: what shards weights gathers them, and takes their gradients, around the ``forward`` of the
+module that owns them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from fusedgrpo.kernels import LogProbs, linear_logprob
+from fusedgrpo.errors import ModelError
+from fusedgrpo.kernels import linear_logprob
 from fusedgrpo.models.layout import SharedPrompt
 from fusedgrpo.models.packed import Layout, PackedBatch
 from fusedgrpo.models.policy import Policy
@@ -31,7 +37,7 @@ class PackedForward:
         shared_prompt: SharedPrompt,
         head_in_float32: bool,
     ):
-        self._causal_lm = causal_lm
+        self._causal_lm: Any = causal_lm
         self._temperature = temperature
         self._shared_prompt: SharedPrompt = shared_prompt
         self._head_in_float32 = head_in_float32
@@ -50,29 +56,49 @@ class PackedForward:
     def layout(self) -> Layout:
         return self.policy.layout
 
-    def logprobs(self, packed: PackedBatch, entropy: bool | Literal["detached"]) -> LogProbs:
-        """``Policy.logprobs`` in the precision that the caller's wrappers have set."""
-        policy = self.policy
-        hidden = policy.hidden(packed)
-        head = policy.head
-        weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
-        device_type = hidden.device.type
+    @property
+    def asked(self) -> bool:
+        """Whether the layout is known. To find it out runs the model: where weights are sharded,
+        through all wrappers, ``model(fusedgrpo_packed="layout")``, in every process."""
+        return "policy" in vars(self)
+
+    def logprobs(self, packed: PackedBatch, entropy: bool | Literal["detached"]) -> Tensor:
+        """``[N]`` complex64: log-probs and, if asked for, i times the entropies, in the precision
+        that the caller's wrappers have set."""
+        hidden = self.policy.hidden(packed)
+        layer: Any = self._causal_lm.get_output_embeddings()
+        score = functools.partial(self._score, packed=packed, entropy=entropy)
+        with _forward_replaced(layer, score):
+            return layer(hidden)
+
+    def _score(
+        self, hidden: Tensor, *, packed: PackedBatch, entropy: bool | Literal["detached"]
+    ) -> Tensor:
+        head = self.policy.head
+        weight, device_type = head.weight, hidden.device.type
+        if isinstance(weight, DTensor):
+            raise ModelError(
+                "The LM head is sharded even inside its own forward pass (tensor parallelism?): "
+                "expected a whole weight. Use DDP or FSDP, and leave lm_head out of such a plan."
+            )
         if self._head_in_float32:
             hidden, weight = hidden.float(), weight.float()
         elif not torch.is_autocast_enabled(device_type):
             hidden = hidden.to(weight.dtype)
         inherited = torch.is_autocast_enabled(device_type) and not self._head_in_float32
         with torch.autocast(device_type, enabled=inherited):
-            return linear_logprob(
+            logp, entropies = linear_logprob(
                 hidden.to(weight.device),
                 weight,
                 packed.targets.to(weight.device),
-                bias=bias,
+                bias=head.bias,
                 temperature=self._temperature,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 return_entropy=entropy,
             )
+        # Complex: under mixed precision FSDP2 rounds what modules return to 16 bit if it is real.
+        return torch.complex(logp, torch.zeros_like(logp) if entropies is None else entropies)
 
 
 def install(
@@ -96,15 +122,23 @@ def install(
     def forward(self: Any, *args: Any, fusedgrpo_packed: Any = None, **kwargs: Any) -> Any:
         if fusedgrpo_packed is None:
             return original(*args, **kwargs)
-        packed, entropy = fusedgrpo_packed
-        return tuple(packed_forward.logprobs(packed, entropy))
+        if fusedgrpo_packed == "layout":
+            return (packed_forward.layout,)  # DeepSpeed takes tensors and tuples only
+        return packed_forward.logprobs(*fusedgrpo_packed)
 
     model.forward = types.MethodType(forward, model)
     model.fusedgrpo_forward = packed_forward
     return packed_forward
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """The parameter, gathered where FSDP2 has sharded it."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
+@contextlib.contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

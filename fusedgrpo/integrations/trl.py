@@ -5,11 +5,16 @@
 Log-probs and entropies of policy, old policy and reference come from packed batches in which each
 prompt is there once, through a head without logits. Losses, metrics, callbacks, checkpoints, PEFT,
 quantization, vLLM and rewards stay TRL's. Tested with TRL 1.16.
+
+Beyond one process (docs/distributed.md): where each has the whole model, it forwards as often as
+its own rows ask for. Where weights are sharded, a forward pass is one of all processes together, so
+all make the same number of them: the training pass takes all rows, scoring is cut by rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import inspect
 import logging
@@ -17,13 +22,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.integrations.packed_forward import PackedForward, install
 from fusedgrpo.integrations.trl_loss import compute_loss, refuse_uncovered
 from fusedgrpo.models.layout import SharedPrompt
-from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.packed import Layout, PackedBatch
 from fusedgrpo.models.packing import micro_batches
 
 TESTED = "1.16"
@@ -51,13 +57,24 @@ def _import_trl() -> tuple[Any, Any]:
         "_compute_loss": ("model", "inputs"),
         "_prepare_inputs": ("generation_batch",),
     }  # fmt: skip
-    for module, name in ((grpo_trainer, "GRPOTrainer"), (rloo_trainer, "RLOOTrainer")):
-        for method, names in expected.items():
-            found = inspect.signature(getattr(getattr(module, name), method)).parameters
-            if tuple(found)[1 : len(names) + 1] != names:
+    masks = {
+        "get_high_entropy_mask": ("entropies", "mask", "threshold"),
+        "get_off_policy_mask": (
+            "advantages", "per_token_logps", "sampling_per_token_logps", "mask",
+            "off_policy_threshold",
+        ),
+    }  # fmt: skip
+    for module, name, methods in (
+        (grpo_trainer, "GRPOTrainer", expected | masks),
+        (rloo_trainer, "RLOOTrainer", expected),
+    ):
+        for method, names in methods.items():
+            signature = inspect.signature(getattr(getattr(module, name), method))
+            found = tuple(parameter for parameter in signature.parameters if parameter != "self")
+            if found[: len(names)] != names:
                 raise ImportError(
-                    f"TRL {version}: {name}.{method} takes ({', '.join(found)}), expected (self, "
-                    f"{', '.join(names)}, ...). {remedy}"
+                    f"TRL {version}: {name}.{method} takes ({', '.join(found)}), expected "
+                    f"({', '.join(names)}, ...). {remedy}"
                 )
         if not hasattr(module, "shuffle_sequence_dict"):
             raise ImportError(f"TRL {version}: {module.__name__} does not shuffle. {remedy}")
@@ -80,7 +97,7 @@ class FusedLogProbs:
 
     Rows whose gradient is exactly zero (advantage 0, no KL in the loss, no entropy bonus; nothing
     unmasked) are scored without gradients: the same loss, metrics and gradients for a third of
-    their cost.
+    their cost. Not so where weights are sharded (FSDP, ZeRO-3).
     """
 
     _module: Any = grpo_trainer
@@ -109,6 +126,12 @@ class FusedLogProbs:
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
         me: Any = self
+        if self._sharded and tokens_per_microbatch is not None:
+            raise ConfigError(
+                f"tokens_per_microbatch={tokens_per_microbatch} with sharded weights (FSDP, "
+                "ZeRO-3): completions differ between processes, and so would their numbers of "
+                "forward passes. Leave it out; per_device_train_batch_size sets the rows of one."
+            )
         if fused_loss:
             refuse_uncovered(me)
         for model in (me.model, getattr(me, "ref_model", None)):
@@ -159,16 +182,22 @@ class FusedLogProbs:
         if compute_entropy:
             bonus = training and getattr(self, "_entropy_bonus_enabled", False)
             entropy = True if bonus else "detached"
-        budget = self.tokens_per_microbatch or (batch_size or len(pairs)) * input_ids.shape[1]
+        layout = self._layout(model, forward)
 
         parts: list[tuple[list[int], Tensor, Tensor | None]] = []
+
         with_gradient, without = self._split_rows(len(pairs), training)
         if with_gradient:  # in one piece: its activations stay until the backward in any case
             parts.append((with_gradient, *self._score(model, pairs, with_gradient, entropy)))
+        rows_at_once = batch_size or len(pairs)
+        if self._sharded:
+            cut = [without[k : k + rows_at_once] for k in range(0, len(without), rows_at_once)]
+        else:
+            budget = self.tokens_per_microbatch or rows_at_once * input_ids.shape[1]
+            members = micro_batches([pairs[i] for i in without], budget, layout)
+            cut = [[without[k] for k in batch] for batch in members]
         with torch.no_grad() if training else contextlib.nullcontext():
-            layout = forward.layout if without else "rows"
-            for members in micro_batches([pairs[i] for i in without], budget, layout):
-                rows = [without[k] for k in members]
+            for rows in cut:
                 parts.append((rows, *self._score(model, pairs, rows, entropy)))
         logps = _padded([(rows, logp) for rows, logp, _ in parts], kept, pairs)
         entropies = None
@@ -182,12 +211,32 @@ class FusedLogProbs:
         me: Any = self
         forward = self._packed_forward(model)
         assert forward is not None
+        packed = PackedBatch.build([pairs[i] for i in rows], me.accelerator.device, forward.layout)
+        answer = self._forward(model, (packed, entropy))
+        return answer.real, answer.imag if entropy else None
+
+    @functools.cached_property
+    def _sharded(self) -> bool:
+        """Whether weights are spread over processes (FSDP, ZeRO-3)."""
+        state = self.accelerator.state  # type: ignore[attr-defined]
+        if state.distributed_type == DistributedType.DEEPSPEED:
+            return bool(state.deepspeed_plugin.zero_stage == 3)
+        return bool(state.distributed_type == DistributedType.FSDP)
+
+    def _forward(self, model: Any, request: Any) -> Any:
+        """What the packed forward of ``model`` answers."""
+        me: Any = self
+        if not (torch.is_grad_enabled() or self._sharded):
+            # Not through DDP, whose every forward sends buffers to all processes.
+            model = me.accelerator.unwrap_model(model)
         with me.accelerator.autocast():
-            packed = PackedBatch.build(
-                [pairs[i] for i in rows], me.accelerator.device, forward.layout
-            )
-            logp, entropies = model(fusedgrpo_packed=(packed, entropy))
-        return logp, entropies
+            return model(fusedgrpo_packed=request)
+
+    def _layout(self, model: Any, forward: PackedForward) -> Layout:
+        if not forward.asked:
+            with torch.no_grad():
+                self._forward(model, "layout")
+        return forward.layout
 
     def _packed_forward(self, model: Any) -> PackedForward | None:
         me: Any = self
@@ -197,7 +246,7 @@ class FusedLogProbs:
         """Rows to score with and without gradients."""
         if not training:
             return [], list(range(count))
-        if self._no_gradient is None:
+        if self._no_gradient is None or self._sharded:
             return list(range(count)), []
         flags = self._no_gradient.tolist()
         live = [i for i in range(count) if not flags[i]]

@@ -6,6 +6,8 @@ the micro-batch or of the generation batch, and each metric is a mean over all p
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,19 +16,28 @@ from torch import Tensor
 from fusedgrpo.errors import ConfigError
 from fusedgrpo.kernels import LossOptions, policy_loss
 
+# Options that ``compute_loss`` does not cover: does a trainer use them?
+_UNCOVERED: dict[str, Callable[[Any], bool]] = {
+    "top_entropy_quantile with loss_type='vespo'": lambda trainer: (
+        trainer.loss_type == "vespo" and trainer.top_entropy_quantile < 1.0
+    ),
+    "off_policy_mask_threshold with loss_type='vespo'": lambda trainer: (
+        trainer.loss_type == "vespo" and trainer.off_policy_mask_threshold is not None
+    ),
+    "use_adaptive_entropy": lambda trainer: trainer.use_adaptive_entropy,
+    "router_aux_loss_coef": lambda trainer: trainer.aux_loss_enabled,
+    "a multimodal processing_class": lambda trainer: trainer._is_vlm,
+}
+
+
+def uncovered(trainer: Any) -> list[str]:
+    """The options in use that ``fused_loss`` does not cover."""
+    return [name for name, used in _UNCOVERED.items() if used(trainer)]
+
 
 def refuse_uncovered(trainer: Any) -> None:
     """ConfigError naming every option of the trainer that ``fused_loss`` does not cover."""
-    uncovered = {
-        "top_entropy_quantile": trainer.top_entropy_quantile < 1.0,
-        "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
-        "use_adaptive_entropy": trainer.use_adaptive_entropy,
-        "router_aux_loss_coef": trainer.aux_loss_enabled,
-        "tools": bool(getattr(trainer, "tools", None)),
-        "environment_factory": getattr(trainer, "environments", None) is not None,
-        "rollout_func": getattr(trainer, "rollout_func", None) is not None,
-    }
-    if names := [name for name, used in uncovered.items() if used]:
+    if names := uncovered(trainer):
         raise ConfigError(
             f"fused_loss=True does not cover {', '.join(names)}: leave fused_loss out, and TRL's "
             "own loss runs on our forward pass."
@@ -36,6 +47,8 @@ def refuse_uncovered(trainer: Any) -> None:
 def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     """The scalar loss; metrics go to ``trainer._metrics``, as TRL's do."""
     mask = inputs["completion_mask"].bool()
+    if "tool_mask" in inputs:  # tokens of tools and environments are read, not learned
+        mask = mask & inputs["tool_mask"].bool()
     advantages = inputs["advantages"]
     if advantages.dim() != 1:
         raise ValueError(
@@ -48,22 +61,27 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         mask.shape[1],
         compute_entropy=True,
     )
+    high_entropy = None
+    if trainer.top_entropy_quantile < 1.0:
+        high_entropy = trainer.get_high_entropy_mask(
+            entropies, mask, 1 - trainer.top_entropy_quantile
+        )
+    weights = _surrogate_weights(trainer, inputs, mask, logps.detach(), high_entropy)
     mode = "train" if trainer.model.training else "eval"
     steps = trainer.current_gradient_accumulation_steps if mode == "train" else 1
     options = loss_options(trainer)
     counts = mask.sum(1)
 
-    def tokens(name: str) -> Tensor | None:
-        value = inputs.get(name)
-        return None if value is None else value.expand(mask.shape)[mask]
+    def tokens(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.expand(mask.shape)[mask]
 
     loss, metrics = policy_loss(
         logps[mask],
         advantages,
         torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-        old_logp=tokens("old_per_token_logps"),
-        ref_logp=tokens("ref_per_token_logps") if options.beta else None,
-        sampler_ratio=tokens("importance_sampling_ratio") if _corrects(trainer) else None,
+        old_logp=tokens(inputs.get("old_per_token_logps")),
+        ref_logp=tokens(inputs["ref_per_token_logps"]) if options.beta else None,
+        sampler_ratio=tokens(weights),
         entropy=entropies.detach()[mask],
         num_items=_num_items(trainer, inputs, options, counts, mode, steps),
         num_sequences=len(mask) * steps,
@@ -73,7 +91,8 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         # A mean over tokens for every loss type, divided for accumulation like the loss.
         scaled = options.loss_type not in ("dapo", "cispo", "vespo")
         policy = loss.detach() * (steps if scaled else 1)
-        bonus = torch.where(mask, entropies, 0.0).sum() / counts.sum().clamp(min=1) / steps
+        acts_on = mask if high_entropy is None else high_entropy
+        bonus = torch.where(acts_on, entropies, 0.0).sum() / acts_on.sum().clamp(min=1) / steps
         loss = loss - trainer.entropy_coef * bonus
         own = trainer._metrics[mode]
         own["policy_loss"].append(trainer.accelerator.gather(policy).nanmean().item())
@@ -99,8 +118,32 @@ def loss_options(trainer: Any) -> LossOptions:
     )
 
 
-def _corrects(trainer: Any) -> bool:
-    return bool(trainer.use_vllm and trainer.vllm_importance_sampling_correction)
+def _surrogate_weights(
+    trainer: Any,
+    inputs: dict[str, Any],
+    mask: Tensor,
+    logps: Tensor,
+    high_entropy: Tensor | None,
+) -> Tensor | None:
+    """What TRL multiplies each token's loss by before it adds the KL, ``[B, T]`` or ``[B, 1]``:
+    vLLM's importance ratio, 0 for off-policy completions and outside ``high_entropy [B, T]``."""
+    factors = [] if high_entropy is None else [high_entropy]
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        factors.append(inputs["importance_sampling_ratio"])
+    if trainer.off_policy_mask_threshold is not None:
+        old = inputs.get("old_per_token_logps")
+        factors.append(
+            trainer.get_off_policy_mask(
+                advantages=inputs["advantages"].unsqueeze(1),
+                per_token_logps=logps,
+                sampling_per_token_logps=inputs.get(
+                    "sampling_per_token_logps", logps if old is None else old
+                ),
+                mask=mask.to(logps),
+                off_policy_threshold=trainer.off_policy_mask_threshold,
+            )
+        )
+    return math.prod(factors[1:], start=factors[0].to(logps)) if factors else None
 
 
 def _num_items(
@@ -138,9 +181,12 @@ def _log(
         if name.endswith(("low_min", "high_max")):
             if by_sequence and some < everyone:
                 value = value.clamp(max=0) if name.endswith("min") else value.clamp(min=0)
+            if not by_sequence:
+                value = torch.where(some > 0, value, torch.nan)
             gathered = accelerator.gather(value)
-            extreme = gathered.min() if name.endswith("min") else gathered.max()
-            own[name].append(extreme.item())
+            gathered = gathered[~gathered.isnan()]
+            extreme = torch.amin if name.endswith("min") else torch.amax
+            own[name].append(extreme(gathered).item() if len(gathered) else math.nan)
             continue
         if name == "vespo/phi_seq_mean":
             total, count = value * everyone, everyone

@@ -35,7 +35,8 @@ def find_head(model: Any) -> Head:
             "('all-linear' does)."
         )
     weight = layer.weight
-    if not isinstance(layer, nn.Linear) or weight.dim() != 2 or not weight.is_floating_point():
+    matrix = isinstance(layer, nn.Linear) and len(_shape(weight)) == 2
+    if not matrix or not weight.is_floating_point():
         raise ModelError(
             f"The LM head is a {type(layer).__name__} with a {weight.dtype} weight: expected a "
             "linear layer in floating point. Exclude it from quantisation."
@@ -57,8 +58,13 @@ def _logit_scale(settings: dict[str, Any]) -> float:
 
 def vocabulary_size(model: Any) -> int:
     """V: how many token ids the model can both read and score."""
-    readable = model.get_input_embeddings().weight.shape[0]
-    return int(min(readable, find_head(model).weight.shape[0]))
+    readable = _shape(model.get_input_embeddings().weight)[0]
+    return int(min(readable, _shape(find_head(model).weight)[0]))
+
+
+def _shape(weight: Tensor) -> torch.Size:
+    """ZeRO-3 leaves an empty tensor in place outside the forward of the module that owns it."""
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 @torch.no_grad()

@@ -1,0 +1,220 @@
+"""Writes docs/trl-conformance.md: what of TRL was compared, from the lists that the tests run on.
+
+python tests/integrations/conformance_table.py > docs/trl-conformance.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import sys
+import textwrap
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+
+import conformance
+from conformance import DRAWS
+from transformers import TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
+from trl_runs import LORA_RUN, ONLY_TRLS_LOSS, RLOO_RUNS, RUNS, TOLERANCE
+
+from fusedgrpo.integrations.trl import TESTED
+
+# What the axes have besides options of TRL.
+IN_THE_BATCH = {
+    "accumulation_window": "`current_gradient_accumulation_steps` (a short last window)",
+    "advantages": "advantages of exactly 0",
+    "tools": "`tool_mask` (`tools`, `environment_factory`, `env_mask` of a `rollout_func`)",
+    "mode": "training or evaluation",
+    "all_truncated": "not one token left in the loss",
+}
+# Neither in a case nor in a run.
+NOT_COMPARED = {
+    "disable_dropout": "true in every comparison: where a model has dropout, the two draw other "
+    "masks",
+    "quantization_config": "not compared; our forward runs the layers as they are",
+    "tools": "the mask they leave is (below); their loop is TRL's",
+    "environment_factory": "as `tools`",
+    "processing_class": "tokenizers are; with a multimodal processor TRL's own forward runs, and "
+    "`fused_loss=True` is refused",
+}
+# Used by TRL before and after the forward and the loss, in code that stays its own.
+UNTOUCHED = {
+    "loading": ("model_init_kwargs", "trust_remote_code", "ds3_gather_for_generation"),
+    "data": ("args", "train_dataset", "shuffle_dataset", "num_generations_eval",
+             "chat_template_kwargs"),
+    "generation": ("top_p", "min_p", "repetition_penalty", "generation_kwargs",
+                   "cache_implementation", "max_tool_calling_iterations",
+                   "use_transformers_continuous_batching",
+                   "transformers_continuous_batching_config", "use_transformers_paged"),
+    "vLLM": ("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode",
+             "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
+             "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
+             "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+             "vllm_importance_sampling_cap"),
+    "rewards, optimizer, logs": ("reward_processing_classes", "callbacks", "optimizers",
+                                 "log_multimodal", "log_unique_prompts",
+                                 "log_completions_hub_repo"),
+}  # fmt: skip
+
+
+def options_of_trl():
+    """The fields that ``GRPOConfig`` adds, and the arguments of ``GRPOTrainer``."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = [f.name for f in dataclasses.fields(GRPOConfig) if f.name not in inherited]
+    return own + list(inspect.signature(GRPOTrainer.__init__).parameters)[1:]
+
+
+def in_cases():
+    """Option: the values that the pairs have, the default first."""
+    found = {
+        "loss_type": list(conformance.LOSS_TYPES),
+        "importance_sampling_level": list(conformance.IMPORTANCE_SAMPLING_LEVELS),
+    }
+    for axes in (conformance.AXES, *conformance.OWN_AXES.values()):
+        for settings in (s for axis in axes.values() for s in axis):
+            for name, value in settings.items():
+                values = found.setdefault(name, [conformance.DEFAULTS[name]])
+                if value not in values:
+                    values.append(value)
+    return found
+
+
+def in_runs():
+    """Option: the names of the runs that set it."""
+    found = {"model": list(RUNS), "reward_funcs": list(RUNS)}
+    for run, options in {**RUNS, "LoRA": LORA_RUN}.items():
+        for name in options:
+            if run not in found.setdefault(name, []):
+                found[name].append(run)
+    return found
+
+
+def refused_for(option, runs):
+    """The loss types with which ``fused_loss=True`` refuses each setting that has the option."""
+    settings = [s for axis in conformance.AXES.values() for s in axis if option in s]
+    if settings:
+        return [
+            loss_type
+            for loss_type in conformance.LOSS_TYPES
+            if all(conformance.refused(loss_type, s) for s in settings)
+        ]
+    return list(conformance.LOSS_TYPES) if runs and set(runs) <= set(ONLY_TRLS_LOSS) else []
+
+
+def show(value):
+    if callable(value):
+        return value.__name__
+    if isinstance(value, str | int | float | bool | None):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(show, value)) + "]"
+    return type(value).__name__
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def option_rows():
+    cases, runs = in_cases(), in_runs()
+    numbers = {name: str(k) for k, name in enumerate([*RUNS, "LoRA"], 1)}
+    names = [*options_of_trl(), *cases, *runs]
+    for name in dict.fromkeys(names):
+        if name in IN_THE_BATCH or (name not in cases and name not in runs):
+            continue
+        values, own_runs = cases.get(name, []), runs.get(name, [])
+        everywhere = len(own_runs) >= len(RUNS)
+        by = ["pairs"] if values else []
+        if own_runs:
+            everywhere = len(own_runs) >= len(RUNS)
+            by.append("all runs" if everywhere else "runs " + ", ".join(map(numbers.get, own_runs)))
+        trl_loss, fused = "same", "same"
+        if name == "router_aux_loss_coef":
+            trl_loss = "same, on TRL's own forward"
+        if refused := refused_for(name, own_runs):
+            every = len(refused) == len(conformance.LOSS_TYPES)
+            fused = "refused" if every else f"same; refused with {', '.join(refused)}"
+        yield [f"`{name}`", ", ".join(map(show, values)), trl_loss, fused, ", ".join(by)]
+
+
+def paragraph(text):
+    return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False)
+
+
+def bullets(entries):
+    return "\n".join(f"- {text}" for text in entries)
+
+
+def listed(options):
+    return ", ".join(f"`{name}={show(value)}`" for name, value in options.items())
+
+
+def batch_rows():
+    cases = in_cases()
+    for name, text in IN_THE_BATCH.items():
+        yield [text, ", ".join(map(show, cases[name])), "same", "same"]
+
+
+def run_rows():
+    for number, (name, options) in enumerate([*RUNS.items(), ("LoRA", LORA_RUN)], 1):
+        fused = "refused" if name in ONLY_TRLS_LOSS else "same"
+        yield [str(number), name, listed(options), "same", fused]
+
+
+def document():
+    counts = {path: sum(1 for _ in conformance.cases(path)) for path in conformance.PATHS}
+    product = math.prod(len(axis) for axis in conformance.AXES.values())
+    paths = ["TRL's loss on our forward", "`fused_loss=True`"]
+    rloo = "; ".join(f"{name} ({listed(options)})" for name, options in RLOO_RUNS.items())
+    return "\n\n".join([
+        f"# Conformance with TRL {TESTED}",
+        paragraph("""
+            Written by `python tests/integrations/conformance_table.py` from the lists on which the
+            tests run; a test fails when this page is not what it writes, or when TRL has an option
+            that is not on it. Compared with stock `GRPOTrainer` are TRL's loss on our forward pass
+            (`FusedGRPOTrainer`) and our loss on it (`fused_loss=True`), on tiny models in float32,
+            on the CPU, in one process."""),
+        paragraph(f"""
+            **Pairs** (`tests/integrations/test_trl_conformance.py`): one call of `_compute_loss` on
+            hand-made inputs. The loss is the same to {conformance.LOSS_TOLERANCE:g}, the gradient
+            of all parameters to {conformance.GRADIENT_TOLERANCE:g} of its norm; the metrics have
+            the same names, and the same values to {conformance.METRIC_TOLERANCE:g}. For each of
+            {len(conformance.LOSS_TYPES)} loss types and
+            {len(conformance.IMPORTANCE_SAMPLING_LEVELS)} levels every two values of two options are
+            together in a case: {counts["trl_loss"]} cases for TRL's loss, {counts["fused_loss"]}
+            for ours. That is not the full product of the options, which has {product:,} cases or
+            more for each; `pytest -m slow` adds {DRAWS} seeded draws from it for either."""),
+        paragraph(f"""
+            **Runs** (`tests/integrations/test_trl_runs.py`): whole seeded `train()` runs. Every
+            number in every log row and every final weight is the same to {TOLERANCE:g}, with
+            `group_rows=False`, because the order of rows is TRL's then."""),
+        "## Options",
+        table(["option", "values in the pairs", *paths, "compared by"], option_rows()),
+        "What is in the batch, all of it in the pairs:",
+        table(["", "values", *paths], batch_rows()),
+        paragraph("""
+            From vLLM vespo takes weights of tokens alone: TRL refuses its `sequence_*` modes there,
+            so they are not in its pairs. vLLM itself is not run, its log-probs are made by hand.
+            """),
+        "## Runs",
+        table(["", "run", "options", *paths], run_rows()),
+        paragraph(f"""
+            The last one is also resumed from its own checkpoint and from TRL's, and its logged
+            completions are the same. `FusedRLOOTrainer` against `RLOOTrainer`: {rloo}."""),
+        "## Not compared",
+        bullets(f"`{name}`: {why}." for name, why in NOT_COMPARED.items()),
+        "## Untouched",
+        "Options that only TRL's own code reads, the same code with and without us:",
+        bullets(
+            f"{kind}: {', '.join(f'`{name}`' for name in names)}"
+            for kind, names in UNTOUCHED.items()
+        ),
+    ]) + "\n"  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())
