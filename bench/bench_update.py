@@ -385,6 +385,7 @@ def start_memory(cuda: bool) -> int:
 
 
 def run_ours(turns: harness.Turns, case: Case, shared_prompt: Any) -> None:
+    from fusedgrpo.engine.memory_guard import MemoryGuard
     from fusedgrpo.engine.samples import Sample
     from fusedgrpo.engine.update import Updater
     from fusedgrpo.kernels import LossOptions
@@ -399,7 +400,7 @@ def run_ours(turns: harness.Turns, case: Case, shared_prompt: Any) -> None:
         None,
         LossOptions(),
         max_grad_norm=0.0,
-        max_tokens=case.max_tokens,
+        guard=MemoryGuard(case.max_tokens),
     )
     samples = [Sample(*rollout) for rollout in rollouts(case, policy.vocabulary_size)]
     serve(turns, model, case.device, lambda: updater._accumulate(samples, 0)[0])

@@ -51,6 +51,10 @@ class ProcessError(FusedGRPOError, RuntimeError):
     """Another of the processes that train together has failed."""
 
 
+class MemoryExhaustedError(FusedGRPOError, MemoryError):
+    """There is not enough memory even for the least that can be done at once."""
+
+
 class NonFiniteError(FusedGRPOError, ArithmeticError):
     """A loss or a gradient is NaN or infinite. The weights were not touched."""
 

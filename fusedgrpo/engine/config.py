@@ -119,6 +119,9 @@ class GRPOConfig:
         None, "minimum share of the best token's probability", low=0, high=1
     )
     repetition_penalty: float = option(1.0, "above 1 discourages repeated tokens", above=0)
+    max_in_flight: int | None = option(
+        None, "completions decoded together; null: all of a rollout", low=1
+    )
 
     # loss
     beta: float = option(0.0, "weight of the KL to the reference; 0: no reference", low=0)
@@ -163,7 +166,7 @@ class GRPOConfig:
     adam_beta2: float = option(0.999, "of AdamW", low=0, below=1)
     adam_epsilon: float = option(1e-8, "of AdamW", above=0)
     max_grad_norm: float = option(1.0, "clip the gradient norm; 0: never", low=0)
-    optim: Optimizer = option("adamw_torch", "the optimizer")
+    optim: Optimizer = option("adamw_torch_fused", "the optimizer")
     lr_scheduler_type: Scheduler = option("linear", "the schedule of transformers")
     warmup_steps: float = option(0.0, "steps, or a share of the run if < 1", low=0)
     num_train_epochs: float = option(3.0, "passes over the data", above=0)
@@ -174,6 +177,7 @@ class GRPOConfig:
     bf16: bool | None = option(None, "compute in bfloat16; null: where the device has it")
     fp16: bool = option(False, "compute in float16")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
+    rehearsal: bool | None = option(None, "try the greatest lengths before step 1; null: on a GPU")
     use_cpu: bool = option(False, "stay on the CPU")
 
     # run

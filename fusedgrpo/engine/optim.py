@@ -26,7 +26,11 @@ BITSANDBYTES = {
 def build_optimizer(
     config: GRPOConfig, parameters: Sequence[tuple[str, nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """AdamW of ``config.optim``; weight decay on matrices only. Raises ConfigError."""
+    """AdamW of ``config.optim``, its state in place; weight decay on matrices only.
+
+    No step of it allocates anything, so that none can run out of memory halfway through the
+    weights: torch's AdamW is the fused one by either name. Raises ConfigError.
+    """
     if not parameters:
         raise ConfigError("No parameter is trainable: is finetuning_type right for this model?")
     matrices = [p for _, p in parameters if p.dim() >= 2]
@@ -41,11 +45,31 @@ def build_optimizer(
         "eps": config.adam_epsilon,
     }
     groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
     if config.optim in BITSANDBYTES:
-        return _bitsandbytes(config.optim, groups, arguments, parameters[0][1].device)
-    if config.optim == "adamw_torch_fused":
-        arguments["fused"] = True
-    return torch.optim.AdamW(groups, **arguments)
+        optimizer = _bitsandbytes(config.optim, groups, arguments, parameters[0][1].device)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **arguments)
+    _make_state(optimizer)
+    return optimizer
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer allocate its state now, by a step that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter in parameters:
+        count = optimizer.state[parameter]["step"]
+        zero = torch.zeros_like(count) if isinstance(count, torch.Tensor) else 0
+        optimizer.state[parameter]["step"] = zero
 
 
 def _bitsandbytes(

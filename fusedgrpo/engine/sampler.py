@@ -9,6 +9,7 @@ flight, and not on when somebody else used the global generator.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.rollout import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
@@ -63,9 +65,9 @@ class GenerateSampler:
     """The ``Sampler`` on ``model.generate``.
 
     policy: sampled in eval mode (no dropout, no gradient checkpointing) and in its own precision.
-    tokenizer: decodes. eos_ids: every id that ends a completion. max_in_flight: completions
-    decoded together, at least one group; None for all. poll: called before each token, so that a
-    signal need not wait for the end of a rollout.
+    tokenizer: decodes. eos_ids: every id that ends a completion. guard: its ``in_flight`` says how
+    many completions are decoded together, and shrinks where memory runs out. poll: called before
+    each token, so that a signal need not wait for the end of a rollout.
     """
 
     def __init__(
@@ -74,13 +76,13 @@ class GenerateSampler:
         tokenizer: Any,
         eos_ids: Sequence[int],
         *,
-        max_in_flight: int | None = None,
+        guard: MemoryGuard | None = None,
         poll: Callable[[], None] = lambda: None,
     ):
         self.policy = policy
         self.tokenizer = tokenizer
         self.eos_ids = list(eos_ids)
-        self.max_in_flight = max_in_flight
+        self.guard = guard or MemoryGuard(tokens=0)
         self.poll = poll
 
     def sample(
@@ -95,34 +97,66 @@ class GenerateSampler:
     ) -> list[Group]:
         """See ``Sampler``. Deterministic in (weights, prompt, seed, position of the prompt)."""
         rows = range(len(prompt_ids)) if rows is None else rows
-        per_wave = max(1, (self.max_in_flight or len(prompt_ids) * n) // n)
-        groups: list[Group] = []
-        for start in range(0, len(prompt_ids), per_wave):
-            prompts = prompt_ids[start : start + per_wave]
-            seeds = [
-                derive(seed, first + start + i, sample)
-                for i in range(len(prompts))
-                for sample in range(n)
-            ]
-            completions = self._wave(prompts, n, params, seeds)
-            for i, prompt in enumerate(prompts):
-                own = tuple(completions[i * n : (i + 1) * n])
-                groups.append(Group(rows[start + i], tuple(prompt), own))
-        return groups
+        asked = [(i, sample) for i in range(len(prompt_ids)) for sample in range(n)]
+        done: list[Completion] = []
+
+        def wave() -> list[Completion]:
+            # Whole groups if they fit, so that no prompt is prefilled twice.
+            size = self.guard.in_flight or len(asked)
+            ahead = asked[len(done) : len(done) + (size - size % n or size)]
+            seeds = [derive(seed, first + i, sample) for i, sample in ahead]
+            start = ahead[0][0]
+            prompts = prompt_ids[start : ahead[-1][0] + 1]
+            return self._wave(prompts, [i - start for i, _ in ahead], params, seeds)
+
+        while len(done) < len(asked):
+            done += self.guard.sample(wave, len(asked) - len(done))
+        return [
+            Group(rows[i], tuple(prompt), tuple(done[i * n : (i + 1) * n]))
+            for i, prompt in enumerate(prompt_ids)
+        ]
+
+    def rehearse(self, prompt_ids: Sequence[Sequence[int]], n: int, params: SamplingParams) -> None:
+        """Hold the memory that the last token of completions of the greatest length takes: as many
+        of ``n`` for each prompt as are decoded together."""
+        prompts = sorted(prompt_ids, key=len, reverse=True)
+        asked = [(i, sample) for i in range(len(prompts)) for sample in range(n)]
+
+        def last_tokens() -> None:
+            ahead = asked[: self.guard.in_flight or len(asked)]
+            own = prompts[: ahead[-1][0] + 1]
+            few = dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, 2))
+            seeds = [derive(0, *which) for which in ahead]
+            skipped = params.max_new_tokens - few.max_new_tokens
+            self._wave(own, [i for i, _ in ahead], few, seeds, skipped=skipped)
+
+        self.guard.sample(last_tokens, len(asked))
 
     def _wave(
-        self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, seeds: list[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_of: list[int],
+        params: SamplingParams,
+        seeds: list[int],
+        skipped: int = 0,
     ) -> list[Completion]:
-        """``len(prompts) * n`` completions decoded together."""
+        """One completion for each of ``prompt_of`` (indices of ``prompts``), decoded together.
+
+        skipped: positions of the cache that are there and hold nothing, as if so many tokens had
+        been decoded already.
+        """
         model = self.policy.causal_lm
         device = self.policy.device
         ids, attention_mask = _left_padded(prompts, device)
         chooser = _Chooser(params, seeds, device, self.poll)
+        copies = torch.tensor(prompt_of, device=device)
         with self.policy.scoring(), self.policy.autocast(), _own_generation_config(model):
-            cache = self._prefill(model, ids, attention_mask, n)
+            cache = self._prefill(model, ids, attention_mask, copies)
+            if skipped:
+                ids, attention_mask = _lengthened(cache, ids, attention_mask, skipped)
             output = model.generate(
-                input_ids=ids.repeat_interleave(n, 0),
-                attention_mask=attention_mask.repeat_interleave(n, 0),
+                input_ids=ids[copies],
+                attention_mask=attention_mask[copies],
                 past_key_values=cache,
                 generation_config=self._generation_config(params),
                 logits_processor=_processors(params, chooser),
@@ -130,8 +164,8 @@ class GenerateSampler:
         return self._cut(output[:, ids.shape[1] :], torch.stack(chooser.logp, 1).cpu())
 
     @staticmethod
-    def _prefill(model: Any, ids: Tensor, attention_mask: Tensor, n: int) -> Any:
-        """Keys and values of all but the prompts' last tokens, computed once and forked n times."""
+    def _prefill(model: Any, ids: Tensor, attention_mask: Tensor, copies: Tensor) -> Any:
+        """Keys and values of all but the prompts' last tokens, computed once and then copied."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
@@ -144,7 +178,7 @@ class GenerateSampler:
                 past_key_values=cache,
                 use_cache=True,
             )
-            cache.batch_repeat_interleave(n)
+            cache.batch_select_indices(copies)
         return cache
 
     def _generation_config(self, params: SamplingParams) -> Any:
@@ -222,6 +256,21 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
+
+
+def _lengthened(
+    cache: Any, ids: Tensor, attention_mask: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Add ``count`` positions to a prefilled cache; returns the ids and the mask to go with it."""
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is not None and values is not None:  # a state of fixed size grows no more
+            shape, other = list(keys.shape), list(values.shape)
+            shape[-2] = other[-2] = count
+            cache.update(keys.new_zeros(shape), values.new_zeros(other), index)
+    between = ids[:, :1].expand(-1, count)
+    longer = torch.cat([ids[:, :-1], between, ids[:, -1:]], 1)
+    return longer, torch.nn.functional.pad(attention_mask, (0, count), value=1)
 
 
 def _processors(params: SamplingParams, chooser: _Chooser) -> Any:

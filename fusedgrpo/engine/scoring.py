@@ -4,6 +4,7 @@ log-probs."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example
+from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout import Rollout
@@ -26,7 +28,7 @@ from fusedgrpo.engine.samples import Sample, has_gradient
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.engine.window import RolloutWindow, sampler_logp
 from fusedgrpo.kernels import LossOptions, group_advantages
-from fusedgrpo.models.packing import micro_batches, shares
+from fusedgrpo.models.packing import Pair, longest, micro_batches, shares
 from fusedgrpo.models.policy import Policy
 
 
@@ -99,7 +101,7 @@ def rollout_logprobs(
     needs: Callable[[Sample], bool],
     *,
     mask_truncated: bool,
-    max_tokens: int,
+    guard: MemoryGuard,
     processes: Processes,
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -111,24 +113,32 @@ def rollout_logprobs(
     the reference's.
     """
 
-    def score() -> Tensor:
-        logp = torch.full((sum(len(c.ids) for c in window.rollout.completions()),), torch.nan)
+    logp = torch.full((sum(len(c.ids) for c in window.rollout.completions()),), torch.nan)
+
+    def score(pairs: Sequence[Pair], places: Sequence[slice]) -> None:
+        for members in micro_batches(pairs, guard.tokens, policy.layout):
+            poll()
+            batch = policy.logprobs(policy.pack([pairs[k] for k in members])).logp.cpu()
+            sizes = [len(pairs[k][1]) for k in members]
+            for k, values in zip(members, batch.split(sizes), strict=True):
+                logp[places[k]] = values
+
+    def score_own() -> Tensor:
         for part in range(window.steps):
             samples, places = window.part(part, mask_truncated=mask_truncated)
             chosen = [i for i, sample in enumerate(samples) if needs(sample)]
             own = shares([samples[i].pair for i in chosen], processes.size)[processes.rank]
             chosen = chosen[own.start : own.stop]
             pairs = [samples[i].pair for i in chosen]
-            for members in micro_batches(pairs, max_tokens, policy.layout):
-                poll()
-                batch = policy.logprobs(policy.pack([pairs[k] for k in members])).logp.cpu()
-                sizes = [len(pairs[k][1]) for k in members]
-                for k, values in zip(members, batch.split(sizes), strict=True):
-                    logp[places[chosen[k]]] = values
+            guard.update(
+                functools.partial(score, pairs, [places[i] for i in chosen]),
+                functools.partial(longest, pairs),
+                "scoring",
+            )
         return logp
 
     with policy.scoring():
-        whole, *others = processes.together(score)
+        whole, *others = processes.together(score_own)
     for theirs in others:
         whole = torch.where(whole.isnan(), theirs, whole)
     return whole
@@ -142,7 +152,7 @@ def make_window(
     config: GRPOConfig,
     *,
     steps: int,
-    max_tokens: int,
+    guard: MemoryGuard,
     processes: Processes,
     poll: Callable[[], None] = lambda: None,
 ) -> RolloutWindow:
@@ -167,7 +177,7 @@ def make_window(
             window,
             lambda sample: has_gradient(sample, options, config.entropy_coef),
             mask_truncated=truncated,
-            max_tokens=max_tokens,
+            guard=guard,
             processes=processes,
             poll=poll,
         )

@@ -16,11 +16,13 @@ from fusedgrpo.engine.completions_log import completion_records
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.evaluation import evaluate
+from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.optim import build_optimizer, build_scheduler
 from fusedgrpo.engine.outputs import NoOutputs, RunOutputs
 from fusedgrpo.engine.plan_batch import resolve_batch
 from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.prompt_stream import PromptStream
+from fusedgrpo.engine.rehearsal import rehearse
 from fusedgrpo.engine.rewards import RewardBatch, build_rewards
 from fusedgrpo.engine.rollout import Rollout
 from fusedgrpo.engine.rundir import RunDir
@@ -124,8 +126,9 @@ class GRPOTrainer:
         self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
         # A launcher passes on the signal that the terminal has sent to everybody already.
         self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
-        self.max_tokens = (
-            args.tokens_per_microbatch or TOKENS_PER_MICROBATCH[self.policy.device.type]
+        self.guard = MemoryGuard(
+            args.tokens_per_microbatch or TOKENS_PER_MICROBATCH[self.policy.device.type],
+            args.max_in_flight,
         )
         optimizer = build_optimizer(args, self.policy.trainable())
         self.updater = Updater(
@@ -134,14 +137,18 @@ class GRPOTrainer:
             build_scheduler(args, optimizer, self.plan.total_steps),
             loss_options(args),
             max_grad_norm=args.max_grad_norm,
-            max_tokens=self.max_tokens,
+            guard=self.guard,
             entropy_coef=args.entropy_coef,
             seed=args.seed,
             poll=self.signals.check,
             processes=self.processes,
         )
         self.sampler = sampler or GenerateSampler(
-            self.policy, self.processing_class, self.eos_ids, poll=self.signals.check
+            self.policy,
+            self.processing_class,
+            self.eos_ids,
+            guard=self.guard,
+            poll=self.signals.check,
         )
         if self.processes.size > 1:
             self.sampler = SharedSampler(self.sampler, self.processes)
@@ -214,6 +221,8 @@ class GRPOTrainer:
             if found is not None:
                 outputs.display.note(f"Resumed from {found} after step {self.progress.step}.")
             outputs.skipped_rows(self.train_dataset.skipped)
+            if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
+                outputs.display.note(self.rehearse())
             row: dict[str, Any] = {}
             with self._saved_if_it_ends(outputs):
                 while self.progress.step < self.plan.total_steps:
@@ -222,6 +231,29 @@ class GRPOTrainer:
         return SimpleNamespace(
             global_step=self.progress.step, training_loss=row.get("loss"), metrics=row
         )
+
+    def rehearse(self) -> str:
+        """Hold the memory that the largest rollout and update will take; says what was found.
+
+        What does not fit is halved, for the rest of the run. Raises MemoryExhaustedError.
+        """
+        window = self.plan.steps_per_rollout * self.plan.num_iterations > 1
+        sampler = self.sampler.sampler if isinstance(self.sampler, SharedSampler) else self.sampler
+        data = [self.train_dataset, *([self.eval_dataset] if self.eval_dataset else [])]
+        share = self.processes.size
+        return self.processes.together(
+            lambda: rehearse(
+                self.updater,
+                sampler,
+                self.sampling,
+                prompt_lengths=[len(e.prompt_ids) for part in data for e in part.examples],
+                n=self.args.num_generations,
+                groups_per_step=-(-self.plan.groups_per_step // share),
+                groups_per_rollout=-(-self.plan.groups_per_rollout // share),
+                keeps_old=window or self.args.sampler_correction,
+                seed=self.args.seed,
+            )
+        )[0]
 
     def step(self, outputs: RunOutputs) -> dict[str, Any]:
         """One optimizer step: sample and score if the last rollout is used up, then update."""
@@ -240,7 +272,7 @@ class GRPOTrainer:
                     self.policy,
                     args,
                     steps=-(-len(rollout.groups) // self.plan.groups_per_step),
-                    max_tokens=self.max_tokens,
+                    guard=self.guard,
                     processes=self.processes,
                     poll=self.signals.check,
                 )
@@ -266,6 +298,8 @@ class GRPOTrainer:
             **clock.metrics(tokens),
         }
         row["memory/peak"] = max(self.processes.gather(row["memory/peak"]))
+        if retries := sum(self.processes.gather(self.guard.take_retries())):
+            row["memory/retries"] = retries
         if self._is_due(args.eval_strategy, args.eval_steps or args.logging_steps):
             outputs.display.phase("evaluate")
             row |= self.evaluate()

@@ -30,7 +30,7 @@ FREE_TO_CHANGE = {
     "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
     "num_generations_eval", "eval_dataset", "resume_from_checkpoint", "allow_change", "report_to",
     "run_name", "log_completions", "num_completions_to_print", "reward_timeout",
-    "max_nonfinite_steps", "dataset", "dataset_dir",
+    "max_nonfinite_steps", "dataset", "dataset_dir", "rehearsal", "max_in_flight",
 }  # fmt: skip
 
 

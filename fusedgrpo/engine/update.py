@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.samples import Sample, concatenated, has_gradient, loss_mask
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
-from fusedgrpo.models.packing import forwarded_tokens, micro_batches, shares
+from fusedgrpo.models.packing import forwarded_tokens, longest, micro_batches, shares
 from fusedgrpo.models.policy import Policy
 
 MISMATCH_MEAN = "sampling/sampling_logp_difference/mean"
@@ -57,7 +58,7 @@ class Updater:
         options: LossOptions,
         *,
         max_grad_norm: float,
-        max_tokens: int,
+        guard: MemoryGuard,
         entropy_coef: float = 0.0,
         seed: int = 0,
         poll: Callable[[], None] = lambda: None,
@@ -68,7 +69,7 @@ class Updater:
         self.scheduler = scheduler
         self.options = options
         self.max_grad_norm = max_grad_norm
-        self.max_tokens = max_tokens
+        self.guard = guard
         self.entropy_coef = entropy_coef
         self.seed = seed
         self.poll = poll
@@ -93,7 +94,7 @@ class Updater:
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
             self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = self.guard.repeat(lambda: self._norm(parameters), "the gradient norm")
             result = UpdateResult(False, loss, norm.item(), metrics)
             result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
             if result.applied:
@@ -119,7 +120,9 @@ class Updater:
         live = [sample for sample in samples if self._has_gradient(sample)]
         own = shares([s.pair for s in live], self.processes.size)[self.processes.rank]
         done = self.processes.together(
-            lambda: self._backward(live[own.start : own.stop], num_items, len(samples), step)
+            lambda: self._backward_that_fits(
+                live[own.start : own.stop], num_items, len(samples), step
+            )
         )
         parts = [part for of_process in done for part in of_process]
         merged = merge_metrics(parts, skipped, self.options)
@@ -129,7 +132,16 @@ class Updater:
             merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
         return math.fsum(part.loss for part in parts), merged
 
-    def _backward(
+    def _backward_that_fits(
+        self, samples: Sequence[Sample], num_items: int, num_sequences: int, step: int
+    ) -> list[MicroBatch]:
+        def work() -> list[MicroBatch]:
+            self.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has left
+            return self.backward(samples, num_items, num_sequences, step)
+
+        return self.guard.update(work, lambda: longest([s.pair for s in samples]), "the update")
+
+    def backward(
         self, samples: Sequence[Sample], num_items: int, num_sequences: int, step: int
     ) -> list[MicroBatch]:
         """Forward and backward of ``samples``, micro-batch by micro-batch."""
@@ -139,7 +151,7 @@ class Updater:
         measured: list[Tensor] = []
         names: list[str] = []
         for index, members in enumerate(
-            micro_batches([s.pair for s in samples], self.max_tokens, layout)
+            micro_batches([s.pair for s in samples], self.guard.tokens, layout)
         ):
             self.poll()
             batch = [samples[i] for i in members]
@@ -162,6 +174,9 @@ class Updater:
             part.loss = loss.item()
             part.metrics = dict(zip(names, row.tolist(), strict=True))
         return parts
+
+    def _norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _has_gradient(self, sample: Sample) -> bool:
         return has_gradient(sample, self.options, self.entropy_coef)

@@ -45,6 +45,11 @@ def micro_batches(pairs: Sequence[Pair], max_tokens: int, layout: Layout) -> lis
     return [sorted(batch.members) for batch in batches]
 
 
+def longest(pairs: Sequence[Pair]) -> int:
+    """Tokens of the largest batch that cannot be cut: a single pair."""
+    return max((len(p) + _forwarded(c) for p, c in pairs), default=0)
+
+
 def shares(pairs: Sequence[Pair], count: int) -> list[range]:
     """``pairs`` cut into ``count`` runs of about the same number of tokens, some perhaps empty.
 

@@ -14,7 +14,6 @@ OPTIONS = {spec.name for spec in dataclasses.fields(GRPOConfig)}
 # Where our default is not TRL's, and why.
 DIFFERENT = {
     "output_dir": "TRL's null becomes this name",
-    "optim": "the fused AdamW adds nothing for a LoRA adapter and is no CPU default",
     "do_train": "nothing else can be done",
     "dtype": "TRL loads float32, which doubles the memory of a bfloat16 model",
     "model_revision": "null and main are the same revision",

@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.rollout import Group
 from fusedgrpo.engine.sampler import GenerateSampler, SamplingParams, _Chooser
 from fusedgrpo.models.packed import PackedBatch
@@ -145,7 +146,7 @@ def test_completions_do_not_depend_on_how_many_are_in_flight(family: str, in_fli
     model = tiny.model(family)
     params = SamplingParams(max_new_tokens=10)
     everything = sampler(model).sample(PROMPTS, 3, params, seed=1)
-    waves = sampler(model, max_in_flight=in_flight).sample(PROMPTS, 3, params, seed=1)
+    waves = sampler(model, guard=MemoryGuard(0, in_flight)).sample(PROMPTS, 3, params, seed=1)
     assert ids(waves) == ids(everything)
     torch.testing.assert_close(sampled_logp(waves), sampled_logp(everything), rtol=0, atol=1e-5)
 
@@ -166,7 +167,7 @@ def test_the_same_prompt_twice_gets_different_completions() -> None:
 
 
 def test_each_prompt_gets_its_group_in_order_with_its_row() -> None:
-    s = sampler(max_in_flight=5)
+    s = sampler(guard=MemoryGuard(0, 5))
     groups = s.sample(PROMPTS, 3, SamplingParams(max_new_tokens=2), 0, rows=[7, 8, 7, 1])
     assert [g.row for g in groups] == [7, 8, 7, 1]
     assert [list(g.prompt_ids) for g in groups] == PROMPTS
