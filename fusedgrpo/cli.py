@@ -1,4 +1,4 @@
-"""The command line: ``fusedgrpo train | report | doctor``.
+"""The command line: ``fusedgrpo train | plan | report | doctor``.
 
 Exit codes: 0 done; 1 the run failed; 2 configuration or data cannot be used; 130 and 143 stopped by
 SIGINT and SIGTERM, with a checkpoint saved.
@@ -34,6 +34,44 @@ def train(
     options = GRPOConfig.from_file(config, overrides=_overrides(context.args))
     trainer = GRPOTrainer(args=options, search_paths=[config.parent])
     trainer.train()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file of options.")],
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory of the card, such as 24GB; else this machine's.")
+    ] = None,
+) -> None:
+    """Say what a run of CONFIG needs of its GPU, before any weight is there. Exit code 1: it does
+    not fit. Options can be set after CONFIG, as for train."""
+    from fusedgrpo.engine.config import GRPOConfig
+    from fusedgrpo.engine.memory_plan import card_bytes, plan_memory
+    from fusedgrpo.engine.memory_table import plan_table
+    from fusedgrpo.errors import ConfigError
+    from fusedgrpo.models.loading import model_settings
+
+    overrides = _overrides(context.args) | ({"gpu_memory": gpu} if gpu else {})
+    options = GRPOConfig.from_file(config, overrides=overrides)
+    card = card_bytes(options)
+    if card is None:
+        raise ConfigError("There is no GPU here: name the card's memory with --gpu 24GB.")
+    settings = model_settings(options)
+    if settings is None:
+        raise ConfigError(
+            f"{options.model_name_or_path}: a GGUF file has no config.json to plan from. Plan with "
+            "the name of the model it was made of."
+        )
+    found = plan_memory(
+        options,
+        settings,
+        gpu_bytes=card,
+        activation_offloading=options.activation_offloading,
+    )
+    typer.echo(plan_table(found))
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -177,6 +177,12 @@ class GRPOConfig:
     bf16: bool | None = option(None, "compute in bfloat16; null: where the device has it")
     fp16: bool = option(False, "compute in float16")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
+    activation_offloading: bool | None = option(
+        None, "keep checkpointed activations in host memory; null: if the plan needs it"
+    )
+    gpu_memory: str | None = option(
+        None, "size of the card to plan for, such as 24GB; null: that of the device"
+    )
     rehearsal: bool | None = option(None, "try the greatest lengths before step 1; null: on a GPU")
     use_cpu: bool = option(False, "stay on the CPU")
 

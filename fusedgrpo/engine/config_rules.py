@@ -29,6 +29,15 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[GRPOConfig], Any]], ...] = (
         ),
     ),
     (
+        ("activation_offloading", "gradient_checkpointing"),
+        lambda c: (
+            c.activation_offloading
+            and not c.gradient_checkpointing
+            and "activation_offloading: what is offloaded are the layers' inputs that gradient "
+            "checkpointing keeps; set gradient_checkpointing: true."
+        ),
+    ),
+    (
         ("gguf_file", "model_name_or_path"),
         lambda c: (
             c.gguf_file

@@ -108,6 +108,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         (isinstance(error, Exception) and should_reduce_batch_size(error))
         or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        or "CUDA error: out of memory" in text  # host memory that cannot be page-locked
         or "DefaultCPUAllocator: not enough memory" in text
     )
 

@@ -17,29 +17,31 @@ class StepClock:
         self._show = show
         self._started = time.perf_counter()
         self._seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        self._peaks: dict[str, int] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what happens inside as ``name``."""
         self._show(name)
         started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            self._peaks[f"memory/{name}"] = torch.cuda.max_memory_allocated()
         self._seconds[name] += time.perf_counter() - started
 
     def metrics(self, completion_tokens: int) -> dict[str, float]:
         """``time/...`` and ``step_time`` in seconds, ``tokens_per_second`` of completion tokens,
-        ``memory/peak`` in bytes: of the step on a GPU, without one of the process so far."""
+        ``memory/peak`` in bytes: on a GPU the highest of the step's phases, each of which is there
+        as ``memory/sample``, ...; without one that of the process so far."""
         wall = time.perf_counter() - self._started
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = max(self._peaks.values(), default=own)
         return {
             **{f"time/{name}": seconds for name, seconds in self._seconds.items()},
+            **self._peaks,
             "step_time": wall,
             "tokens_per_second": completion_tokens / wall,
             "memory/peak": peak,

@@ -17,6 +17,8 @@ from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.evaluation import evaluate
 from fusedgrpo.engine.memory_guard import MemoryGuard
+from fusedgrpo.engine.memory_plan import MemoryPlan, card_bytes, plan_memory
+from fusedgrpo.engine.memory_table import measured_phases, plan_table
 from fusedgrpo.engine.optim import build_optimizer, build_scheduler
 from fusedgrpo.engine.outputs import NoOutputs, RunOutputs
 from fusedgrpo.engine.plan_batch import resolve_batch
@@ -37,7 +39,14 @@ from fusedgrpo.engine.trainer_state import Progress
 from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError
-from fusedgrpo.models.loading import check_tokenizer, eos_ids, load_tokenizer, model_limits
+from fusedgrpo.models.loading import (
+    check_tokenizer,
+    eos_ids,
+    load_tokenizer,
+    model_limits,
+    model_settings,
+)
+from fusedgrpo.models.offload import OffloadActivations
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.precision import pick_device
 
@@ -116,6 +125,7 @@ class GRPOTrainer:
             self.policy = Policy.load(args, model, peft_config)
             limits = model_limits(args, self.policy.causal_lm)
         self.train_dataset, self.eval_dataset = self._load_data(train_dataset, eval_dataset, limits)
+        self.memory_plan = self._plan_memory(getattr(self, "policy", None), model)
         if not hasattr(self, "policy"):
             self.policy = Policy.load(args, model, peft_config)
         check_tokenizer(self.processing_class, self.policy.causal_lm)
@@ -126,10 +136,13 @@ class GRPOTrainer:
         self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
         # A launcher passes on the signal that the terminal has sent to everybody already.
         self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
-        self.guard = MemoryGuard(
-            args.tokens_per_microbatch or TOKENS_PER_MICROBATCH[self.policy.device.type],
-            args.max_in_flight,
-        )
+        plan = self.memory_plan
+        if plan is not None:
+            self.guard = MemoryGuard(plan.tokens_per_microbatch, plan.max_in_flight)
+        else:
+            tokens = args.tokens_per_microbatch or TOKENS_PER_MICROBATCH[self.policy.device.type]
+            self.guard = MemoryGuard(tokens, args.max_in_flight)
+        offloads = args.activation_offloading or (plan is not None and plan.activation_offloading)
         optimizer = build_optimizer(args, self.policy.trainable())
         self.updater = Updater(
             self.policy,
@@ -142,6 +155,7 @@ class GRPOTrainer:
             seed=args.seed,
             poll=self.signals.check,
             processes=self.processes,
+            offload=OffloadActivations(self.policy.device) if offloads else None,
         )
         self.sampler = sampler or GenerateSampler(
             self.policy,
@@ -162,6 +176,28 @@ class GRPOTrainer:
         )
         self.progress = Progress()
         self.window: RolloutWindow | None = None
+        self.memory_peaks: dict[str, float] = {}
+
+    def _plan_memory(self, policy: Policy | None, model: Any) -> MemoryPlan | None:
+        """What the run will need of its card; None where there is none and none was named."""
+        args, card = self.args, card_bytes(self.args)
+        model = policy.causal_lm if policy is not None else model
+        settings = model_settings(args) if model is None else model.config
+        if card is None or settings is None:
+            return None
+        return plan_memory(
+            args,
+            settings,
+            gpu_bytes=card,
+            prompt_tokens=max(len(e.prompt_ids) for e in self._examples()),
+            activation_offloading=args.activation_offloading,
+            world_size=self.processes.size,
+        )
+
+    def _examples(self) -> list[Example]:
+        """All that may be sampled."""
+        held_out = self.eval_dataset.examples if self.eval_dataset else []
+        return [*self.train_dataset.examples, *held_out]
 
     def _load_data(
         self, train: Any, held_out: Any, limits: Any
@@ -221,12 +257,18 @@ class GRPOTrainer:
             if found is not None:
                 outputs.display.note(f"Resumed from {found} after step {self.progress.step}.")
             outputs.skipped_rows(self.train_dataset.skipped)
+            if self.memory_plan is not None:
+                outputs.display.note(f"Memory, planned:\n{plan_table(self.memory_plan)}")
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
                 outputs.display.note(self.rehearse())
             row: dict[str, Any] = {}
             with self._saved_if_it_ends(outputs):
                 while self.progress.step < self.plan.total_steps:
                     row = self.step(outputs)
+            measured = measured_phases(self.memory_peaks)
+            if self.memory_plan is not None and measured:
+                table = plan_table(self.memory_plan, measured)
+                outputs.display.note(f"Memory, planned and measured:\n{table}")
             outputs.finish(self.save_model)
         return SimpleNamespace(
             global_step=self.progress.step, training_loss=row.get("loss"), metrics=row
@@ -239,14 +281,13 @@ class GRPOTrainer:
         """
         window = self.plan.steps_per_rollout * self.plan.num_iterations > 1
         sampler = self.sampler.sampler if isinstance(self.sampler, SharedSampler) else self.sampler
-        data = [self.train_dataset, *([self.eval_dataset] if self.eval_dataset else [])]
         share = self.processes.size
         return self.processes.together(
             lambda: rehearse(
                 self.updater,
                 sampler,
                 self.sampling,
-                prompt_lengths=[len(e.prompt_ids) for part in data for e in part.examples],
+                prompt_lengths=[len(example.prompt_ids) for example in self._examples()],
                 n=self.args.num_generations,
                 groups_per_step=-(-self.plan.groups_per_step // share),
                 groups_per_rollout=-(-self.plan.groups_per_rollout // share),
@@ -297,7 +338,11 @@ class GRPOTrainer:
             **({} if result.applied else {"skipped_update": 1}),
             **clock.metrics(tokens),
         }
-        row["memory/peak"] = max(self.processes.gather(row["memory/peak"]))
+        for name in [name for name in row if name.startswith("memory/")]:
+            row[name] = max(self.processes.gather(row[name]))
+            self.memory_peaks[name] = max(self.memory_peaks.get(name, 0), row[name])
+        if self.memory_plan is not None:
+            row["memory/planned"] = self.memory_plan.peak
         if retries := sum(self.processes.gather(self.guard.take_retries())):
             row["memory/retries"] = retries
         if self._is_due(args.eval_strategy, args.eval_steps or args.logging_steps):

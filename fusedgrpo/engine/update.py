@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,8 @@ class Updater:
     """Holds the optimizer, its schedule and, in float16, the loss scale.
 
     poll: called between micro-batches, so that a signal does not wait for a long step.
-    processes: each forwards its share of the samples, and gradients are summed.
+    processes: each forwards its share of the samples, and gradients are summed. offload: entered
+    around the forward pass.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Updater:
         seed: int = 0,
         poll: Callable[[], None] = lambda: None,
         processes: Processes | None = None,
+        offload: AbstractContextManager[Any] | None = None,
     ):
         self.policy = policy
         self.optimizer = optimizer
@@ -74,6 +77,7 @@ class Updater:
         self.seed = seed
         self.poll = poll
         self.processes = processes or Processes()
+        self.offload = offload or nullcontext()
         self.scaler = torch.amp.GradScaler(
             policy.device.type, enabled=policy.compute_dtype == torch.float16
         )
@@ -160,6 +164,7 @@ class Updater:
                 loss, metrics = self._loss(batch, num_items, num_sequences)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
+            del loss  # and its graph, before the next forward pass
             names = list(metrics)
             measured.append(torch.stack([metrics[name].float() for name in names]))
             parts.append(
@@ -186,9 +191,10 @@ class Updater:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.policy.device
         packed = self.policy.pack([sample.pair for sample in batch])
-        logp, entropy = self.policy.logprobs(
-            packed, entropy=True if self.entropy_coef else "detached"
-        )
+        with self.offload:
+            logp, entropy = self.policy.logprobs(
+                packed, entropy=True if self.entropy_coef else "detached"
+            )
         assert entropy is not None
         mask = loss_mask(batch, device)
         weight = concatenated(batch, "sampler_weight", device)

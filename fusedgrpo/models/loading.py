@@ -75,21 +75,29 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return ids
 
 
-def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None] | None:
-    """``vocab_size`` and ``context_length``, without loading weights; None for a GGUF file, whose
-    configuration is only known when it was read. Raises ModelError."""
-    if model is None:
-        from transformers import AutoConfig
+def model_settings(config: GRPOConfig) -> Any:
+    """The transformers configuration of the model that ``config`` names, without its weights; None
+    for a GGUF file, whose configuration is only known when it was read. Raises ModelError."""
+    from transformers import AutoConfig
 
-        source, arguments = _source(config)
-        if "gguf_file" in arguments:
+    source, arguments = _source(config)
+    if "gguf_file" in arguments:
+        return None
+    try:
+        return AutoConfig.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, **arguments
+        )
+    except LOADING_ERRORS as error:
+        raise ModelError(f"No model could be loaded from {source!r}: {error}") from error
+
+
+def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None] | None:
+    """``vocab_size`` and ``context_length``, without loading weights; None where ``model_settings``
+    has none. Raises ModelError."""
+    if model is None:
+        settings = model_settings(config)
+        if settings is None:
             return None
-        try:
-            settings = AutoConfig.from_pretrained(
-                source, trust_remote_code=config.trust_remote_code, **arguments
-            )
-        except LOADING_ERRORS as error:
-            raise ModelError(f"No model could be loaded from {source!r}: {error}") from error
     else:
         settings = model.config
     text = settings.get_text_config()
@@ -264,6 +272,10 @@ def _enable_checkpointing(causal_lm: Any) -> None:
         causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     else:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    # Only reentrant checkpoints need it: a gradient of the embeddings' output that nobody reads,
+    # of the size of two layer inputs.
+    if hasattr(causal_lm, "_require_grads_hook"):
+        causal_lm.disable_input_require_grads()
 
 
 def _is_quantized(model: nn.Module) -> bool:

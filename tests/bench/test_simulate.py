@@ -1,0 +1,108 @@
+"""``simulate.py``: the real step on fake tensors, with the choices of a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fusedgrpo.engine.config import GRPOConfig
+
+pytest.importorskip("bitsandbytes")
+BENCH = Path(__file__).parents[2] / "bench"
+P, C = 96, 160
+
+
+@pytest.fixture
+def simulate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("simulate")
+
+
+def run(simulate: ModuleType, model: str = "qwen2.5-0.5b", **changes: Any) -> Any:
+    offload = changes.pop("offload", False)
+    options = {
+        "load_in_4bit": True, "num_generations": 4, "max_completion_length": C,
+        "per_device_train_batch_size": 4, "tokens_per_microbatch": P + 2 * C,
+    } | changes  # fmt: skip
+    settings = simulate.model_config(model, num_hidden_layers=2)
+    return simulate.simulate(GRPOConfig(**options), settings, prompt_tokens=P, offload=offload)
+
+
+def shapes(peak: Any, op: str) -> set[tuple[str, tuple[int, ...]]]:
+    return {(o.dtype, o.shape) for o in peak.alive if op in o.op}
+
+
+def test_weights_are_those_of_the_architecture_in_four_bits(simulate: ModuleType) -> None:
+    found = run(simulate).resident
+    H, M, kv, r = 896, 4864, 128, 16
+    linear = 2 * (2 * H * H + 2 * H * kv + 3 * H * M)
+    # half a byte each, a byte for 64, a float32 for 64 * 256, and some rounding and tables
+    assert found["weights, 4 bit"] == pytest.approx(linear * (1 / 2 + 1 / 64 + 1 / 4096), rel=5e-3)
+    assert found["weights, embeddings and head"] == 2 * 151936 * H  # tied: once
+    adapter = 2 * 4 * r * (4 * H + 2 * (H + kv) + 3 * (H + M))
+    assert found["adapter"] == pytest.approx(adapter, rel=1e-3)
+    # two moments, and of each parameter a count that takes a block
+    assert found["optimizer"] == pytest.approx(2 * adapter, rel=1e-2)
+
+
+def test_the_head_runs_in_the_tiles_of_a_gpu(simulate: ModuleType) -> None:
+    peak = run(simulate).peaks["update forward"]
+    rows = 2 * C
+    assert ("float32", (rows, 16384)) in shapes(peak, "aten.empty")
+    assert ("bfloat16", (rows, 16384)) in shapes(peak, "aten.empty")
+
+
+def test_attention_is_the_varlen_kernel_over_repeated_prompts(simulate: ModuleType) -> None:
+    peak = run(simulate, gradient_checkpointing=False).peaks["update backward"]
+    tokens = P + 2 * (C - 1)
+    assert ("bfloat16", (tokens, 14, 64)) in shapes(peak, "varlen_attn")
+    assert ("float32", (14, tokens)) in shapes(peak, "varlen_attn")
+    assert ("bfloat16", (tokens + 2 * P, 2, 64)) in shapes(peak, "index_select")
+
+
+def test_activations_are_in_bfloat16_and_adapters_and_gradients_in_float32(
+    simulate: ModuleType,
+) -> None:
+    peak = run(simulate, gradient_checkpointing=False).peaks["update backward"]
+    wide = {s for dtype, s in shapes(peak, "aten.mm") if dtype == "float32"}
+    assert not any(len(s) == 2 and s[0] == P + 2 * (C - 1) for s in wide)
+    optimizer = run(simulate).peaks["optimizer step"]
+    assert ("float32", (16, 896)) in shapes(optimizer, "_to_copy")
+
+
+def test_gradients_are_there_in_the_second_micro_batch(simulate: ModuleType) -> None:
+    found = run(simulate)
+    gradients = found.peaks["optimizer step"].bytes - found.peaks["weights"].bytes
+    assert gradients == pytest.approx(found.resident["adapter"], rel=0.01)
+    # all of them, of both layers, while the forward pass of the second one runs
+    alive = found.peaks["update forward"].by_label()
+    assert alive["update backward"] >= found.resident["adapter"]
+
+
+def test_checkpointing_and_offload_save_what_they_are_said_to(simulate: ModuleType) -> None:
+    peaks = {
+        "neither": run(simulate, gradient_checkpointing=False),
+        "checkpointed": run(simulate),
+        "8 bit": run(simulate, optim="adamw_8bit"),
+    }
+    update = {name: found.peaks["update backward"].bytes for name, found in peaks.items()}
+    assert update["neither"] > update["checkpointed"] > update["8 bit"]
+    state = {name: found.resident["optimizer"] for name, found in peaks.items()}
+    assert state["8 bit"] == pytest.approx(state["checkpointed"] / 4, rel=0.1)
+
+
+def test_the_cache_of_a_rollout_grows_with_completions_in_flight(simulate: ModuleType) -> None:
+    settings = simulate.model_config("qwen2.5-7b", num_hidden_layers=2)
+    config = GRPOConfig(
+        load_in_4bit=True, num_generations=8, max_completion_length=8192, tokens_per_microbatch=8704
+    )
+    eight, six = (
+        simulate.simulate(config, settings, prompt_tokens=512, in_flight=n).peaks["rollout"].bytes
+        for n in (8, 6)
+    )
+    cache = 2 * 2 * 4 * 128 * 2 * (512 + 8192)  # bytes a sequence
+    assert eight - six == pytest.approx(2 * cache, rel=0.02)
