@@ -2,6 +2,7 @@
 
     python bench/bench_memory.py --json memory.jsonl
     python bench/bench_memory.py --cases 0,1 --measure        # on a GPU
+    python bench/bench_memory.py --peers trl
 
 planned: ``fusedgrpo.engine.memory_plan``, from the model's configuration alone. simulated: the
 product's own step on fake tensors (``simulate.py``), whole model, real optimizer. measured, with
@@ -14,6 +15,10 @@ Cases: completions of full length, G of one prompt per step, NF4 with double qua
 all linear layers, gradient checkpointing, AdamW with 32 bit. A micro-batch is one sequence where
 the case does not say otherwise, so the figures are the least that the length needs.
 
+Peers: TRL's update step, simulated in the same way (``simulate_trl.py``), with all G sequences at
+once (its default for G = 8) and with one. Its rollout is not simulated, nor is its step with
+activations offloaded.
+
 Gate: planned and simulated differ by at most a tenth in every phase.
 """
 
@@ -21,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -95,7 +100,7 @@ QUICK = [Case("qwen2.5-0.5b", 64, 192, G=4, rank=16, card=6, layers=2)]
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, [])
+    parser = harness.parser(__doc__, ["trl"])
     parser.add_argument("--cases", metavar="0,1,...", help="which (default: all)")
     parser.add_argument("--measure", action="store_true", help="also on the GPU, in its memory")
     args = parser.parse_args()
@@ -106,14 +111,15 @@ def main() -> None:
         parser.error(f"--cases: there are 0 to {len(known) - 1}")
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure needs a GPU")
+    peers = harness.installed(args.peers)
     rows: list[dict[str, Any]] = []
     for case in chosen:
-        rows += run(case, args.measure)
+        rows += run(case, args.measure, peers)
         if args.json is not None:
             harness.write(rows, args.json)
 
 
-def run(case: Case, measure: bool) -> list[dict[str, Any]]:
+def run(case: Case, measure: bool, peers: Sequence[str]) -> list[dict[str, Any]]:
     """The table of one case, printed, and its rows."""
     plan = plan_memory(
         case.config, case.settings, gpu_bytes=case.card * GIB, prompt_tokens=case.P,
@@ -129,25 +135,46 @@ def run(case: Case, measure: bool) -> list[dict[str, Any]]:
     harness.gate(
         {"planned": {n: abs(plan.totals[n] / size - 1) for n, size in simulated.items()}}, TOLERANCE
     )
-    print(f"  {'GiB':<18}{'planned':>10}{'simulated':>11}{'measured':>10}")
-    for name, size in plan.totals.items():
-        real = f"{measured[name] / GIB:10.2f}" if name in measured else f"{'-':>10}"
-        print(f"  {name:<18}{size / GIB:10.2f}{simulated[name] / GIB:11.2f}{real}")
+    figures = {
+        (harness.OURS, "planned"): plan.totals | {"needed": plan.needed},
+        (harness.OURS, "simulated"): simulated,
+        (harness.OURS, "measured"): measured,
+    }
+    if case.offload:
+        figures[harness.OURS, "planned"]["host"] = plan.host["offloaded activations"]
+        simulated["host"] = found.host
+    elif "trl" in peers:
+        figures |= {(f"trl, {rows} at once", "simulated"): trl_peaks(case, rows)
+                    for rows in (case.G, 1)}  # fmt: skip
+    figures = {key: of_phase for key, of_phase in figures.items() if of_phase}
+    show(figures)
     verdict = "below" if plan.needed < case.card * GIB else "NOT below"
-    print(
-        f"  {'needed':<18}{plan.needed / GIB:10.2f}   {verdict} {case.card}"
-        + (f"; published: {case.published}" if case.published else "")
-    )
-    figures = {"planned": plan.totals | {"needed": plan.needed}, "simulated": simulated}
-    figures |= {"measured": measured} if measured else {}
+    print(f"  needed is {verdict} {case.card} GiB"
+          + (f"; published: {case.published}" if case.published else ""))  # fmt: skip
     return [
         {
-            "bench": "memory", "case": case.describe(), "impl": harness.OURS,
+            "bench": "memory", "case": case.describe(), "impl": impl,
             "metric": f"{how}/{phase}", "value": size, "unit": "byte",
-        } | harness.about()
-        for how, of_phase in figures.items()
+        } | harness.about(peers)
+        for (impl, how), of_phase in figures.items()
         for phase, size in of_phase.items()
     ]  # fmt: skip
+
+
+def show(figures: dict[tuple[str, str], dict[str, int]]) -> None:
+    names = [how if impl == harness.OURS else impl for impl, how in figures]
+    print(f"  {'GiB':<18}" + "".join(f"{name:>16}" for name in names))
+    for phase in dict.fromkeys(phase for of_phase in figures.values() for phase in of_phase):
+        sizes = (of_phase.get(phase) for of_phase in figures.values())
+        cells = (f"{'-':>16}" if size is None else f"{size / GIB:16.2f}" for size in sizes)
+        print(f"  {phase:<18}" + "".join(cells))
+
+
+def trl_peaks(case: Case, rows: int) -> dict[str, int]:
+    from simulate_trl import simulate_trl
+
+    found = simulate_trl(case.config, case.settings, prompt_tokens=case.P, rows=rows)
+    return {name: peak.bytes for name, peak in found.peaks.items()}
 
 
 def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
@@ -157,6 +184,7 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     from fusedgrpo.engine.optim import build_optimizer
     from fusedgrpo.engine.sampler import GenerateSampler, SamplingParams
     from fusedgrpo.models import loading
+    from fusedgrpo.models.offload import OffloadActivations
     from fusedgrpo.models.policy import Policy
 
     device = torch.device("cuda")
@@ -195,7 +223,8 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     samples = simulate.longest_samples(config, case.P, 1)
     with phase("scoring"):
         simulate.score(run, config, samples)
-    found = simulate.update_peaks(run, optimizer, DeviceTracker(), config, samples)
+    offload = OffloadActivations(device) if case.offload else None
+    found = simulate.update_peaks(run, optimizer, DeviceTracker(), config, samples, offload)
     return peaks | {name: peak.bytes for name, peak in found.items()}
 
 

@@ -55,6 +55,10 @@ class MemoryExhaustedError(FusedGRPOError, MemoryError):
     """There is not enough memory even for the least that can be done at once."""
 
 
+class PlanError(FusedGRPOError, RuntimeError):
+    """The memory of a model cannot be planned. It may train all the same."""
+
+
 class NonFiniteError(FusedGRPOError, ArithmeticError):
     """A loss or a gradient is NaN or infinite. The weights were not touched."""
 

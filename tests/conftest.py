@@ -25,6 +25,8 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     """In kernel tests ``torch.empty`` gives NaN, so that an output nobody wrote shows."""
     if "tests/kernels" not in str(request.path):
         return
+    # Which functions torch.device("meta") acts on is looked up once and kept: not while this is on.
+    torch.utils._device._device_constructors()
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(out: torch.Tensor) -> torch.Tensor:

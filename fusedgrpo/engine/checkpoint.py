@@ -193,9 +193,10 @@ def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
 ) -> None:
-    """Put a saved state back. Raises CheckpointError if it belongs to other parameters."""
-    current = optimizer.state_dict()["param_groups"]
-    sizes = [len(group["params"]) for group in current]
+    """Copy a saved state into the optimizer's own, which ``build_optimizer`` has made: nothing is
+    there twice, and paged state stays paged. Raises CheckpointError if it is of other parameters.
+    """
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
     if saved["groups"] != sizes:
         raise CheckpointError(
             f"The checkpoint's optimizer has groups of {saved['groups']} parameters, this run's of "
@@ -212,7 +213,20 @@ def load_optimizer_state(
             first is not None and first.numel() != parameters[index].numel()
         ):
             raise CheckpointError("The checkpoint's optimizer state fits other parameters.")
-    optimizer.load_state_dict({"state": state, "param_groups": current})
+        own = optimizer.state.get(parameters[index])
+        if own is None:
+            raise CheckpointError(
+                "The optimizer has no state of its own yet: expected one made by build_optimizer."
+            )
+        if own.keys() != entries.keys():
+            raise CheckpointError(
+                f"The checkpoint's optimizer keeps {sorted(entries)}, this run's {sorted(own)}."
+            )
+        for name, value in entries.items():
+            if isinstance(own[name], Tensor):
+                own[name].copy_(torch.as_tensor(value))
+            else:
+                own[name] = value
 
 
 def _sha256(path: Path) -> str:

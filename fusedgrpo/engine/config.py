@@ -120,7 +120,7 @@ class GRPOConfig:
     )
     repetition_penalty: float = option(1.0, "above 1 discourages repeated tokens", above=0)
     max_in_flight: int | None = option(
-        None, "completions decoded together; null: all of a rollout", low=1
+        None, "completions decoded together; null: what the plan says, or all", low=1
     )
 
     # loss

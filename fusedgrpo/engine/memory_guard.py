@@ -92,23 +92,23 @@ class MemoryGuard:
                 raise MemoryExhaustedError(
                     f"Out of memory in {what}, with as little at once as there can be. {said} "
                     f"{free_memory()} Shorter completions (max_completion_length) or prompts, "
-                    "load_in_4bit, gradient_checkpointing or a smaller lora_r need less: see "
+                    "load_in_4bit, gradient_checkpointing, activation_offloading or a smaller "
+                    "lora_r need less: see "
                     "fusedgrpo plan."
                 )
             log.warning("Out of memory in %s; %s for the rest of this run. %s", what, change, said)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
+    """Whether an allocation failed: of torch, of cuBLAS, of a Triton kernel's first load, of host
+    memory that was to be page-locked, or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    return (
-        (isinstance(error, Exception) and should_reduce_batch_size(error))
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text
         or "CUBLAS_STATUS_ALLOC_FAILED" in text
-        or "CUDA error: out of memory" in text  # host memory that cannot be page-locked
+        or "DefaultCPUAllocator: can't allocate memory" in text
         or "DefaultCPUAllocator: not enough memory" in text
     )
 

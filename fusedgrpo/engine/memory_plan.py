@@ -19,7 +19,7 @@ from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.memory_advice import advice
 from fusedgrpo.engine.memory_case import Asked, paged
 from fusedgrpo.engine.plan_batch import resolve_batch
-from fusedgrpo.errors import ConfigError
+from fusedgrpo.errors import ConfigError, FusedGRPOError, PlanError
 from fusedgrpo.models import memory
 from fusedgrpo.models.memory import (
     Activations,
@@ -45,6 +45,9 @@ MOST_TOKENS = 16384
 # Depths whose difference is one layer's share. The first layer is a case of its own: its input is
 # the embedding, which the model holds on to.
 DEPTHS = (2, 3)
+
+# Architectures are without number, and so is what they raise on tensors without storage.
+UNPLANNED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # In flight between layers while activations are offloaded.
 LAYERS_ON_GPU = 2
@@ -106,7 +109,8 @@ def plan_memory(
 
     settings: the model's transformers configuration. prompt_tokens: of the longest prompt; None for
     ``max_prompt_length``, or what ``max_length`` leaves, or 512. activation_offloading: None to
-    choose. A plan that does not fit has ``advice``: the nearest change that does.
+    choose. A plan that does not fit has ``advice``: the nearest change that does. Raises PlanError
+    for a model that cannot be run on tensors without storage.
     """
     return MemoryPlanner(settings, world_size).plan(
         config,
@@ -155,10 +159,18 @@ class MemoryPlanner:
     ) -> MemoryPlan:
         self.gpu_bytes = gpu_bytes
         asked = Asked(config, prompt_tokens, activation_offloading)
-        plan = self.choose(asked)
-        if plan.fits:
-            return plan
-        return dataclasses.replace(plan, advice=tuple(advice(asked, plan, self.choose)))
+        try:
+            plan = self.choose(asked)
+            if plan.fits:
+                return plan
+            return dataclasses.replace(plan, advice=tuple(advice(asked, plan, self.choose)))
+        except FusedGRPOError:
+            raise
+        except UNPLANNED as error:
+            raise PlanError(
+                f"The memory of a {type(self.settings).__name__} cannot be planned "
+                f"({type(error).__name__}: {error})."
+            ) from error
 
     def choose(self, asked: Asked) -> MemoryPlan:
         """The plan for what was asked, with all that was left open, and without advice."""
@@ -352,7 +364,7 @@ class MemoryPlanner:
         low, high = (self._rollout_bytes(asked, rows) for rows in (1, everything))
         rows = everything
         while high > self.gpu_bytes and rows > 1:
-            share = max(self.gpu_bytes - low, 0) / (high - low)
+            share = max(self.gpu_bytes - low, 0) / (high - low) if high > low else 0.0
             rows = _waves(min(1 + int((rows - 1) * share), rows - 1), n)
             high = self._rollout_bytes(asked, rows)
         return rows

@@ -50,11 +50,11 @@ def build_optimizer(
         optimizer = _bitsandbytes(config.optim, groups, arguments, parameters[0][1].device)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **arguments)
-    _make_state(optimizer)
+    make_state(optimizer)
     return optimizer
 
 
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
+def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Have the optimizer allocate its state now, by a step that changes nothing."""
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

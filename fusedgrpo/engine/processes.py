@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedgrpo.engine.seeding import derive
+from fusedgrpo.engine.signals import Interrupted
 from fusedgrpo.errors import ConfigError, ModelError, ProcessError
 
 T = TypeVar("T")
@@ -39,6 +40,9 @@ class Processes:
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank = rank
         self.size = size
+        # Objects go over gloo also where gradients go over NCCL: it waits on the CPU, where a
+        # signal is seen, and says so when a peer is gone.
+        self._objects: Any = None
 
     @classmethod
     def start(cls, use_cpu: bool) -> Processes:
@@ -62,9 +66,17 @@ class Processes:
         from accelerate import PartialState
 
         state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+        if state.num_processes != int(os.environ["WORLD_SIZE"]):
+            raise ConfigError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate sees "
+                f"{state.num_processes} processes: start them with accelerate launch or torchrun, "
+                "which set RANK and LOCAL_RANK as well."
+            )
         if state.process_index:
             _say_errors_only()
-        return cls(state.process_index, state.num_processes)
+        processes = cls(state.process_index, state.num_processes)
+        processes._objects = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+        return processes
 
     @property
     def is_main(self) -> bool:
@@ -80,11 +92,11 @@ class Processes:
         return derive(seed, *purpose, *([f"process {self.rank}"] if self.rank else []))
 
     def gather(self, value: T) -> list[T]:
-        """The ``value`` of every process, in order. It travels pickled: no tensors on a GPU."""
+        """The ``value`` of every process, in order. It travels pickled: tensors on the CPU only."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value, group=self._objects)
         return values
 
     def together(self, work: Callable[[], T]) -> list[T]:
@@ -96,10 +108,10 @@ class Processes:
         if self.size == 1:
             return [work()]
         result: Any = None
-        failure: Exception | None = None
+        failure: Exception | Interrupted | None = None
         try:
             result = work()
-        except Exception as error:  # noqa: BLE001 - it is raised below, when the others know
+        except (Exception, Interrupted) as error:  # noqa: BLE001 - raised below, to all
             failure = error
         outcomes = self.gather((result, failure and f"{type(failure).__name__}: {failure}"))
         if failure is not None:
@@ -114,28 +126,34 @@ class Processes:
         result: Any = self.together(lambda: work() if self.is_main else None)[0]
         return result
 
-    def agree(self, value: object, what: str) -> None:
-        """Raise ConfigError unless ``value`` is the same in all processes."""
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise ConfigError(f"Process {rank} has {what} than process 0: {other}, {values[0]}")
+    def agree(self, values: dict[str, object]) -> None:
+        """Raise ConfigError unless all ``values`` are the same in all processes."""
+        everywhere = self.gather(values)
+        for rank, theirs in enumerate(everywhere):
+            for name, first in everywhere[0].items():
+                if theirs[name] != first:
+                    raise ConfigError(
+                        f"{name} is {theirs[name]!r} in process {rank} and {first!r} in process 0: "
+                        "expected the same in all of them."
+                    )
 
-    def start_alike(self, model: nn.Module) -> None:
-        """Give every process the trained weights of process 0. ModelError if others differ."""
+    def agree_on_weights(self, model: nn.Module) -> None:
+        """Raise ModelError unless all weights are the same in all processes, by their sums."""
         if self.size == 1:
             return
-        for rank, theirs in enumerate(self.gather(dict(_frozen_samples(model)))):
-            for name, ours in _frozen_samples(model):
-                if theirs.get(name) != ours:
+        # As text: a NaN is equal to itself there.
+        ours = {
+            name: repr(p.detach().sum(dtype=torch.float64).item())
+            for name, p in model.named_parameters()
+        }
+        for rank, theirs in enumerate(self.gather(ours)):
+            for name, value in ours.items():
+                if theirs.get(name) != value:
                     raise ModelError(
                         f"Process {rank} has another {name} than process {self.rank}. Load the "
                         "model from the same files in every process, or set the same seed before "
-                        "it is initialised."
+                        "anything of it is initialised."
                     )
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                torch.distributed.broadcast(parameter.detach(), 0)
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace each gradient by its sum over all processes.
@@ -153,6 +171,9 @@ class Processes:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets(somewhere):
+            if len(bucket) == 1:
+                torch.distributed.all_reduce(bucket[0].grad)
+                continue
             flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
             torch.distributed.all_reduce(flat)
             sums = flat.split([p.numel() for p in bucket])
@@ -161,26 +182,19 @@ class Processes:
 
 
 def _buckets(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Runs of parameters of one dtype and device, of about ``BUCKET_BYTES`` each."""
+    """Runs of parameters of one dtype and device, of at most ``BUCKET_BYTES`` or a single one."""
     buckets: list[list[Tensor]] = []
     size = 0
     for p in parameters:
+        own = p.numel() * p.element_size()
         last = buckets[-1][-1] if buckets else None
-        if last is None or (p.dtype, p.device) != (last.dtype, last.device) or size > BUCKET_BYTES:
+        alike = last is not None and (p.dtype, p.device) == (last.dtype, last.device)
+        if not alike or size + own > BUCKET_BYTES:
             buckets.append([])
             size = 0
         buckets[-1].append(p)
-        size += p.numel() * p.element_size()
+        size += own
     return buckets
-
-
-def _frozen_samples(model: nn.Module) -> list[tuple[str, list[float]]]:
-    """A few values of each frozen parameter: enough to tell another initialisation."""
-    return [
-        (name, p.detach().flatten()[:8].float().tolist())
-        for name, p in model.named_parameters()
-        if not p.requires_grad
-    ]
 
 
 def _is_true(text: str | None) -> bool:

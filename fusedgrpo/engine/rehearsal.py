@@ -42,8 +42,11 @@ def rehearse(
     out. Raises MemoryExhaustedError.
     """
     started = time.perf_counter()
-    if torch.cuda.is_available():
+    on_gpu = updater.policy.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    guard = updater.guard
+    before = guard.tokens, guard.in_flight
     lengths = sorted(prompt_lengths, reverse=True)
     parts = ["an update"]
     with seeded(derive(seed, "rehearsal")):
@@ -55,11 +58,11 @@ def rehearse(
         _rehearse_update(updater, step, n, params.max_new_tokens, keeps_old)
     release()
     said = f"Rehearsed {' and '.join(parts)} at the greatest lengths"
-    if torch.cuda.is_available():
+    if on_gpu:
         said += f": {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"
-    guard = updater.guard
-    if guard.take_retries():
-        said += f"; after memory ran out, micro-batches have {guard.tokens} tokens"
+    guard.take_retries()
+    if (guard.tokens, guard.in_flight) != before:
+        said += f"; memory ran out: micro-batches have {guard.tokens} tokens from now on"
         if guard.in_flight is not None:
             said += f" and {guard.in_flight} completions are decoded together"
     return f"{said} ({time.perf_counter() - started:.1f} s)."
@@ -95,7 +98,9 @@ def _rehearse_update(
     pairs = [sample.pair for sample in samples]
 
     def work() -> None:
-        updater.optimizer.zero_grad(set_to_none=True)
+        # Any micro-batch but the first finds the gradients of those before it.
+        for _, parameter in updater.policy.trainable():
+            parameter.grad = torch.zeros_like(parameter)
         largest = micro_batches(pairs, guard.tokens, layout)[0]
         updater.backward([samples[i] for i in largest], n * length, n, step=0)
 

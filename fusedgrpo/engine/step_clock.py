@@ -13,8 +13,9 @@ import torch
 class StepClock:
     """Started by making it, read with ``metrics``. ``show`` is told each phase as it begins."""
 
-    def __init__(self, show: Callable[[str], None] = lambda phase: None):
+    def __init__(self, show: Callable[[str], None] = lambda phase: None, *, on_gpu: bool = False):
         self._show = show
+        self._on_gpu = on_gpu
         self._started = time.perf_counter()
         self._seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
         self._peaks: dict[str, int] = {}
@@ -24,10 +25,10 @@ class StepClock:
         """Count what happens inside as ``name``."""
         self._show(name)
         started = time.perf_counter()
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
         yield
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.synchronize()
             self._peaks[f"memory/{name}"] = torch.cuda.max_memory_allocated()
         self._seconds[name] += time.perf_counter() - started

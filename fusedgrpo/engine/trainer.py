@@ -38,7 +38,7 @@ from fusedgrpo.engine.step_clock import StepClock
 from fusedgrpo.engine.trainer_state import Progress
 from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow
-from fusedgrpo.errors import ConfigError, NonFiniteError
+from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
 from fusedgrpo.models.loading import (
     check_tokenizer,
     eos_ids,
@@ -125,23 +125,30 @@ class GRPOTrainer:
             self.policy = Policy.load(args, model, peft_config)
             limits = model_limits(args, self.policy.causal_lm)
         self.train_dataset, self.eval_dataset = self._load_data(train_dataset, eval_dataset, limits)
-        self.memory_plan = self._plan_memory(getattr(self, "policy", None), model)
+        self.memory_plan = None
+        if model is None and peft_config is None:  # else the options do not describe the model
+            self.memory_plan = self._plan_memory(getattr(self, "policy", None))
         if not hasattr(self, "policy"):
             self.policy = Policy.load(args, model, peft_config)
         check_tokenizer(self.processing_class, self.policy.causal_lm)
         self.eos_ids = eos_ids(self.policy.causal_lm, self.processing_class)
-        self.processes.agree(self.train_dataset.fingerprint, "other training prompts")
-        self.processes.start_alike(self.policy.model)
+        held_out = self.eval_dataset and self.eval_dataset.fingerprint
+        self.processes.agree(
+            {"the training data": self.train_dataset.fingerprint, "the evaluation data": held_out}
+            | {name: value for name, value in args.to_dict().items() if name != "output_dir"}
+        )
+        self.processes.agree_on_weights(self.policy.model)
         self.plan = resolve_batch(args, len(self.train_dataset), self.processes.size)
         self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
         # A launcher passes on the signal that the terminal has sent to everybody already.
         self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
         plan = self.memory_plan
+        tokens, in_flight = args.tokens_per_microbatch, args.max_in_flight
         if plan is not None:
-            self.guard = MemoryGuard(plan.tokens_per_microbatch, plan.max_in_flight)
-        else:
-            tokens = args.tokens_per_microbatch or TOKENS_PER_MICROBATCH[self.policy.device.type]
-            self.guard = MemoryGuard(tokens, args.max_in_flight)
+            tokens, in_flight = tokens or plan.tokens_per_microbatch, plan.max_in_flight
+        self.guard = MemoryGuard(
+            tokens or TOKENS_PER_MICROBATCH[self.policy.device.type], in_flight
+        )
         offloads = args.activation_offloading or (plan is not None and plan.activation_offloading)
         optimizer = build_optimizer(args, self.policy.trainable())
         self.updater = Updater(
@@ -178,21 +185,24 @@ class GRPOTrainer:
         self.window: RolloutWindow | None = None
         self.memory_peaks: dict[str, float] = {}
 
-    def _plan_memory(self, policy: Policy | None, model: Any) -> MemoryPlan | None:
-        """What the run will need of its card; None where there is none and none was named."""
+    def _plan_memory(self, policy: Policy | None) -> MemoryPlan | None:
+        """What the run will need of its card; None where there is none and none was named, and for
+        models that cannot be planned."""
         args, card = self.args, card_bytes(self.args)
-        model = policy.causal_lm if policy is not None else model
-        settings = model_settings(args) if model is None else model.config
-        if card is None or settings is None:
+        if card is None:
             return None
-        return plan_memory(
-            args,
-            settings,
-            gpu_bytes=card,
-            prompt_tokens=max(len(e.prompt_ids) for e in self._examples()),
-            activation_offloading=args.activation_offloading,
-            world_size=self.processes.size,
-        )
+        try:
+            return plan_memory(
+                args,
+                model_settings(args) if policy is None else policy.causal_lm.config,
+                gpu_bytes=card,
+                prompt_tokens=max(len(e.prompt_ids) for e in self._examples()),
+                activation_offloading=args.activation_offloading,
+                world_size=self.processes.size,
+            )
+        except PlanError as error:
+            log.warning("%s The run goes on without a plan.", error)
+            return None
 
     def _examples(self) -> list[Example]:
         """All that may be sampled."""
@@ -282,7 +292,7 @@ class GRPOTrainer:
         window = self.plan.steps_per_rollout * self.plan.num_iterations > 1
         sampler = self.sampler.sampler if isinstance(self.sampler, SharedSampler) else self.sampler
         share = self.processes.size
-        return self.processes.together(
+        said = self.processes.together(
             lambda: rehearse(
                 self.updater,
                 sampler,
@@ -294,12 +304,15 @@ class GRPOTrainer:
                 keeps_old=window or self.args.sampler_correction,
                 seed=self.args.seed,
             )
-        )[0]
+        )
+        return " ".join(
+            text if len(said) == 1 else f"Process {rank}: {text}" for rank, text in enumerate(said)
+        )
 
     def step(self, outputs: RunOutputs) -> dict[str, Any]:
         """One optimizer step: sample and score if the last rollout is used up, then update."""
         args = self.args
-        clock = StepClock(outputs.display.phase)
+        clock = StepClock(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
         if self.window is None or self.window.finished:
             examples = self._next_prompts()
             with clock.phase("sample"):
@@ -351,7 +364,7 @@ class GRPOTrainer:
         outputs.row(row)
         if self._is_due(args.save_strategy, args.save_steps):
             self._save(outputs)
-        self.signals.check()
+        self.processes.together(self.signals.check)
         return row
 
     def _next_prompts(self) -> list[Example]:

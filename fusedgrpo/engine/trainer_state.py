@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fusedgrpo.engine import checkpoint
+from fusedgrpo.engine.plan_batch import BatchPlan
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import CheckpointError
 
@@ -31,6 +32,7 @@ FREE_TO_CHANGE = {
     "num_generations_eval", "eval_dataset", "resume_from_checkpoint", "allow_change", "report_to",
     "run_name", "log_completions", "num_completions_to_print", "reward_timeout",
     "max_nonfinite_steps", "dataset", "dataset_dir", "rehearsal", "max_in_flight",
+    "activation_offloading", "gpu_memory",
 }  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def save(trainer: GRPOTrainer, directory: Path) -> Path:
             "scaler": trainer.updater.scaler.state_dict(),
             "config": trainer.args.to_dict(),
             "data": trainer.train_dataset.fingerprint,
-            "total_steps": trainer.plan.total_steps,
+            "groups": groups_of(trainer.plan),
         }
         checkpoint.write_json(path / "state.json", state)
         if trainer.window is not None and not trainer.window.finished:
@@ -115,6 +117,11 @@ def save(trainer: GRPOTrainer, directory: Path) -> Path:
             checkpoint.write_json(path / "window.json", values)
 
     return checkpoint.write_checkpoint(directory, trainer.progress.step, write)
+
+
+def groups_of(plan: BatchPlan) -> list[int]:
+    """What a step and a rollout consist of, which may depend on the number of processes."""
+    return [plan.groups_per_step, plan.groups_per_rollout]
 
 
 def find(resume: str | bool | None, directory: Path) -> Path | None:
@@ -168,6 +175,12 @@ def _check_same_run(trainer: GRPOTrainer, state: Mapping[str, Any], path: Path) 
     ]
     if "dataset" not in allowed and state["data"] != trainer.train_dataset.fingerprint:
         changed.append("dataset: the training prompts are not the same")
+    if not changed and not allowed and state["groups"] != groups_of(trainer.plan):
+        changed.append(
+            f"prompts per step and per rollout: {state['groups']} -> {groups_of(trainer.plan)}, by "
+            f"the number of processes ({trainer.processes.size}); prompts_per_step and "
+            "generation_batch_size do not depend on it"
+        )
     if changed:
         raise CheckpointError(
             f"This is not the run that {path} was saved from. Changed since: {'; '.join(changed)}. "

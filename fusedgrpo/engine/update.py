@@ -81,6 +81,8 @@ class Updater:
         self.scaler = torch.amp.GradScaler(
             policy.device.type, enabled=policy.compute_dtype == torch.float16
         )
+        # It makes its state with the first loss, which a process without work never has.
+        self.scaler.scale(torch.zeros((), device=policy.device))
 
     def step(self, samples: Sequence[Sample], step: int) -> UpdateResult:
         """Update on ``samples``; the denominators are those of all of them together.

@@ -1,4 +1,4 @@
-"""``simulate.py``: the real step on fake tensors, with the choices of a GPU."""
+"""``simulate.py``: the real step on fake tensors, with the choices of a GPU; TRL's beside it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,29 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("simulate")
 
 
-def run(simulate: ModuleType, model: str = "qwen2.5-0.5b", **changes: Any) -> Any:
-    offload = changes.pop("offload", False)
-    options = {
+def options(**changes: Any) -> GRPOConfig:
+    return GRPOConfig(**{
         "load_in_4bit": True, "num_generations": 4, "max_completion_length": C,
         "per_device_train_batch_size": 4, "tokens_per_microbatch": P + 2 * C,
-    } | changes  # fmt: skip
-    settings = simulate.model_config(model, num_hidden_layers=2)
-    return simulate.simulate(GRPOConfig(**options), settings, prompt_tokens=P, offload=offload)
+    } | changes)  # fmt: skip
+
+
+def run(
+    simulate: ModuleType,
+    model: str = "qwen2.5-0.5b",
+    layers: int = 2,
+    offload: bool = False,
+    **changes: Any,
+) -> Any:
+    settings = simulate.model_config(model, num_hidden_layers=layers)
+    return simulate.simulate(options(**changes), settings, prompt_tokens=P, offload=offload)
+
+
+def run_trl(simulate: ModuleType, rows: int) -> Any:
+    pytest.importorskip("trl")
+    settings = simulate.model_config("qwen2.5-0.5b", num_hidden_layers=2)
+    trl = importlib.import_module("simulate_trl")
+    return trl.simulate_trl(options(), settings, prompt_tokens=P, rows=rows)
 
 
 def shapes(peak: Any, op: str) -> set[tuple[str, tuple[int, ...]]]:
@@ -83,7 +98,7 @@ def test_gradients_are_there_in_the_second_micro_batch(simulate: ModuleType) -> 
     assert alive["update backward"] >= found.resident["adapter"]
 
 
-def test_checkpointing_and_offload_save_what_they_are_said_to(simulate: ModuleType) -> None:
+def test_checkpointing_and_small_states_save_what_they_are_said_to(simulate: ModuleType) -> None:
     peaks = {
         "neither": run(simulate, gradient_checkpointing=False),
         "checkpointed": run(simulate),
@@ -106,3 +121,60 @@ def test_the_cache_of_a_rollout_grows_with_completions_in_flight(simulate: Modul
     )
     cache = 2 * 2 * 4 * 128 * 2 * (512 + 8192)  # bytes a sequence
     assert eight - six == pytest.approx(2 * cache, rel=0.02)
+
+
+def test_two_layer_inputs_stay_on_the_gpu_and_all_of_them_are_on_the_host(
+    simulate: ModuleType,
+) -> None:
+    kept, moved = (run(simulate, "qwen2.5-7b", layers=5, offload=away) for away in (False, True))
+    H, T, N = 3584, P + 2 * (C - 1), 2 * C
+    saved = kept.peaks["update backward"].bytes - moved.peaks["update backward"].bytes
+    assert saved == pytest.approx(3 * T * H * 2, rel=0.01)
+    # nothing is left behind the update
+    assert moved.peaks["optimizer step"].bytes == kept.peaks["optimizer step"].bytes
+    chunk = 4 << 20
+    of_layer, of_norm, of_head = (-(-n // chunk) * chunk for n in (T * H * 2, T * H * 4, N * H * 2))
+    assert moved.host == 5 * of_layer + of_norm + of_head
+    assert kept.host == 0
+
+
+def test_trl_has_the_same_weights_and_its_adapter_in_bfloat16(simulate: ModuleType) -> None:
+    ours, trl = run(simulate).resident, run_trl(simulate, 4).resident
+    for kind in ("weights, 4 bit", "weights, embeddings and head", "weights, norms and biases"):
+        assert trl[kind] == ours[kind]
+    assert trl["adapter"] == pytest.approx(ours["adapter"] / 2, rel=0.01)
+    assert trl["optimizer"] == pytest.approx(ours["optimizer"] / 2, rel=0.01)
+
+
+def test_trl_runs_its_tiles_and_flash_attention_over_padded_rows(simulate: ModuleType) -> None:
+    peaks = run_trl(simulate, 4).peaks
+    assert ("bfloat16", (4 * C, 32768)) in shapes(peaks["update forward"], "aten.empty")
+    attended = {
+        (dtype, shape)
+        for phase in ("update forward", "update backward")
+        for dtype, shape in shapes(peaks[phase], "flash_attention")
+        if dtype != "uint64"  # of dropout
+    }
+    assert attended == {("bfloat16", (4, 14, P + C, 64)), ("float32", (4, 14, P + C))}
+
+
+def test_trl_takes_less_with_fewer_rows_at_once(simulate: ModuleType) -> None:
+    four, one = (run_trl(simulate, rows) for rows in (4, 1))
+    assert four.peaks["weights"].bytes == one.peaks["weights"].bytes
+    for phase in ("update forward", "update backward"):
+        beside = [found.peaks[phase].bytes - found.peaks["weights"].bytes for found in (four, one)]
+        assert beside[0] > 2 * beside[1], phase
+
+
+def test_the_bench_gives_planned_and_simulated_of_ours_and_simulated_of_trl(
+    simulate: ModuleType,
+) -> None:
+    pytest.importorskip("trl")
+    bench = importlib.import_module("bench_memory")
+    rows = bench.run(bench.QUICK[0], False, ["trl"])
+    found = {(row["impl"], row["metric"]): row["value"] for row in rows}
+    assert {impl for impl, _ in found} == {"fusedgrpo", "trl, 4 at once", "trl, 1 at once"}
+    for how in ("planned", "simulated"):
+        assert found["fusedgrpo", f"{how}/update backward"] > 0
+    one, four = (found[f"trl, {n} at once", "simulated/update backward"] for n in (1, 4))
+    assert one < four

@@ -29,6 +29,7 @@ from fusedgrpo.engine.checkpoint import (
     write_json,
     write_tensors,
 )
+from fusedgrpo.engine.optim import make_state
 from fusedgrpo.errors import CheckpointError
 
 
@@ -350,12 +351,16 @@ def test_unreadable_parts_are_checkpoint_errors(tmp_path: Path) -> None:
 
 
 def adamw(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.1, **options)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, **options)
+    make_state(optimizer)
+    return optimizer
 
 
 def bnb_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     bnb = pytest.importorskip("bitsandbytes")
-    return bnb.optim.AdamW8bit(parameters, lr=0.1, **options)
+    optimizer = bnb.optim.AdamW8bit(parameters, lr=0.1, **options)
+    make_state(optimizer)
+    return optimizer
 
 
 def train(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: range) -> None:
@@ -422,12 +427,23 @@ def test_the_state_of_other_parameters_is_refused() -> None:
         load_optimizer_state(split, tensors, values)
 
 
-def test_a_fresh_optimizer_has_nothing_to_save_and_nothing_to_load(tmp_path: Path) -> None:
+def test_state_is_loaded_into_the_tensors_that_are_there() -> None:
+    """Never twice in memory; and what bitsandbytes has paged stays paged."""
+    old = parameters()
+    optimizer = adamw(old)
+    train(optimizer, old, range(2))
+    tensors, values = optimizer_state(optimizer)
+    again = adamw(old)
+    before = {id(v) for entries in again.state.values() for v in entries.values()}
+    load_optimizer_state(again, tensors, values)
+    assert {id(v) for entries in again.state.values() for v in entries.values()} == before
+    assert torch.equal(again.state[old[0]]["exp_avg"], optimizer.state[old[0]]["exp_avg"])
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
     tensors, values = optimizer_state(adamw(parameters()))
-    write_tensors(tmp_path / "o.safetensors", tensors)
-    optimizer = adamw(parameters())
-    load_optimizer_state(optimizer, read_tensors(tmp_path / "o.safetensors"), values)
-    assert not optimizer.state
+    with pytest.raises(CheckpointError, match=r"keeps \['exp_avg', 'exp_avg_sq', 'step'\]"):
+        load_optimizer_state(bnb_8bit(parameters()), tensors, values)
 
 
 def test_the_directory_is_made_if_it_is_not_there(tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ def test_other_errors_pass():
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8"), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."), False),
         (RuntimeError("The size of tensor a (3) must match"), False),
     ],
 )

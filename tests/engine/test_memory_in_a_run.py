@@ -74,7 +74,7 @@ def rows(trainer):
 
 def test_a_run_for_a_named_card_prints_its_plan_and_keeps_to_it(tmp_path, capsys):
     def make(name, **changes):
-        model = tiny.model("Llama")
+        model = str(tiny.save(tmp_path / "model", tiny.model("Llama")))
         options = {"prompts_per_step": 2, "gradient_checkpointing": True}
         return process_runs.make(tmp_path / name, model=model, **options, **changes)
 
@@ -102,11 +102,10 @@ def test_the_clock_has_the_peak_of_each_phase_on_a_gpu(monkeypatch):
     from fusedgrpo.engine.step_clock import StepClock
 
     peaks = iter([30, 10, 20])
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for name in ("reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda: None)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: next(peaks))
-    clock = StepClock()
+    clock = StepClock(on_gpu=True)
     for name in ("sample", "score", "update"):
         with clock.phase(name):
             pass

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import transformers
 
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.memory_plan import (
@@ -20,7 +21,7 @@ from fusedgrpo.engine.memory_plan import (
     plan_memory,
 )
 from fusedgrpo.engine.memory_table import plan_table
-from fusedgrpo.errors import ConfigError
+from fusedgrpo.errors import ConfigError, PlanError
 
 BENCH = Path(__file__).parents[2] / "bench"
 TOLERANCE = 0.1
@@ -260,3 +261,24 @@ def test_the_table_shows_every_phase_what_was_chosen_and_what_was_measured() -> 
     assert "measured 3.00" in table
     assert f"tokens_per_microbatch: {found.tokens_per_microbatch}" in table
     assert "It fits" in table
+
+
+def test_a_model_that_cannot_be_planned_is_said_to_be_one() -> None:
+    """A state-space model has no keys and values."""
+    settings = transformers.MambaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4
+    )
+    with pytest.raises(PlanError, match="memory of a MambaConfig cannot be planned"):
+        plan_memory(GRPOConfig(bf16=True), settings, gpu_bytes=8 * GIB)
+
+
+def test_where_the_prompts_dominate_a_small_card_still_gets_an_answer() -> None:
+    options = GRPOConfig(
+        max_prompt_length=2048, max_completion_length=64, num_generations=4, prompts_per_step=1
+    )
+    settings = transformers.Qwen2Config(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    plan = plan_memory(options, settings, gpu_bytes=GIB // 4)
+    assert not plan.fits and plan.max_in_flight == 1 and plan.advice

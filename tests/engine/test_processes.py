@@ -18,9 +18,11 @@ import torch
 import yaml
 from process_runs import PROMPTS, RUNS, make
 
+from fusedgrpo.engine import trainer_state
 from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.plan_batch import resolve_batch
 from fusedgrpo.engine.processes import Processes
-from fusedgrpo.errors import ConfigError
+from fusedgrpo.errors import CheckpointError, ConfigError
 from fusedgrpo.models.packing import shares
 
 LAUNCH = [
@@ -102,6 +104,19 @@ def test_checkpoints_do_not_care_how_many_processes_there_were(two, tmp_path):
     shutil.rmtree(tmp_path / "saved" / "checkpoints" / "step-000004")
     make(tmp_path / "saved", **options).train(resume_from_checkpoint=True)
     assert_same_rows(tmp_path / "saved", tmp_path / "whole")
+
+
+def test_a_step_that_depends_on_the_number_of_processes_is_not_resumed_by_another(tmp_path):
+    """Saved by one process with 4 completions each; two would take 8."""
+    saved = make(tmp_path / "run", per_device_train_batch_size=4, save_strategy="steps")
+    saved.train()
+    path = trainer_state.save(saved, tmp_path / "checkpoints")
+    again = make(tmp_path / "again", per_device_train_batch_size=4)
+    again.args = saved.args
+    trainer_state.restore(again, path)
+    again.plan = resolve_batch(again.args, len(PROMPTS), 2)
+    with pytest.raises(CheckpointError, match=r"\[1, 1\] -> \[2, 2\].*prompts_per_step"):
+        trainer_state.restore(again, path)
 
 
 @pytest.mark.slow
@@ -187,14 +202,17 @@ class Gathered(Processes):
 
 
 def test_what_differs_between_processes_is_refused():
-    Gathered("a").agree("a", "another dataset")
-    with pytest.raises(ConfigError, match="Process 1 has another dataset than process 0: b, a"):
-        Gathered("b").agree("a", "another dataset")
-    model = tiny.model().requires_grad_(False)
-    weights = {name: p.flatten()[:8].tolist() for name, p in model.named_parameters()}
+    Gathered({"seed": 1}).agree({"seed": 1})
+    with pytest.raises(ConfigError, match="seed is 2 in process 1 and 1 in process 0"):
+        Gathered({"seed": 2}).agree({"seed": 1})
+    model = tiny.model()
+    sums = {
+        n: repr(p.detach().sum(dtype=torch.float64).item()) for n, p in model.named_parameters()
+    }
+    Gathered(sums).agree_on_weights(model)
     name = "model.norm.weight"
     with pytest.raises(ValueError, match=f"Process 1 has another {name} than process 0"):
-        Gathered(weights | {name: [0.0]}).start_alike(model)
+        Gathered(sums | {name: "0.0"}).agree_on_weights(model)
 
 
 def test_gradients_are_summed_over_those_that_have_one(monkeypatch):

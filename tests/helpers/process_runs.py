@@ -84,7 +84,7 @@ def make(output_dir, *, reward_funcs=even_ids, eval_dataset=None, model=None, **
         "logging_steps": 1,
         "adam_epsilon": 1e-3,  # else Adam makes full steps of the rounding of gradients near 0
     }
-    if torch.distributed.is_initialized():  # adapters that differ until process 0 hands out its own
+    if torch.distributed.is_initialized():  # nothing may depend on the global generator
         torch.manual_seed(torch.distributed.get_rank())
     return GRPOTrainer(
         model=tiny.model() if model is None else model,

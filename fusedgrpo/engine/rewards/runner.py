@@ -59,12 +59,12 @@ class RewardBatch:
     @classmethod
     def joined(cls, parts: Sequence[RewardBatch]) -> RewardBatch:
         """Batches of the same functions end to end. Wall times are those of the slowest part,
-        metrics the mean of the parts that have them; a column is None where a part has none."""
+        metrics the mean of the parts that have them, by their completions; a column is None where a
+        part has none."""
         if len(parts) == 1:
             return parts[0]
         names = dict.fromkeys(name for part in parts for name in part.extra)
         logged = dict.fromkeys(name for part in parts for name in part.metrics)
-        own = [[part.metrics[m] for part in parts if m in part.metrics] for m in logged]
         timed = dict.fromkeys(name for part in parts for name in part.seconds)
         return cls(
             values=torch.cat([part.values for part in parts]),
@@ -78,7 +78,7 @@ class RewardBatch:
                 ]
                 for name in names
             },
-            metrics={m: sum(v) / len(v) for m, v in zip(logged, own, strict=True)},
+            metrics={name: _mean_of(name, parts) for name in logged},
             dropped=sum(part.dropped for part in parts),
         )
 
@@ -210,6 +210,11 @@ class RewardFunctions:
                 logged.setdefault(metric, []).extend(numbers)
         metrics = {name: sum(numbers) / len(numbers) for name, numbers in logged.items()}
         return RewardBatch(values.contiguous(), total, seconds, extra, metrics, dropped)
+
+
+def _mean_of(metric: str, parts: Sequence[RewardBatch]) -> float:
+    own = [(part.metrics[metric], len(part.total)) for part in parts if metric in part.metrics]
+    return sum(value * count for value, count in own) / max(sum(count for _, count in own), 1)
 
 
 def _run(scorers: Sequence[Scorer], batch: Batch) -> list[Reply | CallFailed]:

@@ -1,0 +1,177 @@
+"""CUDA choices on fake CPU tensors, for ``simulate.py``, and the scratch of CUDA kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
+
+from fusedgrpo.engine import update
+from fusedgrpo.engine.samples import Sample
+from fusedgrpo.kernels import linear_logprob_backward as head_backward
+from fusedgrpo.kernels import tiles_triton, vocab_pass
+from fusedgrpo.kernels.launch import tiling
+from fusedgrpo.models import attention, loading, offload, policy, precision
+from fusedgrpo.models.policy import Policy
+
+# The package gives the function's name to the function.
+head_op = importlib.import_module("fusedgrpo.kernels.linear_logprob")
+
+
+class NoLaunch:
+    """Instead of a Triton kernel: what it writes was allocated by its caller."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def cuda_choices() -> Iterator[None]:
+    """Inside, the product's code chooses on fake CPU tensors as on a recent GPU."""
+    import bitsandbytes as bnb
+
+    if not bnb.functional.name2qmap:
+        bnb.functional.name2qmap["dynamic"] = bnb.functional.create_dynamic_map()
+    autocast_on = torch.is_autocast_enabled
+    with contextlib.ExitStack() as stack:
+
+        def patch(target: Any, name: str, new: Any, **options: Any) -> None:
+            stack.enter_context(mock.patch.object(target, name, new, **options))
+
+        # Loading: the device's number formats; checks that need numbers are left out.
+        patch(precision, "has_native_bfloat16", lambda device_type: True)
+        patch(loading, "check_head", lambda model: None)
+        # Moving a fake parameter fails, and all of them are where and what they have to be.
+        patch(torch.nn.Module, "to", lambda module, *args, **kwargs: module)
+        patch(policy, "choose_layout", _layout)
+        patch(torch, "is_autocast_enabled", lambda device="cpu": autocast_on(_cpu(device)))
+        # Attention: the varlen kernel, and gather with its own backward.
+        patch(FakeTensor, "is_cuda", True, create=True)
+        patch(attention, "_varlen_kernel", lambda *args: attention._torch_varlen)
+        patch(torch.nn.functional, "scaled_dot_product_attention", _efficient_attention)
+        # Head: CUDA's tiles, 16 bit operands, Triton between the GEMMs.
+        patch(vocab_pass, "operand_dtype", lambda x: x.dtype)
+        patch(vocab_pass, "mm_into", lambda *args, **kwargs: None)
+        patch(vocab_pass, "tile_functions", lambda backend: tiles_triton)
+        for module in (vocab_pass, head_op):
+            patch(module, "tiling_for", _cuda_tiling)
+        for module in (head_op, head_backward):
+            patch(module, "plain_arithmetic_on", lambda x: torch.autocast("cpu", enabled=False))
+        patch(head_op, "check_targets", lambda target, vocab: None)
+        for kernel in ("softmax_tile_kernel", "moment_tile_kernel", "rescale_kernel",
+                       "finish_kernel"):  # fmt: skip
+            patch(tiles_triton, kernel, NoLaunch())
+        # Offload: what moves are plain tensors, and here these are fake.
+        patch(offload, "Tensor", FakeTensor)
+        # Numbers that are asked for, and a mask whose length depends on some.
+        patch(update, "loss_mask", _loss_mask)
+        patch(FakeTensor, "tolist", lambda self: _ones(tuple(self.shape)))
+        patch(FakeTensor, "item", lambda self: 1.0, create=True)
+        yield
+
+
+def _cpu(device: str) -> str:
+    return "cpu" if device == "cuda" else device
+
+
+def _layout(run: Policy, shared_prompt: str) -> str:
+    """``choose_layout`` without its comparison of numbers."""
+    attention.install(run.causal_lm)
+    return "packed" if shared_prompt == "off" else "shared"
+
+
+def _cuda_tiling(weight: Tensor) -> Any:
+    V, H = weight.shape
+    return tiling(H, V, weight.dtype.itemsize, "cuda")
+
+
+def _loss_mask(samples: Sequence[Sample], device: torch.device) -> Tensor:
+    return torch.ones(sum(len(s.completion_ids) for s in samples), dtype=torch.bool, device=device)
+
+
+def _ones(shape: tuple[int, ...]) -> Any:
+    return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1.0
+
+
+def _efficient_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Without gradients: the kernels of SDPA on a GPU keep no scores."""
+    assert not torch.is_grad_enabled()
+    query.new_empty(query.shape[:-1], dtype=torch.float32)  # log-sum-exp
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+class FakeOffload(offload.OffloadActivations):
+    """The product's own, with host memory that no tracker counts and copies that nobody makes."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", streams=_HostOnly())
+
+    def _moves(self, tensor: Tensor) -> bool:
+        # A fake parameter is no class of its own.
+        return not isinstance(tensor, torch.nn.Parameter) and super()._moves(tensor)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        # Fake operators are remembered with their arguments, and set_ has a storage among them.
+        mode = active_fake_mode()
+        assert mode is not None
+        with disable_fake_tensor_cache(mode):
+            return super()._unpack(packed)
+
+
+class _HostOnly:
+    def new_chunk(self) -> Tensor:
+        return torch.empty(offload.CHUNK, dtype=torch.uint8, device="meta")
+
+    def copy(self, pairs: Any) -> bool:
+        return True
+
+    def wait(self, event: Any) -> None:
+        pass
+
+
+def scratch_bodies() -> dict[Any, Callable[..., Any]]:
+    """By operator: what it allocates on a GPU."""
+    import bitsandbytes  # noqa: F401  (registers its operators)
+    from torch.nn.attention import varlen  # noqa: F401
+
+    ops = torch.ops
+    return {
+        ops.fusedgrpo.linear_logprob.default: head_op._linear_logprob._init_fn,
+        ops.fusedgrpo.scale_rows.default: head_backward.scale_rows._init_fn,
+        ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
+        ops.bitsandbytes.gemm_4bit.default: _gemm_4bit,
+    }
+
+
+def _varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    """FlashAttention 2: dq in float32, a row of sums, and with fewer key heads than query heads
+    the gradients of keys and values per query head (flash_api.cpp, ``mha_varlen_bwd``)."""
+    _, _, cu_q, *_ = rest
+    total = q.shape[0] + 128 * (len(cu_q) - 1)
+    scratch = [q.new_empty((total, q.shape[1]), dtype=torch.float32)]
+    scratch.append(q.new_empty((total, *q.shape[1:]), dtype=torch.float32))
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    if k.shape[1] != q.shape[1]:
+        scratch += [x.new_empty((x.shape[0], q.shape[1], x.shape[2])) for x in (k, v)]
+    return torch.empty_like(q), dk, dv
+
+
+def _gemm_4bit(
+    A: Tensor, B: Tensor, shape: Any, absmax: Tensor, blocksize: int, quant_type: str,
+    bias: Tensor | None = None, absmax_8bit: Tensor | None = None, absmax_code: Any = None,
+    absmax_offset: Any = None,
+) -> Tensor:  # fmt: skip
+    """bitsandbytes' way for more rows than its fused kernels take (which ones is a matter of the
+    GPU, and saves at most one weight matrix): dequantise, then a GEMM."""
+    if absmax_8bit is not None:
+        scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
+        scales = scales + absmax_offset  # alive, like the former ones, until the product is there
+    weight = torch.empty(shape, dtype=A.dtype, device=A.device)
+    return torch.nn.functional.linear(A, weight, bias)
