@@ -107,7 +107,7 @@ def fill(model: Any, labelled: Any, device: str = "cpu") -> None:
                 new = torch.ones(buffer.shape, dtype=buffer.dtype, device=device)
                 module.register_buffer(name, new, persistent=False)
         if isinstance(module, bnb.nn.Linear4bit):
-            module.quant_state = module.weight.quant_state
+            module.quant_state = module.weight.quant_state  # type: ignore[attr-defined]
 
 
 def _filled(old: Any, device: str) -> torch.nn.Parameter:

@@ -28,6 +28,7 @@ from fusedgrpo.models.memory import (
     SmallModel,
     straight_line,
 )
+from fusedgrpo.models.offload import CHUNK
 from fusedgrpo.models.precision import pick_device
 
 GIB = 2**30
@@ -297,8 +298,25 @@ class MemoryPlanner:
         found = self._activations(asked, tokens, True)
         if not offloading:
             return found, 0
-        away = self._layer_input(asked, tokens) * (self._shape(asked.config).layers - LAYERS_ON_GPU)
-        return Activations(*(size - away for size in found)), away
+        layers, one = self._shape(asked.config).layers, self._layer_input(asked, tokens)
+        # Forward the model itself holds its embeddings besides; in the head's backward pass the
+        # last input is on its way back.
+        here = Activations(
+            layers_forward=found.layers_forward - one * (layers - LAYERS_ON_GPU - 1),
+            head_forward=found.head_forward - one * (layers - LAYERS_ON_GPU + 1),
+            head_backward=found.head_backward - one * (layers - LAYERS_ON_GPU),
+            layers_backward=found.layers_backward - one * (layers - LAYERS_ON_GPU),
+        )
+        return here, self._on_host(asked, tokens, one)
+
+    def _on_host(self, asked: Asked, tokens: int, layer_input: int) -> int:
+        """Every layer's input, the last norm's in float32 and what the head saves, in whole pieces
+        (models/offload.py)."""
+        shape = self._shape(asked.config)
+        batch = asked.batch(max(min(tokens, self._step_tokens(asked)), 1))
+        saved = [layer_input] * shape.layers
+        saved += [4 * batch.tokens * shape.hidden, batch.scored * shape.hidden * shape.itemsize]
+        return sum(-(-size // CHUNK) * CHUNK for size in saved)
 
     def _layer_input(self, asked: Asked, tokens: int) -> int:
         shape = self._shape(asked.config)

@@ -293,7 +293,14 @@ class SmallModel:
             held = tracker.live
             self._decode(rows, 1, cache, length - 1)
             decoding = tracker.peak.bytes - held
-        return Cache(entries, prefill, max(decoding, rows * self.head_weight.shape[0] * CHOOSING))
+        # A token is chosen under autocast, which keeps 16-bit copies of a float32 adapter.
+        casts = sum(
+            rounded(2 * p.numel())
+            for p in self.model.parameters()
+            if p.requires_grad and p.dtype == torch.float32 and self.dtype != torch.float32
+        )
+        choosing = rows * self.head_weight.shape[0] * CHOOSING + casts
+        return Cache(entries, prefill, max(decoding, choosing))
 
     def _decode(self, rows: int, tokens: int, cache: Any, seen: int) -> None:
         ids, positions = torch.zeros(2, rows, tokens, dtype=torch.int64).unbind()

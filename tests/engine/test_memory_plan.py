@@ -22,6 +22,7 @@ from fusedgrpo.engine.memory_plan import (
 )
 from fusedgrpo.engine.memory_table import plan_table
 from fusedgrpo.errors import ConfigError, PlanError
+from fusedgrpo.models.offload import CHUNK
 
 BENCH = Path(__file__).parents[2] / "bench"
 TOLERANCE = 0.1
@@ -206,9 +207,11 @@ def test_activations_are_offloaded_only_where_it_is_needed() -> None:
     assert not kept.activation_offloading and not kept.host
     tight = plan(options, kept.needed / GIB - 0.1, settings=DEEP)
     assert tight.activation_offloading and tight.fits
-    assert tight.host["offloaded activations"] == 46 * 8128 * 512 * 2
+    inputs, norm = -(-8128 * 512 * 2 // CHUNK), -(-8128 * 512 * 4 // CHUNK)
+    head = tight.host["offloaded activations"] // CHUNK - 48 * inputs - norm
+    assert 0 < head <= inputs
     saved = kept.totals["update backward"] - tight.totals["update backward"]
-    assert saved == tight.host["offloaded activations"]
+    assert saved == 46 * 8128 * 512 * 2  # all layer inputs but two
 
 
 def test_a_plan_that_does_not_fit_names_the_nearest_change_that_does() -> None:
