@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from torch.utils import _device
 
 # Tiny models gain nothing from a second thread, and on a busy machine lose a lot by waiting for it.
 torch.set_num_threads(1)
@@ -26,7 +27,7 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     if "tests/kernels" not in str(request.path):
         return
     # Which functions torch.device("meta") acts on is looked up once and kept: not while this is on.
-    torch.utils._device._device_constructors()
+    _device._device_constructors()
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(out: torch.Tensor) -> torch.Tensor:
