@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fusedgrpo.cli import app
 from fusedgrpo.engine.metrics import read_metrics
 from fusedgrpo.errors import ConfigError
+from fusedgrpo.models.offload import OffloadActivations
 
 CLOCK = ("time/", "step_time", "tokens_per_second", "memory/")
 QWEN_7B = {
@@ -84,6 +85,7 @@ def test_a_run_for_a_named_card_prints_its_plan_and_keeps_to_it(tmp_path, capsys
     said = capsys.readouterr().out
     assert "Memory, planned" in said and "It fits" in said
     assert {row["memory/planned"] for row in written} == {run.memory_plan.peak}
+    assert isinstance(run.updater.offload, OffloadActivations)
     assert run.guard.tokens == run.memory_plan.tokens_per_microbatch
     assert run.guard.in_flight == run.memory_plan.max_in_flight == 8
     for got, want in zip(planned, plain, strict=True):

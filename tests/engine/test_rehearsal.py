@@ -69,6 +69,20 @@ def test_nothing_that_follows_is_larger(tmp_path):
     assert max(cached) <= cache
 
 
+def test_it_holds_the_gradients_that_every_micro_batch_but_the_first_finds(tmp_path):
+    run = process_runs.make(tmp_path / "run", **OPTIONS)
+    backward, found = run.updater.backward, []
+
+    def noting(*args, **kwargs):
+        found.append(all(p.grad is not None for _, p in run.policy.trainable()))
+        return backward(*args, **kwargs)
+
+    run.updater.backward = noting
+    run.rehearse()
+    assert found == [True]
+    assert all(p.grad is None for _, p in run.policy.trainable())
+
+
 def test_what_does_not_fit_is_halved_before_step_1(tmp_path, caplog):
     run = process_runs.make(
         tmp_path / "run", rehearsal=True, tokens_per_microbatch=80, num_iterations=2, **OPTIONS
