@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedgrpo.engine.metrics import read_jsonl, to_json_line
+from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def completion_records(
     prompts: [B], as the reward functions got them. names: [F]. rewards: [B, F], NaN = None.
     total, advantages: [B]. extra: column -> [B], what the reward functions logged.
     """
-    labels = [name if name not in names[:f] else f"{name}#{f + 1}" for f, name in enumerate(names)]
+    labels = unique_labels(names)
     columns = extra or {}
     rows = zip(
         rollout.completions(),

@@ -156,7 +156,9 @@ class GRPOConfig:
         "halt", "a failing reward: stop, or no reward"
     )
     reward_timeout: float | None = option(
-        300.0, "seconds per reward function and batch, in the worker process", above=0
+        300.0,
+        "seconds per batch, of reward functions in a worker process and of async ones",
+        above=0,
     )
 
     # optimizer

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.engine.rewards import RewardBatch
+from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rollout import Rollout
 from fusedgrpo.engine.update import MISMATCH_MAX, MISMATCH_MEAN
 
@@ -38,7 +39,7 @@ def reward_metrics(
     scaled by the batch) has rewards that are all equal: they carry no signal.
     """
     row: dict[str, Any] = {}
-    for f, name in enumerate(names):
+    for f, name in enumerate(unique_labels(names)):
         column = rewards.values[:, f]
         row[f"rewards/{name}/mean"] = _nanmean(column)
         row[f"rewards/{name}/std"] = _nanstd(column)

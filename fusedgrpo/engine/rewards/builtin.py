@@ -8,6 +8,7 @@ from the arguments in ``reward_kwargs``.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -72,12 +73,14 @@ def accuracy(
 
 
 def _as_text(column: str, reference: Any) -> str | None:
-    if reference is None or reference != reference:  # NaN is a CSV's empty cell
+    if getattr(reference, "ndim", None) == 0:  # a scalar of NumPy or torch
+        reference = reference.item()
+    if reference is None:
         return None
     if isinstance(reference, str):
         return reference
-    if isinstance(reference, (int, float)) and not isinstance(reference, bool):
-        return str(reference)
+    if isinstance(reference, numbers.Number) and not isinstance(reference, bool):
+        return None if reference != reference else str(reference)  # NaN: an empty cell of a table
     raise RewardError(
         f"reward function 'accuracy': column {column!r} holds {reference!r} "
         f"({type(reference).__name__}), expected a string or a number"

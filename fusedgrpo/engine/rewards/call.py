@@ -5,18 +5,21 @@ Runs in the trainer's process and in reward workers, so it does without torch.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
 import numbers
 import reprlib
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusedgrpo.engine.rewards.builtin import CONVENTION
+from fusedgrpo.engine.rewards.own_copy import own_containers, own_copy
 from fusedgrpo.errors import RewardError, did_you_mean
 
 LARGEST_REWARD = 1e6
@@ -66,11 +69,13 @@ class Batch:
 class Reply:
     """What a function made of a batch.
 
-    values: B floats, NaN where the function does not apply. extra: column -> B plain values.
-    metrics: name -> the values logged under it. seconds: wall time of the call.
+    values: B floats, NaN where the function does not apply. failures: why there is no reward for
+    a completion that there should be one for (its value is NaN), by its index. extra: column -> B
+    plain values. metrics: name -> the values logged under it. seconds: wall time of the call.
     """
 
     values: list[float]
+    failures: dict[int, str] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -162,33 +167,43 @@ class RewardCall:
         def log_metric(name: str, value: Any) -> None:
             reply.metrics.setdefault(name, []).append(float(value))
 
-        arguments = {
-            "prompts": list(batch.prompts),
-            "completions": list(batch.completions),
-            "completion_ids": list(batch.completion_ids),
-            "trainer_state": batch.trainer_state,
-            "log_extra": log_extra,
-            "log_metric": log_metric,
-            **{name: list(values) for name, values in batch.columns.items()},
-            **self._kwargs,
+        # One copy for each completion: a group shares its row, a rollout is scored by several.
+        shared = {
+            "prompts": batch.prompts,
+            "completions": batch.completions,
+            "completion_ids": batch.completion_ids,
+            **batch.columns,
         }
-        missing = sorted(self._required - arguments.keys())
+        given = {"trainer_state", "log_extra", "log_metric", *shared, *self._kwargs}
+        missing = sorted(self._required - given)
         if missing:
             raise RewardError(
                 f"reward function {self.name!r} needs {', '.join(map(repr, missing))}, which is "
                 f"no column of the data (columns: {', '.join(sorted(batch.columns)) or 'none'})."
                 + did_you_mean(missing[0], batch.columns)
             )
-        if self._accepts is None:
-            return arguments
-        return {name: value for name, value in arguments.items() if name in self._accepts}
+        taken = given if self._accepts is None else given & self._accepts
+        arguments: dict[str, Any] = {
+            name: [own_copy(value, f"{name!r}") for value in values]
+            for name, values in shared.items()
+            if name in taken
+        }
+        arguments |= {
+            name: own_containers(value) for name, value in self._kwargs.items() if name in taken
+        }
+        rest = {
+            "trainer_state": copy.copy(batch.trainer_state),
+            "log_extra": log_extra,
+            "log_metric": log_metric,
+        }
+        return arguments | {name: value for name, value in rest.items() if name in taken}
 
     def _checked(self, reply: Reply, output: Any, batch: Batch, start: float) -> Reply:
         reply.seconds = time.perf_counter() - start
         who, count = f"reward function {self.name!r}", len(batch)
         if not isinstance(output, list):
             raise RewardError(
-                f"{who} returned {reprlib.repr(output)} ({type(output).__name__}), expected a "
+                f"{who} returned {_shown(output)} ({type(output).__name__}), expected a "
                 f"list of {count} numbers, one for each completion"
             )
         if len(output) != count:
@@ -206,12 +221,18 @@ class RewardCall:
             number = _number(value)
             if number is None:
                 raise RewardError(
-                    f"{who} returned {reprlib.repr(value)} ({type(value).__name__}) {where}; "
+                    f"{who} returned {_shown(value)} ({type(value).__name__}) {where}; "
                     "expected an int, float, bool, 0-d tensor, or None where it does not apply"
                 )
+            if value is not None and not math.isfinite(number):
+                reply.failures[index] = (
+                    f"it returned {_shown(value)}, which is no finite number; a function that does "
+                    "not apply to a completion returns None"
+                )
+                number = math.nan
             if abs(number) > LARGEST_REWARD:
                 raise RewardError(
-                    f"{who} returned {value!r} {where}; expected a finite number of at most "
+                    f"{who} returned {_shown(value)} {where}; expected a finite number of at most "
                     f"{LARGEST_REWARD:g} in size, or None where it does not apply"
                 )
             reply.values.append(number)
@@ -232,7 +253,7 @@ def _signature(function: Callable[..., Any]) -> tuple[frozenset[str] | None, fro
 
 def _listed(output: Any) -> Any:
     """Arrays, tuples and generators as a list; what is no sequence of rewards as it is."""
-    if isinstance(output, (str, bytes, Mapping)) or getattr(output, "ndim", None) == 0:
+    if isinstance(output, (str, bytes, Mapping, Set)) or getattr(output, "ndim", None) == 0:
         return output
     return list(output) if hasattr(output, "__iter__") else output
 
@@ -247,8 +268,15 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:
-        return math.inf
+    except OverflowError:  # an integer with hundreds of digits
+        return -sys.float_info.max if value < 0 else sys.float_info.max
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except Exception as error:  # noqa: BLE001 - other people's classes; integers of 5,000 digits
+        return f"<no repr: {type(error).__name__}>"
 
 
 def _plain(value: Any) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from concurrent.futures import Future
+import time
+from concurrent.futures import CancelledError, Future, wait
 
-from fusedgrpo.engine.rewards.call import Batch, Reply, RewardCall
+from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
 
 
 class Inline:
@@ -49,18 +50,38 @@ class EventLoop:
 
 
 class Concurrent:
-    """An async callable, under way while the others are scored."""
+    """An async callable, under way while the others are scored.
 
-    def __init__(self, call: RewardCall, loop: EventLoop):
+    timeout: seconds for one call; None for no limit. What it awaits is cancelled then.
+    """
+
+    def __init__(self, call: RewardCall, loop: EventLoop, timeout: float | None = None):
         self.name = call.name
         self._call = call
         self._loop = loop
+        self._timeout = timeout
 
     def start(self, batch: Batch) -> None:
+        self._started = time.monotonic()
         self._future = self._loop.submit(self._call, batch)
 
     def finish(self) -> Reply:
-        return self._future.result()
+        """Raises :class:`CallFailed` if the function did, or took more than its time."""
+        left = None
+        if self._timeout is not None:
+            left = max(0.0, self._started + self._timeout - time.monotonic())
+        done, _ = wait([self._future], timeout=left)
+        if not done:
+            self._future.cancel()
+            raise CallFailed(
+                f"scoring a batch took more than {self._timeout:g} seconds (reward_timeout), and "
+                "it was cancelled",
+                repeatable=False,
+            )
+        try:
+            return self._future.result()
+        except CancelledError:
+            raise CallFailed("scoring a batch was cancelled, not by the trainer") from None
 
     def close(self) -> None:
         self._loop.close()

@@ -100,11 +100,11 @@ class RewardModel:
         self._batch = batch
 
     def finish(self) -> Reply:
-        """Raises :class:`RewardError` for a text that is too long and a score that is no number."""
+        """Raises :class:`RewardError` for a text that is too long."""
         assert self._batch is not None
         batch, self._batch = self._batch, None
         start = time.perf_counter()
-        values = [math.nan] * len(batch)
+        values, failures = [math.nan] * len(batch), dict[int, str]()
         ids = self._tokenizer(self._texts(batch), add_special_tokens=False)["input_ids"]
         self._check_lengths(ids, batch)
         # Neighbours of like length share a forward, so little of it is padding.
@@ -112,13 +112,11 @@ class RewardModel:
         for first in range(0, len(order), ROWS_PER_FORWARD):
             indices = order[first : first + ROWS_PER_FORWARD]
             for index, score in zip(indices, self._scores([ids[i] for i in indices]), strict=True):
-                if not math.isfinite(score):
-                    raise RewardError(
-                        f"reward model {self.name!r} gave {score} for completion {index} (data "
-                        f"row {batch.rows[index]})"
-                    )
-                values[index] = score
-        return Reply(values, seconds=time.perf_counter() - start)
+                if math.isfinite(score):
+                    values[index] = score
+                else:
+                    failures[index] = f"it gave {score}, which is no finite number"
+        return Reply(values, failures, seconds=time.perf_counter() - start)
 
     def close(self) -> None:
         pass

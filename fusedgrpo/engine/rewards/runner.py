@@ -15,6 +15,7 @@ import torch
 
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
 from fusedgrpo.engine.rewards.inline import Concurrent, EventLoop, Inline
+from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rewards.resolve import Source, locate
 from fusedgrpo.engine.rewards.reward_model import RewardModel, is_reward_model, load_reward_model
 from fusedgrpo.engine.rewards.worker import Worker
@@ -27,6 +28,7 @@ NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 SHARED_WITH_TOKENIZER = ("cache_dir", "revision", "token", "trust_remote_code")
 FAILED_BATCHES_IN_A_ROW = 3
 SECONDS_TO_FIND_THE_CULPRIT = 30.0
+_REMEDY = "Fix the function, or set on_reward_error: drop to leave such completions out"
 
 
 class Scorer(Protocol):
@@ -86,11 +88,11 @@ class RewardBatch:
 class RewardFunctions:
     """The reward functions of a run. Close it, or use it as a context manager.
 
-    names: F names, by which the metrics go. weights: float32 ``[F]``.
+    names: F names, by which metrics and logs go, no two the same. weights: float32 ``[F]``.
     """
 
     def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float], on_error: str):
-        self.names = [scorer.name for scorer in scorers]
+        self.names = unique_labels([scorer.name for scorer in scorers])
         self.weights = torch.tensor(weights, dtype=torch.float32)
         self._scorers = list(scorers)
         self._drop = on_error == "drop"
@@ -111,7 +113,7 @@ class RewardFunctions:
 
         columns: the data's columns. rows: data row of each completion, for messages.
         Raises :class:`RewardError` if a function returns something else than B rewards and, with
-        ``on_error="halt"``, if it raises, hangs or dies.
+        ``on_error="halt"``, if it raises, hangs, dies or returns NaN or infinity.
         """
         columns = {name: values for name, values in columns.items() if name not in NOT_COLUMNS}
         given = {"prompts": prompts, "completion_ids": completion_ids, "rows": rows, **columns}
@@ -125,10 +127,9 @@ class RewardFunctions:
         replies = []
         for index, outcome in enumerate(_run(self._scorers, batch)):
             if isinstance(outcome, CallFailed):
-                outcome, lost = self._settle(index, batch, outcome)
-                dropped += lost
-            else:
-                self._failed_batches[index] = 0
+                outcome = self._settle(index, batch, outcome)
+            self._take_failures(index, batch, outcome)
+            dropped += len(outcome.failures)
             replies.append(outcome)
         return self._collect(batch, replies, dropped)
 
@@ -143,50 +144,63 @@ class RewardFunctions:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _settle(self, index: int, batch: Batch, failure: CallFailed) -> tuple[Reply, int]:
+    def _settle(self, index: int, batch: Batch, failure: CallFailed) -> Reply:
         """Find the completions that a function fails on, by scoring each of them alone.
 
-        Returns the rewards of the others (without what they log) and how many were lost, or
-        raises RewardError.
+        Returns the rewards of the others (without what they log), or raises RewardError.
         """
         scorer, count = self._scorers[index], len(batch)
-        who = f"reward function {scorer.name!r}"
         if failure.details:
-            logger.error("%s failed:\n%s", who, failure.details.rstrip())
-        values = [math.nan] * count
-        lost = count
+            logger.error(
+                "reward function %r failed:\n%s", self.names[index], failure.details.rstrip()
+            )
+        reply = Reply([math.nan] * count, dict.fromkeys(range(count), str(failure)))
         end = math.inf if self._drop else time.monotonic() + SECONDS_TO_FIND_THE_CULPRIT
         for i in range(count):
             if not failure.repeatable or time.monotonic() > end:
                 break
             (outcome,) = _run([scorer], batch.only(i))
-            if isinstance(outcome, Reply):
-                values[i] = outcome.values[0]
-                lost -= 1
-                continue
-            failure = outcome
-            if not self._drop:
-                raise RewardError(
-                    f"{who} failed on completion {i} of {count} (data row {batch.rows[i]}): "
-                    f"{failure}. The completion: {repr(batch.completions[i])[:300]}. Fix the "
-                    "function, or set on_reward_error: drop to leave such completions out"
-                ) from failure
+            if isinstance(outcome, CallFailed):
+                failure = outcome
+                reply.failures[i] = str(failure)
+                if not self._drop:
+                    return Reply(reply.values, {i: str(failure)})
+            else:
+                reply.values[i] = outcome.values[0]
+                del reply.failures[i]
+                if outcome.failures:
+                    reply.failures[i] = outcome.failures[0]
         if not self._drop:
             raise RewardError(
-                f"{who} failed on a batch of {count} completions: {failure}. Fix the function, or "
-                "set on_reward_error: drop to leave such completions out"
+                f"reward function {self.names[index]!r} failed on a batch of {count} completions: "
+                f"{failure}. {_REMEDY}"
             ) from failure
-        self._failed_batches[index] = self._failed_batches[index] + 1 if lost == count else 0
+        return reply
+
+    def _take_failures(self, index: int, batch: Batch, reply: Reply) -> None:
+        """Leave out the completions that a function failed on, and say so; RewardError where the
+        run is to halt, and where the function fails on everything."""
+        lost, count = reply.failures, len(batch)
+        self._failed_batches[index] = self._failed_batches[index] + 1 if len(lost) == count else 0
+        if not lost:
+            return
+        who = f"reward function {self.names[index]!r}"
+        i, reason = next(iter(lost.items()))
+        if not self._drop:
+            raise RewardError(
+                f"{who} failed on completion {i} of {count} (data row {batch.rows[i]}): {reason}. "
+                f"The completion: {repr(batch.completions[i])[:300]}. {_REMEDY}"
+            )
         if self._failed_batches[index] >= FAILED_BATCHES_IN_A_ROW:
             raise RewardError(
                 f"{who} failed on every completion of {FAILED_BATCHES_IN_A_ROW} batches in a row: "
-                f"{failure}. on_reward_error: drop leaves out single completions, not a function"
-            ) from failure
+                f"{reason}. on_reward_error: drop leaves out single completions, not a function"
+            )
         logger.warning(
-            "%s: %d of %d completions left out (on_reward_error: drop): %s",
-            *(who, lost, count, failure),
+            "%s: %d of %d completions left out (on_reward_error: drop), the first for data row %d: "
+            "%s",
+            *(who, len(lost), count, batch.rows[i], reason),
         )
-        return Reply(values), lost
 
     def _collect(self, batch: Batch, replies: list[Reply], dropped: int) -> RewardBatch:
         values = torch.tensor([reply.values for reply in replies], dtype=torch.float32).T
@@ -262,9 +276,10 @@ def build_rewards(
     reward_funcs: a name, several ("accuracy,format"), a callable, a transformers model, or a
     list of these. Named functions run in worker processes, everything else in this one.
     kwargs: ``{name: {argument: value}}``, the name as in ``reward_funcs`` (of a callable, its
-    own). on_error: ``"halt"`` or ``"drop"`` when a function raises, hangs or dies; one that
-    raises is called again with single completions, to find those that it fails on. timeout:
-    seconds for a call in a worker. device: where reward models go. model_kwargs: for loading
+    own; of the second of a name, ``name#2``). on_error: ``"halt"`` or ``"drop"`` when a function
+    raises, hangs, dies or returns NaN or infinity; one that raises is called again with single
+    completions, to find those that it fails on. timeout: seconds for a call in a worker and of an
+    async function. device: where reward models go. model_kwargs: for loading
     them. reward_processing_classes: their tokenizers, one for each entry of ``reward_funcs``.
     search_paths: folders beside the working directory where files and modules are looked for.
 
@@ -296,8 +311,11 @@ def build_rewards(
                 )
             else:
                 call = RewardCall(function, given)
-                loop = (loop or EventLoop()) if call.is_async else loop
-                scorers.append(Concurrent(call, loop) if call.is_async and loop else Inline(call))
+                if call.is_async:
+                    loop = loop or EventLoop()
+                    scorers.append(Concurrent(call, loop, timeout))
+                else:
+                    scorers.append(Inline(call))
         for scorer in scorers:  # the workers load side by side
             if isinstance(scorer, Worker):
                 scorer.ready()
@@ -305,7 +323,14 @@ def build_rewards(
         for scorer in scorers:
             scorer.close()
         raise
-    return RewardFunctions(scorers, weights, on_error)
+    functions_of_run = RewardFunctions(scorers, weights, on_error)
+    renamed = [name for name in functions_of_run.names if name not in {s.name for s in scorers}]
+    if renamed:
+        logger.warning(
+            "Reward functions share a name: in metrics and logs the later ones are called %s",
+            ", ".join(renamed),
+        )
+    return functions_of_run
 
 
 def _listed(reward_funcs: Any) -> list[Any]:
@@ -350,7 +375,7 @@ def _tokenizers(given: Any, count: int) -> list[Any]:
 def _arguments(
     functions: list[Any], kwargs: Mapping[str, Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    labels = [_label(function) for function in functions]
+    labels = unique_labels([_label(function) for function in functions])
     for name, given in kwargs.items():
         if name not in labels:
             raise RewardError(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
 from fusedgrpo.engine.rewards import builtin
 from fusedgrpo.errors import RewardError
@@ -33,6 +39,19 @@ def test_accuracy_reads_messages() -> None:
 def test_accuracy_without_a_reference_column_says_what_there_is() -> None:
     with pytest.raises(RewardError, match=r"ground_truth.*the data has: level, topic"):
         builtin.accuracy(["1"], prompts=["q"], topic=["t"], level=[1])
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [np.int64(4), np.float32(4), np.array(4), torch.tensor(4), Decimal(4), np.str_("4")],
+)
+def test_accuracy_takes_all_kinds_of_numbers(reference: Any) -> None:
+    assert builtin.accuracy(["4", "5"], answer=[reference] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("reference", [None, math.nan, np.float64("nan"), Decimal("nan"), ""])
+def test_an_empty_cell_is_no_reference(reference: Any) -> None:
+    assert builtin.accuracy(["4"], answer=[reference]) == [None]
 
 
 def test_accuracy_refuses_a_reference_that_is_no_text() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,4 +59,21 @@ def test_a_failing_async_callable_is_a_failed_call() -> None:
     scorer.start(BATCH)
     with pytest.raises(CallFailed, match="OSError: judge is down"):
         scorer.finish()
+    scorer.close()
+
+
+def test_an_async_callable_has_a_deadline_too() -> None:
+    async def slow(completions: list[str], **kwargs: Any) -> list[float]:
+        await asyncio.sleep(60 if completions == ["slow"] else 0)
+        return [1.0] * len(completions)
+
+    loop = EventLoop()
+    scorer = Concurrent(RewardCall(slow), loop, timeout=0.2)
+    scorer.start(replace(BATCH, completions=["slow"]))
+    with pytest.raises(CallFailed, match=r"more than 0\.2 seconds") as caught:
+        scorer.finish()
+    assert not caught.value.repeatable
+    scorer = Concurrent(RewardCall(slow), loop)  # which is free again
+    scorer.start(BATCH)
+    assert scorer.finish().values == [1.0]
     scorer.close()

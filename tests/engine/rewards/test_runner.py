@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions, build_rewards
+from fusedgrpo.engine.rollout_metrics import reward_metrics
 from fusedgrpo.errors import RewardError
 
 REWARDS = """
@@ -75,7 +78,7 @@ def test_strings_callables_and_weights_make_one_matrix() -> None:
         kwargs={"run_rewards.py:length": {"scale": 10}},
     ) as functions:
         batch = score(functions, "<think>a</think><answer>b</answer>", "abc")
-    assert functions.names == ["format", "length", "length", "ones", "slow_length"]
+    assert functions.names == ["format", "length", "length#2", "ones", "slow_length"]
     assert functions.weights.tolist() == [1, 2, 0, -1, 0.5]
     assert batch.values.dtype == batch.total.dtype == torch.float32
     assert batch.values.tolist() == [[1, 34, 340, 1, 34], [0, 3, 30, 1, 3]]
@@ -109,7 +112,7 @@ def test_none_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
         return [1.0 if len(c) % 2 == 0 else None for c in completions]
 
     def short(completions: list[str], **kwargs: Any) -> list[float | None]:
-        return [2.0 if len(c) < 3 else math.nan for c in completions]
+        return [2.0 if len(c) < 3 else None for c in completions]
 
     functions = build_rewards([even, short], weights=[1.0, 3.0])
     with caplog.at_level(logging.WARNING, "fusedgrpo"):
@@ -188,11 +191,107 @@ def test_drop_does_not_excuse_a_function_that_always_fails() -> None:
 
 
 def test_bad_answers_are_refused_even_under_drop() -> None:
-    def bad(completions: list[str], **kwargs: Any) -> list[float]:
-        return [math.inf]
+    def bad(completions: list[str], **kwargs: Any) -> list[str]:
+        return ["1"]
 
-    with pytest.raises(RewardError, match="'bad' returned inf"):
+    with pytest.raises(RewardError, match="'bad' returned '1'"):
         score(build_rewards(bad, on_error="drop"), "a")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_obeys_on_reward_error(
+    value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ratio(completions: list[str], **kwargs: Any) -> list[float]:
+        return [value if text == "x" else 1.0 for text in completions]
+
+    with pytest.raises(RewardError, match=rf"'ratio' failed on completion 1 of 2 .*{value}.*None"):
+        score(build_rewards([ratio, ones]), "a", "x")
+    functions = build_rewards([ratio, ones], on_error="drop")
+    batch = score(functions, "a", "x")
+    assert batch.dropped == 1
+    assert batch.values[0].tolist() == [1, 1] and batch.total.tolist() == [2, 1]
+    assert batch.values[1, 0].isnan()
+    assert f"1 of 2 completions left out (on_reward_error: drop), the first for data row 11: it " \
+        f"returned {value}" in caplog.text  # fmt: skip
+    for _ in range(2):
+        score(functions, "x", "x")
+    with pytest.raises(RewardError, match="on every completion of 3 batches in a row"):
+        score(functions, "x")
+
+
+def test_functions_of_one_name_have_labels_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    def made(bonus: float) -> Any:
+        def judge(completions: list[str], plus: float = 0.0, **kwargs: Any) -> list[float]:
+            return [bonus + plus for _ in completions]
+
+        return judge
+
+    functions = build_rewards(
+        [made(1), ones, made(2), made(3)], kwargs={"judge": {"plus": 10}, "judge#3": {"plus": 20}}
+    )
+    assert functions.names == ["judge", "ones", "judge#2", "judge#3"]
+    assert "judge#2, judge#3" in caplog.text
+    batch = score(functions, "a")
+    assert batch.values.tolist() == [[11, 1, 2, 23]]
+    assert list(batch.seconds) == functions.names
+    row = reward_metrics(functions.names, batch, torch.zeros(1), "group")
+    assert [row[f"rewards/{name}/mean"] for name in functions.names] == [11, 1, 2, 23]
+
+
+def test_what_a_function_changes_is_seen_by_nobody_else() -> None:
+    seen: list[Any] = []
+
+    def vandal(tests: Any, options: Any, trainer_state: Any, **given: Any) -> list[float]:
+        rows = zip(given["prompts"], given["completions"], given["completion_ids"], strict=True)
+        for (prompt, completion, ids), test in zip(rows, tests, strict=True):
+            seen.append(repr((prompt, completion, ids, test)))
+            prompt[0]["content"] = completion[0]["content"] = "changed"
+            for one in (test["cases"], test["more"][0], ids):
+                one.clear()
+        seen.append(repr((options, trainer_state.step)))
+        options["deep"].clear()
+        trainer_state.step += 1
+        return [1.0] * len(tests)
+
+    def twin(**kwargs: Any) -> list[float]:
+        return vandal(**kwargs)
+
+    async def late(**kwargs: Any) -> list[float]:
+        return vandal(**kwargs)
+
+    prompt, completion = [{"role": "user", "content": "q"}], [{"content": "a"}]
+    row, ids, state = {"cases": [1, {2}], "more": ([3],)}, [5, 6], SimpleNamespace(step=7)
+    shared = {"options": {"deep": [1]}}
+    arguments = dict.fromkeys(("vandal", "twin", "late"), shared)
+    functions = build_rewards([vandal, twin, late], kwargs=arguments)
+    with functions:
+        for _ in range(2):
+            functions.score(
+                prompts=[prompt] * 2,
+                completions=[completion] * 2,
+                completion_ids=[ids] * 2,
+                columns={"tests": [row] * 2},
+                trainer_state=state,
+                rows=[0, 0],
+            )
+    assert len(seen) == 3 * 2 * 3
+    assert set(seen) == {repr((prompt, completion, ids, row)), repr(({"deep": [1]}, 7))}
+    assert row["cases"] == [1, {2}] and ids == [5, 6] and prompt[0]["content"] == "q"
+
+
+def test_an_object_that_cannot_be_copied_is_handed_over_itself_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lock = threading.Lock()
+
+    def judge(completions: list[str], lock: list[Any], **kwargs: Any) -> list[float]:
+        return [float(one is lock[0]) for one in lock]
+
+    functions = build_rewards(judge)
+    for _ in range(2):
+        assert score(functions, "a", "b", lock=[lock, lock]).values.tolist() == [[1], [1]]
+    assert caplog.text.count("holds a lock that cannot be copied") == 1
 
 
 def test_a_hang_halts_naming_function_and_seconds() -> None:
@@ -284,4 +383,4 @@ def test_a_class_instance_and_a_partial_are_named_as_trl_names_them() -> None:
         def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
             return [1.0]
 
-    assert build_rewards([Judge(), ones, ones]).names == ["Judge", "ones", "ones"]
+    assert build_rewards([Judge(), ones, ones]).names == ["Judge", "ones", "ones#2"]
