@@ -15,6 +15,7 @@ import threading
 import pytest
 import tiny
 import torch
+from patience import HUNG
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.metrics import read_metrics
@@ -176,7 +177,7 @@ def test_a_reward_that_needs_the_main_thread_gets_one(tmp_path):  # 16
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
-    thread.join(timeout=120)
+    thread.join(timeout=HUNG)
     assert not outcome and not thread.is_alive()
     assert rows_of(tmp_path)[0]["reward"] > 0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from patience import HUNG
 
 from fusedgrpo.engine.metrics import read_metrics
 
@@ -112,7 +113,7 @@ def run(workplace: Path, *command: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=HUNG,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import HUNG
 from torch import nn
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -210,7 +211,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        timeout=280,
+        timeout=HUNG,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     text = file.read_text()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import HUNG
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -162,7 +163,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        timeout=280,
+        timeout=HUNG,
     )
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from patience import HUNG
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -34,7 +35,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=280,
+        timeout=HUNG,
     )
 
 

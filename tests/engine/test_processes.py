@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from patience import HUNG
 from process_runs import PROMPTS, RUNS, make
 
 from fusedgrpo.engine import trainer_state
@@ -35,7 +36,7 @@ CLOCK = ("time/", "step_time", "tokens_per_second", "memory/")
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [*LAUNCH, process_runs.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HUNG)
 
 
 def rows(directory: Path) -> list[dict]:
@@ -139,7 +140,7 @@ def test_the_command_line_under_a_launcher_saves_when_it_is_stopped(tmp_path):
             {
                 "model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "run"),
                 "dataset": str(tmp_path / "data.jsonl"), "reward_funcs": "reward.py:reward",
-                "max_steps": 500, "num_generations": 4, "prompts_per_step": 2,
+                "max_steps": 5000, "num_generations": 4, "prompts_per_step": 2,
                 "max_completion_length": 4,
                 "lora_r": 4, "logging_steps": 1, "save_strategy": "no",
             }
@@ -157,7 +158,7 @@ def test_the_command_line_under_a_launcher_saves_when_it_is_stopped(tmp_path):
             if re.match(r"step +3/", line):
                 run.send_signal(signal.SIGTERM)
                 break
-        said += run.communicate(timeout=120)[0]
+        said += run.communicate(timeout=HUNG)[0]
     assert run.returncode != 0
     assert "Stopped by SIGTERM" in said, said
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1

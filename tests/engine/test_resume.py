@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from patience import HUNG
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.metrics import read_metrics
@@ -165,7 +166,7 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(tmp_path, number, code):
         return [sys.executable, "-c", text]
 
     with subprocess.Popen(
-        script("cut", 400), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        script("cut", 5000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         seen = 0
@@ -174,7 +175,7 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(tmp_path, number, code):
             if seen == 4:
                 process.send_signal(number)
                 break
-        rest, errors = process.communicate(timeout=120)
+        rest, errors = process.communicate(timeout=HUNG)
     assert process.returncode == code, rest + errors
     assert f"Stopped by {number.name}" in rest
     assert "resume_from_checkpoint: auto" in rest

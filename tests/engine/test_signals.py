@@ -9,11 +9,12 @@ import sys
 import threading
 
 import pytest
+from patience import HUNG
 
 from fusedgrpo.engine.signals import Interrupted, StopSignals
 
 LOOP = """
-import os, signal, sys, time
+import os, select, signal, sys, time
 from fusedgrpo.engine.signals import StopSignals
 ignored = [getattr(signal, name) for name in sys.argv[1:]]
 for number in ignored:
@@ -21,16 +22,14 @@ for number in ignored:
 stop = StopSignals()
 with stop:
     print("ready", flush=True)
-    for i in range(150):
-        time.sleep(0.01)
-        if i % 10 == 9:
-            try:
-                stop.check()
-            except SystemExit:
-                print("saved", flush=True)
-                if "HANG" in os.environ:
-                    time.sleep(30)
-                raise
+    while not select.select([sys.stdin], [], [], 0.1)[0]:  # until stdin is closed
+        try:
+            stop.check()
+        except SystemExit:
+            print("saved", flush=True)
+            if "HANG" in os.environ:
+                time.sleep(10_000)
+            raise
 print("done", flush=True)
 """
 
@@ -38,6 +37,7 @@ print("done", flush=True)
 def start(*ignored: str, **env: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP, *ignored],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,7 +55,8 @@ def test_a_signal_ends_the_run_after_saving_with_its_exit_code(
 ) -> None:
     process = start()
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    process.wait(HUNG)
+    out, err = process.communicate()
     assert (out, process.returncode) == ("saved\n", code), err
 
 
@@ -67,7 +68,8 @@ def test_a_second_signal_kills(number: signal.Signals, code: int) -> None:
     process.send_signal(number)
     assert process.stdout is not None and process.stdout.readline() == "saved\n"
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.wait(HUNG)
+    process.communicate()
     assert process.returncode == code
 
 
@@ -75,7 +77,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     process = start("SIGHUP")
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGHUP)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=HUNG)  # closes its stdin
     assert (out, process.returncode) == ("done\n", 0), err
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from patience import HUNG
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.peer
@@ -46,10 +47,10 @@ def launch(out: Path, *arguments: str, **environment: str) -> Path:
         text=True,
     )  # fmt: skip
     try:
-        said, _ = process.communicate(timeout=200)
+        said, _ = process.communicate(timeout=HUNG)
     except subprocess.TimeoutExpired:
         process.terminate()  # which ends the two processes as well
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=HUNG)
         pytest.fail(f"two processes wait for each other: {said[-6000:]}")
     assert process.returncode == 0, said[-8000:]
     return out

@@ -143,7 +143,7 @@ def make(cls: Any, out: Path, strategy: str = "ddp", **options: Any) -> Any:
         "logging_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4,
         "gradient_accumulation_steps": 2, "max_completion_length": 8, "max_steps": 3,
         "learning_rate": 1e-2, "disable_dropout": True, "save_strategy": "no",
-        "adam_epsilon": 1e-3, "disable_tqdm": True, "beta": 0.0, "ddp_timeout": 60,
+        "adam_epsilon": 1e-3, "disable_tqdm": True, "beta": 0.0, "ddp_timeout": 1500,
         "ddp_backend": "gloo" if rank_and_size()[1] > 1 else None,
     }  # fmt: skip
     arguments = config(**(defaults | options))

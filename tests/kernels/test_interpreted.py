@@ -14,7 +14,7 @@ from fusedgrpo.kernels.backend import interpreted
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(interpreted(), reason="this is the interpreter's process")
 def test_every_kernel_test_passes_under_the_interpreter():
     here = Path(__file__).parent

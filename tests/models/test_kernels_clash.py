@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import HUNG
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +67,7 @@ def forward_from(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
         env=env | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG,
     )
 
 

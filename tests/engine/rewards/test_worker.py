@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from patience import HUNG
 
 from fusedgrpo.engine.rewards.call import Batch, CallFailed
 from fusedgrpo.engine.rewards.resolve import locate
@@ -43,10 +44,10 @@ def backtrack(completions, **kwargs):
     return [bool(re.match(r"(a+)+$", c)) for c in completions]
 
 def child(completions, log_metric, **kwargs):
-    process = subprocess.Popen(["sleep", "60"])
+    process = subprocess.Popen(["sleep", "10000"])
     log_metric("pid", process.pid)
     if completions[0] == "hang":
-        time.sleep(60)
+        time.sleep(10_000)
     return [process.pid % 100_000] * len(completions)
 
 def exits(completions, **kwargs):
@@ -64,7 +65,7 @@ def alarm(completions, **kwargs):
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
-        time.sleep(5)
+        time.sleep(10_000)
     except TimeoutError:
         return [float(threading.current_thread() is threading.main_thread())] * len(completions)
 
@@ -100,7 +101,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
     (tmp_path / "worker_rewards.py").write_text(REWARDS)
     workers: list[Worker] = []
 
-    def worker(name: str, timeout: float | None = 30.0) -> Worker:
+    def worker(name: str, timeout: float | None = HUNG) -> Worker:
         source = locate(f"worker_rewards:{name}", [tmp_path])
         workers.append(Worker(source, {}, folders=[tmp_path], timeout=timeout))
         workers[-1].ready()
@@ -118,7 +119,7 @@ def score(worker: Worker, *completions: str, **given: Any) -> list[float]:
 
 def gone(pid: int) -> bool:
     """Whether a process is dead (a zombie that nobody reaps is)."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + HUNG
     while time.monotonic() < end:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -145,13 +146,13 @@ def test_large_batches_pass_the_pipe(make: Make) -> None:
 
 @pytest.mark.parametrize(("name", "text"), [("hang", "hang"), ("backtrack", "a" * 40 + "!")])
 def test_a_hanging_function_is_killed_and_replaced(name: str, text: str, make: Make) -> None:
-    worker = make(name, timeout=2.0)
+    worker = make(name)
     first = worker._process.pid
-    start = time.monotonic()
-    with pytest.raises(CallFailed, match="took more than 2 seconds") as caught:
+    worker._timeout = 0.5
+    with pytest.raises(CallFailed, match=r"took more than 0\.5 seconds") as caught:
         score(worker, text)
-    assert time.monotonic() - start < 10 and not caught.value.repeatable
-    assert gone(first)
+    assert not caught.value.repeatable and gone(first)
+    worker._timeout = HUNG
     assert score(worker, "aaa") == [1.0]
     assert worker._process.pid != first
 
@@ -244,7 +245,7 @@ def test_what_cannot_be_loaded_fails_at_once(make: Make) -> None:
 
 
 def test_loading_has_a_deadline(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "slow.py").write_text("import time; time.sleep(10_000)")
     worker = Worker(locate("slow:f", [tmp_path]), {}, folders=[tmp_path], timeout=0.5)
     with pytest.raises(RewardError, match=r"'slow:f': loading it took more than 0.5 seconds"):
         worker.ready()
@@ -265,9 +266,8 @@ def test_close_reaps_the_worker_and_what_it_started(make: Make) -> None:
 def test_close_does_not_wait_for_a_busy_worker(make: Make) -> None:
     worker = make("hang")
     worker.start(batch("hang"))
-    start = time.monotonic()
-    worker.close()
-    assert time.monotonic() - start < 1.5 and gone(worker._process.pid)
+    worker.close()  # else this test ends by its timeout
+    assert gone(worker._process.pid)
 
 
 PARENT = """
@@ -287,7 +287,7 @@ if how.startswith("busy"):
 if how.endswith("raise"):
     raise SystemExit("out")
 print("on", flush=True)
-time.sleep(60)
+time.sleep(10_000)
 """
 
 
@@ -306,6 +306,6 @@ def test_the_worker_never_outlives_its_trainer(how: str, make: Make, tmp_path: P
     if not how.endswith("raise"):
         assert parent.stdout.readline() == "on\n"
         parent.send_signal(signal.SIGTERM if how.endswith("term") else signal.SIGKILL)
-    parent.wait(15)
+    parent.wait(HUNG)
     assert gone(worker)
     parent.stdout.close()
