@@ -126,8 +126,11 @@ def _overrides(words: list[str]) -> dict[str, str]:
 
 def main() -> None:
     """Run the command line; errors raised on purpose are one message, not a traceback."""
+    from fusedgrpo.engine.signals import Interrupted, StopSignals
+    from fusedgrpo.engine.terminal import keep_streams
     from fusedgrpo.errors import ConfigError, DataError, FusedGRPOError
 
+    keep_streams()
     # Before torch is imported: its CPU threads spin only shortly before they sleep. On a machine
     # with other work that is many times faster (docs/measured.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -135,7 +138,13 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.captureWarnings(True)
     try:
-        app()
+        # From here on: imports and loading may take minutes, in which there is nothing to save.
+        with StopSignals() as signals, signals.at_once():
+            app()
+    except Interrupted as stop:
+        if not stop.said:
+            sys.stderr.write(f"fusedgrpo: stopped by {stop.signal_name}; nothing was begun.\n")
+        raise
     except FusedGRPOError as error:
         sys.stderr.write(f"fusedgrpo: {error}\n")
         sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)

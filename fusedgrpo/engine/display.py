@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from fusedgrpo.engine.completions_log import prompt_text
 from fusedgrpo.engine.metrics import Row, finite, reward_names
+from fusedgrpo.engine.terminal import forgiving
 from fusedgrpo.engine.text import (
     clock,
     gigabytes,
@@ -51,15 +52,6 @@ def mean_row(rows: Iterable[Row]) -> dict[str, float]:
     return {key: fmean(values) for key, values in columns.items()}
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Go on without a console: a run must not end because its ``| tee`` did."""
-        try:
-            super().on_broken_pipe()
-        except SystemExit:
-            logger.warning("Nobody reads the output any more; the run goes on without it.")
-
-
 class Display:
     """Shows a run while it goes; a context manager.
 
@@ -79,13 +71,15 @@ class Display:
         first_step: int = 0,
         console: Console | None = None,
     ):
-        self.console = console or _Console(highlight=False)
+        self.console = console or Console(
+            file=forgiving(sys.stdout, "Standard output"), highlight=False
+        )
         self.total_steps = total_steps
         self.plan_line = plan_line
         self.logging_steps = logging_steps
         self.step = first_step
         self._ascii = not self.console.encoding.startswith("utf")
-        if self._ascii and isinstance(self.console.file, io.TextIOWrapper):
+        if self._ascii and hasattr(self.console.file, "reconfigure"):
             # A completion may hold any character, and none of them may end the run.
             self.console.file.reconfigure(errors="replace")
         # FORCE_COLOR makes rich take a pipe for a terminal; a log file full of cursor moves

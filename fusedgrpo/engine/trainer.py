@@ -90,6 +90,8 @@ class GRPOTrainer:
         self.args = args = _with_model_name(args or GRPOConfig(), model)
         self.processes = Processes.start(args.use_cpu)
         self.processes.in_main(lambda: RunDir.probe(args.output_dir))
+        # A launcher passes on the signal that the terminal has sent to everybody already.
+        self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
         tracker_classes(args.report_to)
         self.processing_class = processing_class or tokenizer or load_tokenizer(args)
         self.reward_funcs = build_rewards(
@@ -102,6 +104,7 @@ class GRPOTrainer:
             reward_processing_classes=reward_processing_classes,
             model_kwargs={"trust_remote_code": args.trust_remote_code},
             search_paths=search_paths,
+            signals=self.signals,
         )
         try:
             self._assemble(model, train_dataset, eval_dataset, peft_config, sampler)
@@ -140,8 +143,6 @@ class GRPOTrainer:
         self.processes.agree_on_weights(self.policy.model)
         self.plan = resolve_batch(args, len(self.train_dataset), self.processes.size)
         self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
-        # A launcher passes on the signal that the terminal has sent to everybody already.
-        self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
         plan = self.memory_plan
         tokens, in_flight = args.tokens_per_microbatch, args.max_in_flight
         if plan is not None:
@@ -500,7 +501,11 @@ class GRPOTrainer:
         try:
             yield
         except BaseException as error:
-            if self.progress.step:
+            if isinstance(error, Interrupted):
+                error.said = True
+            if not self.progress.step:
+                outputs.display.note(f"{_reason(error)} before the first step was done.")
+            else:
                 path = self._save(outputs)
                 outputs.display.note(
                     f"{_reason(error)} after step {self.progress.step}. Saved {path}; go on with "

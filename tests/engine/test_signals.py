@@ -108,3 +108,65 @@ def test_outside_the_main_thread_it_does_nothing() -> None:
     thread.start()
     thread.join()
     assert not errors
+
+
+def test_inside_held_nothing_is_raised_and_the_second_signal_comes_after() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+        with stop.at_once(), stop.held():
+            signal.raise_signal(signal.SIGINT)
+            with stop.held():
+                signal.raise_signal(signal.SIGINT)
+            done.append(True)
+        done.append(False)
+    assert done == [True]
+
+
+def test_inside_at_once_a_signal_is_raised_where_it_comes() -> None:
+    with StopSignals() as stop:
+        with pytest.raises(Interrupted), stop.at_once():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted), stop.at_once():  # nobody had looked at it since
+            raise AssertionError
+
+
+def test_a_second_signal_goes_through_all_who_catch_it() -> None:
+    reached = []
+    before = signal.signal(signal.SIGTERM, lambda *what: reached.append("the program's own"))
+    try:
+        with StopSignals() as outer, outer.at_once(), StopSignals() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert not reached
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                inner.check()
+            outer.check()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert reached == ["the program's own"]
+
+
+LOADS = """
+import sys, time
+from fusedgrpo import cli
+
+@cli.app.command()
+def load() -> None:
+    print("loading", flush=True)
+    time.sleep(600)
+
+sys.argv = ["fusedgrpo", "load"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_line_ends_in_order_while_it_loads(number: signal.Signals, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == code
+    assert err == f"fusedgrpo: stopped by {number.name}; nothing was begun.\n"

@@ -20,6 +20,7 @@ from typing import Any
 
 from fusedgrpo.engine.rewards.builtin import CONVENTION
 from fusedgrpo.engine.rewards.own_copy import own_containers, own_copy
+from fusedgrpo.engine.signals import Interrupted
 from fusedgrpo.errors import RewardError, did_you_mean
 
 LARGEST_REWARD = 1e6
@@ -91,14 +92,22 @@ def callable_name(function: Callable[..., Any]) -> str:
 class RewardCall:
     """A reward function, called with what it takes of the convention and the data columns.
 
-    kwargs: constant arguments from ``reward_kwargs``. Raises :class:`RewardError` where the
-    function cannot take them.
+    kwargs: constant arguments from ``reward_kwargs``. interrupts: whether a KeyboardInterrupt that
+    comes out of the function now is a Ctrl-C, and not the function's own. Raises
+    :class:`RewardError` where the function cannot take its arguments.
     """
 
-    def __init__(self, function: Callable[..., Any], kwargs: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        interrupts: Callable[[], bool] = lambda: True,
+    ):
         self.name = callable_name(function)
         self._function = function
         self._kwargs = dict(kwargs or {})
+        self.interrupts = interrupts
         self._accepts, required = _signature(function)
         self._required = required - self._kwargs.keys()
         for name in self._kwargs:
@@ -129,10 +138,10 @@ class RewardCall:
         start = time.perf_counter()
         try:
             output = _listed(self._function(**arguments))
-        except RewardError:
-            raise
-        except Exception as error:  # other people's code raises anything
-            raise _failed(error) from error
+        except BaseException as error:
+            if self._is_the_runs(error):
+                raise
+            raise failed(error) from error
         return self._checked(reply, output, batch, start)
 
     async def call_async(self, batch: Batch) -> Reply:
@@ -142,11 +151,18 @@ class RewardCall:
         start = time.perf_counter()
         try:
             output = _listed(await self._function(**arguments))
-        except RewardError:
-            raise
-        except Exception as error:  # other people's code raises anything
-            raise _failed(error) from error
+        except BaseException as error:
+            if self._is_the_runs(error) or isinstance(error, GeneratorExit):
+                raise  # GeneratorExit: Python says it to a coroutine that nobody awaits any more
+            raise failed(error) from error
         return self._checked(reply, output, batch, start)
+
+    def _is_the_runs(self, error: BaseException) -> bool:
+        """Whether ``error`` is a word to the run. Other people's code raises anything, and whatever
+        it is, ``sys.exit`` included, is a failure of this function and no more."""
+        return isinstance(error, (RewardError, Interrupted)) or (
+            isinstance(error, KeyboardInterrupt) and self.interrupts()
+        )
 
     def _arguments(self, batch: Batch, reply: Reply) -> dict[str, Any]:
         for column in batch.columns:
@@ -289,7 +305,8 @@ def _plain(value: Any) -> Any:
     return None if value is None else str(value)
 
 
-def _failed(error: Exception) -> CallFailed:
+def failed(error: BaseException) -> CallFailed:
+    """The failed call that an error out of a reward function makes."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     summary = f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
     return CallFailed(summary, details="".join(traceback.format_exception(error)))

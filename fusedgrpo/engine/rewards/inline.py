@@ -6,22 +6,29 @@ import asyncio
 import threading
 import time
 from concurrent.futures import CancelledError, Future, wait
+from contextlib import suppress
 
-from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
+from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall, failed
+from fusedgrpo.engine.signals import StopSignals
+
+GRACE_SECONDS = 2.0
 
 
 class Inline:
-    """A callable, run in the calling thread when it is waited for."""
+    """A callable, run in the calling thread when it is waited for. A signal to the run ends it
+    wherever it is, for nothing of the run changes while it works."""
 
-    def __init__(self, call: RewardCall):
+    def __init__(self, call: RewardCall, signals: StopSignals | None = None):
         self.name = call.name
         self._call = call
+        self._signals = signals or StopSignals()
 
     def start(self, batch: Batch) -> None:
         self._batch = batch
 
     def finish(self) -> Reply:
-        return self._call(self._batch)
+        with self._signals.at_once():
+            return self._call(self._batch)
 
     def close(self) -> None:
         pass
@@ -36,16 +43,27 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing:
+            # A task of a user's that exits (SystemExit, KeyboardInterrupt) stops the loop. Who
+            # awaits that task is told as well, once the loop goes on.
+            with suppress(SystemExit, KeyboardInterrupt):
+                self._loop.run_forever()
 
     def submit(self, call: RewardCall, batch: Batch) -> Future[Reply]:
         return asyncio.run_coroutine_threadsafe(call.call_async(batch), self._loop)
 
     def close(self) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
+        if self._loop.is_closed() or self._closing:
+            return
+        self._closing = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(GRACE_SECONDS)
+        if not self._thread.is_alive():  # else a coroutine blocks it, and it ends with the process
             self._loop.close()
 
 
@@ -55,11 +73,18 @@ class Concurrent:
     timeout: seconds for one call; None for no limit. What it awaits is cancelled then.
     """
 
-    def __init__(self, call: RewardCall, loop: EventLoop, timeout: float | None = None):
+    def __init__(
+        self,
+        call: RewardCall,
+        loop: EventLoop,
+        timeout: float | None = None,
+        signals: StopSignals | None = None,
+    ):
         self.name = call.name
         self._call = call
         self._loop = loop
         self._timeout = timeout
+        self._signals = signals or StopSignals()
 
     def start(self, batch: Batch) -> None:
         self._started = time.monotonic()
@@ -70,7 +95,12 @@ class Concurrent:
         left = None
         if self._timeout is not None:
             left = max(0.0, self._started + self._timeout - time.monotonic())
-        done, _ = wait([self._future], timeout=left)
+        try:
+            with self._signals.at_once():
+                done, _ = wait([self._future], timeout=left)
+        except BaseException:
+            self._future.cancel()
+            raise
         if not done:
             self._future.cancel()
             raise CallFailed(
@@ -82,6 +112,8 @@ class Concurrent:
             return self._future.result()
         except CancelledError:
             raise CallFailed("scoring a batch was cancelled, not by the trainer") from None
+        except GeneratorExit as error:  # as an answer it is the function's own
+            raise failed(error) from error
 
     def close(self) -> None:
         self._loop.close()

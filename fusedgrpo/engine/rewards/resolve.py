@@ -104,7 +104,13 @@ def _made(source: Source, factory: Callable[..., Any], kwargs: Mapping[str, Any]
             f"reward function {source.text!r}: {error}. It takes ({takes}); set them with "
             f"reward_kwargs: {{{source.text}: {{...}}}}"
         ) from error
-    return factory(**kwargs)
+    try:
+        return factory(**kwargs)
+    except (Exception, SystemExit) as error:  # other people's code raises anything
+        raise RewardError(
+            f"reward function {source.text!r}: making it with reward_kwargs failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _module(source: Source) -> ModuleType:
@@ -116,7 +122,7 @@ def _module(source: Source) -> ModuleType:
     except ModuleNotFoundError as error:
         where = f" (cwd {os.getcwd()})" if error.name == source.target.split(".")[0] else ""
         raise RewardError(f"{who}: {error}{where}") from error
-    except Exception as error:  # a user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise RewardError(
             f"{who}: importing {source.target} failed with {type(error).__name__}: {error}"
         ) from error

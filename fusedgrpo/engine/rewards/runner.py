@@ -19,6 +19,7 @@ from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rewards.resolve import Source, locate
 from fusedgrpo.engine.rewards.reward_model import RewardModel, is_reward_model, load_reward_model
 from fusedgrpo.engine.rewards.worker import Worker
+from fusedgrpo.engine.signals import StopSignals
 from fusedgrpo.errors import RewardError, did_you_mean
 
 logger = logging.getLogger("fusedgrpo")
@@ -270,6 +271,7 @@ def build_rewards(
     reward_processing_classes: Any = None,
     model_kwargs: Mapping[str, Any] | None = None,
     search_paths: Sequence[str | Path] = (),
+    signals: StopSignals | None = None,
 ) -> RewardFunctions:
     """The reward functions of a run, each of them found and loaded.
 
@@ -282,6 +284,7 @@ def build_rewards(
     async function. device: where reward models go. model_kwargs: for loading
     them. reward_processing_classes: their tokenizers, one for each entry of ``reward_funcs``.
     search_paths: folders beside the working directory where files and modules are looked for.
+    signals: those of the run, which end it while a function is at work.
 
     Raises :class:`RewardError` if a function cannot be found, loaded or given its arguments.
     """
@@ -298,24 +301,27 @@ def build_rewards(
     tokenizers = _tokenizers(reward_processing_classes, count)
     arguments = _arguments(functions, kwargs or {})
     folders = list(dict.fromkeys(Path(path).resolve() for path in (os.getcwd(), *search_paths)))
+    signals = signals or StopSignals()
     loop: EventLoop | None = None
     scorers: list[Scorer] = []
     try:
         for function, tokenizer, given in zip(functions, tokenizers, arguments, strict=True):
             source = locate(function, folders) if isinstance(function, str) else None
             if source is not None and source.kind != "model":
-                scorers.append(Worker(source, given, folders=folders, timeout=timeout))
-            elif source is not None or is_reward_model(function):
                 scorers.append(
-                    _reward_model(source, function, tokenizer, given, device, model_kwargs)
+                    Worker(source, given, folders=folders, timeout=timeout, poll=signals.check)
                 )
+            elif source is not None or is_reward_model(function):
+                model = _reward_model(source, function, tokenizer, given, device, model_kwargs)
+                model.poll = signals.check
+                scorers.append(model)
             else:
-                call = RewardCall(function, given)
+                call = RewardCall(function, given, interrupts=lambda: not signals.none_came)
                 if call.is_async:
                     loop = loop or EventLoop()
-                    scorers.append(Concurrent(call, loop, timeout))
+                    scorers.append(Concurrent(call, loop, timeout, signals))
                 else:
-                    scorers.append(Inline(call))
+                    scorers.append(Inline(call, signals))
         for scorer in scorers:  # the workers load side by side
             if isinstance(scorer, Worker):
                 scorer.ready()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from multiprocessing import Pipe
@@ -44,7 +44,7 @@ class Worker:
     """The trainer's end. ``start`` a batch, then ``finish`` it; a dead child is replaced.
 
     folders: put in front of the child's ``sys.path``. timeout: seconds for one call, and for
-    loading the function; None for no limit.
+    loading the function; None for no limit. poll: called while it is waited for, and may raise.
     """
 
     def __init__(
@@ -54,8 +54,10 @@ class Worker:
         *,
         folders: Sequence[Path],
         timeout: float | None,
+        poll: Callable[[], None] = lambda: None,
     ):
         self.name = source.text
+        self._poll = poll
         self._job = self._packed((source, dict(kwargs)), "reward_kwargs")
         self._path = [str(folder) for folder in folders] + [os.path.abspath(p) for p in sys.path]
         self._timeout = timeout
@@ -128,7 +130,12 @@ class Worker:
             self._connection.send_bytes(message)
 
     def _receive(self, doing: str) -> Any:
-        while not self._connection.poll(max(0.0, min(1.0, self._deadline - time.monotonic()))):
+        while not self._connection.poll(max(0.0, min(0.5, self._deadline - time.monotonic()))):
+            try:
+                self._poll()
+            except BaseException:
+                self._kill()
+                raise
             # What the function started may hold the pipe open after the child is gone.
             if self._process.poll() is not None and not self._connection.poll(0):
                 raise self._died(doing)
@@ -206,6 +213,7 @@ def serve(fd: int, parent: int) -> None:
     try:
         source, kwargs = _unpacked(connection.recv_bytes())
         call = load(source, kwargs)
+        call.interrupts = lambda: False  # no Ctrl-C comes here
     except EOFError:
         return
     except RewardError as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, RewardCall
 from fusedgrpo.engine.rewards.inline import Concurrent, EventLoop, Inline
+from fusedgrpo.engine.signals import Interrupted, StopSignals
 
 BATCH = Batch(["p"], ["c"], [[0]], {}, None, [0])
 
@@ -77,3 +81,88 @@ def test_an_async_callable_has_a_deadline_too() -> None:
     scorer.start(BATCH)
     assert scorer.finish().values == [1.0]
     scorer.close()
+
+
+class Odd(BaseException):
+    """Not an Exception."""
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(0), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), Odd()]
+)
+@pytest.mark.parametrize("kind", ["sync", "async", "in a task"])
+def test_whatever_a_callable_raises_is_its_failure_alone(error: BaseException, kind: str) -> None:
+    def leave(**kwargs: Any) -> list[float]:
+        raise error
+
+    async def leave_later(**kwargs: Any) -> list[float]:
+        await asyncio.sleep(0)
+        raise error
+
+    async def leave_in_a_task(**kwargs: Any) -> list[float]:
+        return await asyncio.get_running_loop().create_task(leave_later())
+
+    with StopSignals() as signals:
+
+        def call(function: Any) -> RewardCall:
+            return RewardCall(function, interrupts=lambda: not signals.none_came)
+
+        if kind == "sync":
+            scorer: Any = Inline(call(leave), signals)
+        else:
+            function = leave_later if kind == "async" else leave_in_a_task
+            scorer = Concurrent(call(function), EventLoop(), None, signals)
+        for _ in range(2):  # and the loop is there for the next batch
+            scorer.start(BATCH)
+            with pytest.raises(CallFailed, match=type(error).__name__):
+                scorer.finish()
+        scorer.close()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "async that blocks"])
+def test_a_signal_ends_a_callable_that_is_at_work(kind: str) -> None:
+    working = threading.Event()
+
+    def sleep(**kwargs: Any) -> list[float]:
+        working.set()
+        time.sleep(600)
+        return [1.0]
+
+    async def sleep_later(**kwargs: Any) -> list[float]:
+        if kind == "async that blocks":
+            return sleep()
+        working.set()
+        await asyncio.sleep(600)
+        return [1.0]
+
+    def terminate() -> None:
+        working.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopSignals() as signals:
+        scorer: Any = (
+            Inline(RewardCall(sleep), signals)
+            if kind == "sync"
+            else Concurrent(RewardCall(sleep_later), EventLoop(), None, signals)
+        )
+        scorer.start(BATCH)
+        threading.Thread(target=terminate).start()
+        with pytest.raises(Interrupted):
+            scorer.finish()
+        scorer.close()
+
+
+def test_a_callable_that_swallows_the_signal_is_the_last() -> None:
+    def swallow(**kwargs: Any) -> list[float]:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:  # noqa: BLE001  what is tested
+            return [1.0]
+        raise AssertionError
+
+    with StopSignals() as signals:
+        scorer = Inline(RewardCall(swallow), signals)
+        scorer.start(BATCH)
+        assert scorer.finish().values == [1.0]
+        with pytest.raises(Interrupted):
+            scorer.finish()

@@ -159,7 +159,7 @@ def test_a_hanging_function_is_killed_and_replaced(name: str, text: str, make: M
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("exit", "exit code 7"), ("kill", "signal 9 .*memory"), ("sys", "exit code 0")],
+    [("exit", "exit code 7"), ("kill", "signal 9 .*memory"), ("sys", "SystemExit: 0")],
 )
 def test_a_dying_function_is_reported_and_replaced(text: str, told: str, make: Make) -> None:
     worker = make("exits")
@@ -309,3 +309,26 @@ def test_the_worker_never_outlives_its_trainer(how: str, make: Make, tmp_path: P
     parent.wait(HUNG)
     assert gone(worker)
     parent.stdout.close()
+
+
+def test_what_the_poll_raises_ends_a_function_that_hangs(tmp_path: Path) -> None:
+    class Stop(BaseException):
+        pass
+
+    def poll() -> None:
+        if started:
+            raise Stop
+
+    started: list[bool] = []
+    (tmp_path / "worker_rewards.py").write_text(REWARDS)
+    source = locate("worker_rewards:hang", [tmp_path])
+    worker = Worker(source, {}, folders=[tmp_path], timeout=None, poll=poll)
+    worker.ready()
+    worker.start(batch("hang"))
+    started.append(True)
+    with pytest.raises(Stop):
+        worker.finish()
+    assert gone(worker._process.pid)
+    started.clear()
+    assert score(worker, "fine") == [1.0]
+    worker.close()
