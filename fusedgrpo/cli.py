@@ -97,30 +97,27 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _overrides(words: list[str]) -> dict[str, str]:
-    """``--key value`` and ``--key=value`` as a mapping; ``--flag`` alone is true."""
-    from fusedgrpo.errors import ConfigError
+def _overrides(words: list[str]) -> dict[str, str | None]:
+    """``--key value`` and ``--key=value`` as a mapping; ``--flag`` alone is None."""
+    from fusedgrpo.errors import ConfigError, brief
 
-    overrides: dict[str, str] = {}
+    overrides: dict[str, str | None] = {}
     pending: str | None = None
     for word in words:
         if word.startswith("--"):
-            if pending is not None:
-                overrides[pending] = "true"
-            key, equals, value = word[2:].replace("-", "_", word.count("-")).partition("=")
-            if equals:
-                # Only the key's dashes are spelling; the value is the user's.
-                value = word.split("=", 1)[1]
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")  # only the key's dashes are spelling
+            if key in overrides:
+                raise ConfigError(f"--{key} is given twice on the command line.")
+            overrides[key] = value if equals else None
             pending = None if equals else key
-            if equals:
-                overrides[key] = value
         elif pending is not None:
             overrides[pending] = word
             pending = None
         else:
-            raise ConfigError(f"{word!r} on the command line belongs to no option: --key value.")
-    if pending is not None:
-        overrides[pending] = "true"
+            raise ConfigError(
+                f"{brief(word)} on the command line belongs to no option: --key value."
+            )
     return overrides
 
 

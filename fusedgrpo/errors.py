@@ -7,7 +7,9 @@ A message says what was given, what was expected and what to do. The command lin
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class FusedGRPOError(Exception):
@@ -65,5 +67,36 @@ class NonFiniteError(FusedGRPOError, ArithmeticError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
+    if len(name) > 200:  # no slip of the pen, and slow to compare
+        return ""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def brief(value: Any) -> str:
+    """``repr(value)`` for a message: of bounded length, whatever the value holds or refers to."""
+    return _cut(_brief.repr(value), 300)
+
+
+def reason(error: BaseException) -> str:
+    """The type and text of somebody else's exception in one line of bounded length."""
+    text = _cut(" ".join(str(error).split()), 600)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 100]} ... {text[-90:]}"
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxstring = self.maxother = 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python itself refuses to write integers of thousands of digits.
+        return repr(x) if x.bit_length() <= 256 else f"an integer of {x.bit_length()} bits"
+
+
+_brief = _Brief()

@@ -10,14 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from fusedgrpo.engine.config_aliases import ALIASES
+from fusedgrpo.engine.config_aliases import ALIASES, Alias
 from fusedgrpo.engine.config_file import parse_override, read_config_file
 from fusedgrpo.engine.config_refused import REFUSED
 from fusedgrpo.engine.config_rules import broken_rules
-from fusedgrpo.engine.config_values import option, read_value, takes_text
-from fusedgrpo.errors import ConfigError, did_you_mean
+from fusedgrpo.engine.config_values import (
+    check_text,
+    limits_of,
+    option,
+    read_value,
+    takes_text,
+    takes_truth,
+)
+from fusedgrpo.errors import ConfigError, brief, did_you_mean
 
 Optimizer = Literal[
     "adamw_torch",
@@ -88,9 +96,9 @@ class GRPOConfig:
     chat_template_kwargs: dict[str, Any] | None = option(None, "variables of the chat template")
 
     # batch
-    num_generations: int = option(8, "completions per prompt: the group size", low=2)
+    num_generations: int = option(8, "completions per prompt: the group size", low=2, high=65536)
     num_generations_eval: int | None = option(
-        None, "group size in evaluation; null: num_generations", low=1
+        None, "group size in evaluation; null: num_generations", low=1, high=65536
     )
     max_completion_length: int = option(512, "limit of a completion (tokens)", low=1)
     per_device_train_batch_size: int = option(8, "completions per device and micro-batch", low=1)
@@ -208,7 +216,7 @@ class GRPOConfig:
 
     if not TYPE_CHECKING:  # type checkers and editors see the generated signature
 
-        def __init__(self, **given: Any):
+        def __init__(self, /, **given: Any):
             values, problems = _resolve(given)
             for spec in fields(self):
                 object.__setattr__(self, spec.name, values.get(spec.name, spec.default))
@@ -218,18 +226,26 @@ class GRPOConfig:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> GRPOConfig:
         """The configuration that a mapping of option names (any known spelling) describes."""
-        return cls(**{str(key): value for key, value in options.items()})
+        return cls(**{_label(key): value for key, value in options.items()})
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> GRPOConfig:
-        """Read a YAML or JSON file. ``overrides`` (text, as typed on a command line) win."""
-        typed = {
-            key: parse_override(text, takes_text=key in _HINTS and takes_text(_HINTS[key]))
-            for key, text in (overrides or {}).items()
-        }
+    def from_file(
+        cls, path: str | Path, overrides: Mapping[str, str | None] | None = None
+    ) -> GRPOConfig:
+        """Read a YAML or JSON file. ``overrides`` win: text, as typed on a command line, or None
+        for an option without a value, which can only mean true."""
+        typed: dict[str, Any] = {}
+        bare: list[Problem] = []
+        for key, text in (overrides or {}).items():
+            alias = ALIASES.get(key, Alias(key))
+            hint = _HINTS.get(alias.option, bool)
+            if text is None and alias.convert is None and not takes_truth(hint):
+                bare.append((alias.option, f"{_label(key)}: has no value on the command line."))
+            else:
+                typed[key] = True if text is None else parse_override(text, takes_text(hint))
         values, problems = _resolve(read_config_file(path))
         winning, more = _resolve(typed)
-        _raise_all(problems + more)
+        _raise_all(problems + more + bare)
         return cls(**{**values, **winning})
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,7 +254,11 @@ class GRPOConfig:
 
 
 _HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
-_LIMITS = {spec.name: spec.metadata["limits"] for spec in fields(GRPOConfig)}
+_LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
+
+# Everywhere else an empty text is a mistake, often a variable of a shell that is not set; as a
+# path it would mean the working directory.
+_MAY_BE_EMPTY = ("system_prompt",)
 
 # A violation: the option (or unknown key) that it is about, and the line to print.
 Problem = tuple[str, str]
@@ -250,7 +270,8 @@ def _resolve(given: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Problem]]:
     spelled: dict[str, str] = {}
     problems: list[Problem] = []
     for key, value in given.items():
-        name = ALIASES[key].option if key in ALIASES else str(key)
+        label = _label(key)
+        name = ALIASES[key].option if key in ALIASES else label
         try:
             if key in REFUSED:
                 if REFUSED[key].accepts(value):
@@ -260,21 +281,36 @@ def _resolve(given: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Problem]]:
                 raise ValueError(f"unknown option.{did_you_mean(name, [*_HINTS, *ALIASES])}")
             convert = ALIASES[key].convert if key in ALIASES else None
             value = _tidy(name, convert(value) if convert else value)
+            if isinstance(value, str) and not value.strip() and name not in _MAY_BE_EMPTY:
+                raise ValueError(
+                    f"expected text, got {value!r}. Leave the option out for its default."
+                )
             value = read_value(value, _HINTS[name], _LIMITS[name])
         except ValueError as error:
-            problems.append((name, f"{key}: {error}"))
+            problems.append((name, f"{label}: {error}"))
             continue
         if name in values and values[name] != value:
-            both = f"given as {values[name]!r} and {value!r}"
-            problems.append((name, f"{spelled[name]} and {key} are one option, {both}."))
+            both = f"given as {brief(values[name])} and {brief(value)}"
+            problems.append((name, f"{spelled[name]} and {label} are one option, {both}."))
         values[name] = value
-        spelled[name] = key
+        spelled[name] = label
     return values, problems
+
+
+def _label(key: Any) -> str:
+    """The name of an option, or whatever was given as one, for a message."""
+    return key if isinstance(key, str) and len(key) <= 100 else brief(key)
 
 
 def _tidy(name: str, value: Any) -> Any:
     """Bring the accepted spellings of a few options to one form. The type check comes after."""
-    if name in ("lora_target_modules", "report_to", "reward_funcs") and isinstance(value, str):
+    if name == "reward_funcs":
+        return _reward_funcs(value)
+    if name == "dtype" and type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
+    if not isinstance(value, (str, bool, list, tuple, NoneType)):  # == may be anything: an array's
+        return value
+    if name in ("lora_target_modules", "report_to") and isinstance(value, str):
         value = [word.strip() for word in value.split(",") if word.strip()]
     if name == "lora_target_modules":
         if value == []:
@@ -282,26 +318,27 @@ def _tidy(name: str, value: Any) -> Any:
         return "all-linear" if value in (["all"], ["all-linear"]) else value
     if name == "report_to":
         return "none" if value in (None, [], ["none"]) else value
-    if name == "reward_funcs":
-        return _reward_funcs(value)
     if name == "scale_rewards" and value in (True, "true"):
         return "group"
     if name == "scale_rewards" and value == "false":
         return "none"
     if name == "resume_from_checkpoint" and value in ("true", "false"):
         return value == "true"
-    if name == "dtype" and type(value).__module__ == "torch":
-        return str(value).removeprefix("torch.")
     return value
 
 
 def _reward_funcs(value: Any) -> list[Any] | None:
     if value is None:
         return None
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
     funcs = list(value) if isinstance(value, (list, tuple)) else [value]
     for func in funcs:
-        if not isinstance(func, str) and not callable(func):
-            raise ValueError(f"expected names or callables, got {func!r} ({type(func).__name__}).")
+        if isinstance(func, str):
+            check_text(func)
+        elif not callable(func):
+            kind = type(func).__name__
+            raise ValueError(f"expected names or callables, got {brief(func)} ({kind}).")
     if not funcs:
         raise ValueError("expected at least one reward function, got none.")
     return funcs
@@ -316,7 +353,8 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        scalar = (str, int, float, bool, NoneType)
+        return {k if isinstance(k, scalar) else str(k): _plain(item) for k, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if callable(value):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fusedgrpo.errors import brief
+
 
 class Alias(NamedTuple):
     """Another name of ``option``. ``convert`` maps the value; it raises ValueError on a bad one."""
@@ -17,7 +19,7 @@ def _truth(value: Any) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, got {value!r}")
+        raise ValueError(f"expected true or false, got {brief(value)}")
     return value
 
 
@@ -28,8 +30,10 @@ def _negate(value: Any) -> bool:
 def _quantization_bit(value: Any) -> bool:
     if value is None:
         return False
-    if str(value) != "4":
-        raise ValueError(f"only 4 bits (NF4 or FP4 through bitsandbytes) can be trained: {value!r}")
+    if not (type(value) in (int, str) and value in (4, "4")):
+        raise ValueError(
+            f"only 4 bits (NF4 or FP4 through bitsandbytes) can be trained: {brief(value)}"
+        )
     return True
 
 
@@ -44,10 +48,10 @@ def _enable_thinking(value: Any) -> dict[str, bool]:
 def _warmup_ratio(value: Any) -> Any:
     try:
         share = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         share = -1.0
     if isinstance(value, bool) or not 0 <= share < 1:
-        raise ValueError(f"expected a share of the run >= 0 and < 1, got {value!r}")
+        raise ValueError(f"expected a share of the run >= 0 and < 1, got {brief(value)}")
     return share
 
 
@@ -64,7 +68,7 @@ def _flash_attn(value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or value not in _ATTENTION:
-        raise ValueError(f"expected one of {', '.join(_ATTENTION)}, got {value!r}")
+        raise ValueError(f"expected one of {', '.join(_ATTENTION)}, got {brief(value)}")
     return _ATTENTION[value]
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fusedgrpo.errors import did_you_mean
+from fusedgrpo.errors import brief, did_you_mean
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.config import GRPOConfig
+
+# Of one rollout, whose prompts, texts and rewards are in memory together.
+MOST_COMPLETIONS = 1 << 20
 
 # (the options a rule is about, the rule: a message or something false)
 _RULES: tuple[tuple[tuple[str, ...], Callable[[GRPOConfig], Any]], ...] = (
@@ -51,6 +54,17 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[GRPOConfig], Any]], ...] = (
             c.generation_batch_size
             and c.steps_per_generation
             and "generation_batch_size and steps_per_generation say the same thing; give one."
+        ),
+    ),
+    (
+        (
+            *("prompts_per_step", "num_generations", "per_device_train_batch_size"),
+            *("gradient_accumulation_steps", "generation_batch_size", "steps_per_generation"),
+        ),
+        lambda c: (
+            (count := _rollout_size(c)) > MOST_COMPLETIONS
+            and f"a rollout of {count:,} completions can never be kept: at most "
+            f"{MOST_COMPLETIONS:,}. Lower prompts_per_step, num_generations or the batch sizes."
         ),
     ),
     (
@@ -111,12 +125,22 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[GRPOConfig], Any]], ...] = (
     (
         ("allow_change",),
         lambda c: ", ".join(
-            f"allow_change: {name!r} is no option.{did_you_mean(name, vars(c))}"
+            f"allow_change: {brief(name)} is no option.{did_you_mean(name, vars(c))}"
             for name in c.allow_change
             if name not in vars(c)
         ),
     ),
 )
+
+
+def _rollout_size(config: GRPOConfig) -> int:
+    """About how many completions one process samples at once."""
+    micro_batch = config.per_device_train_batch_size
+    step = micro_batch * config.gradient_accumulation_steps
+    if config.prompts_per_step is not None:
+        step = config.prompts_per_step * config.num_generations
+    asked = config.generation_batch_size or micro_batch * (config.steps_per_generation or 1)
+    return max(step, asked, config.num_generations)
 
 
 def _share_or_count(value: float) -> bool:

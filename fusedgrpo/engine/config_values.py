@@ -1,7 +1,7 @@
 """Read one option's value: the right type, inside its range, and nothing else.
 
 Types come from the annotations of :class:`~fusedgrpo.engine.config.GRPOConfig`, ranges from the
-metadata that :func:`option` stores. Text is turned into numbers and truth values, because YAML
+bounds that :func:`option` is given. Text is turned into numbers and truth values, because YAML
 1.1 reads ``1e-5`` as text and a command line has nothing but text; nothing else is converted.
 """
 
@@ -12,13 +12,21 @@ import math
 import operator
 import os
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import Field, field
 from enum import Enum
 from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from fusedgrpo.errors import did_you_mean
+from fusedgrpo.errors import brief, did_you_mean
+
+# Beside the fields and not in their metadata, all of which transformers' HfArgumentParser takes
+# for arguments of argparse.
+_LIMITS: dict[Field[Any], dict[str, float]] = {}
+
+# Values in values, and how deep. A few lines of YAML aliases make billions, and a value may hold
+# itself; nobody's reward or chat template takes so many.
+MOST_VALUES, DEEPEST = 100_000, 50
 
 _TRUE = ("true", "yes", "on")
 _FALSE = ("false", "no", "off")
@@ -36,7 +44,14 @@ def option(
     """A dataclass field with its help text and range (``low <= x``, ``above < x``, ...)."""
     bounds = {">=": low, ">": above, "<=": high, "<": below}
     limits = {sign: bound for sign, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"help": help, "limits": limits})
+    made: Field[Any] = field(default=default, metadata={"help": help})
+    _LIMITS[made] = limits
+    return made
+
+
+def limits_of(spec: Field[Any]) -> Mapping[str, float]:
+    """The range of an option, as ``{sign: bound}``."""
+    return _LIMITS[spec]
 
 
 def read_value(value: Any, hint: Any, limits: Mapping[str, float]) -> Any:
@@ -60,6 +75,11 @@ def takes_text(hint: Any) -> bool:
     return any(takes_text(member) for member in get_args(hint) if _is_union(hint))
 
 
+def takes_truth(hint: Any) -> bool:
+    """Whether true is a value of ``hint``."""
+    return bool in _members(hint)
+
+
 class _WrongTypeError(Exception):
     """The value is not of the type, and cannot be read as one."""
 
@@ -75,7 +95,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin is Literal:
         if value is False:  # YAML 1.1 reads a bare `no` or `off` as false
             value = next((word for word in ("no", "none") if word in get_args(hint)), value)
-        if value in get_args(hint):
+        if isinstance(value, str) and value in get_args(hint):
             return value
     elif origin in (list, tuple):
         item_hint = get_args(hint)[0]
@@ -90,7 +110,9 @@ def _convert(value: Any, hint: Any) -> Any:
     elif origin in (int, float):
         return _convert_number(value, origin)
     elif origin is str and isinstance(value, (str, os.PathLike)):
-        return os.fspath(value)
+        value = os.fspath(value)
+        if isinstance(value, str):
+            return check_text(value)
     elif origin is NoneType and value is None:
         return None
     raise _WrongTypeError
@@ -108,9 +130,10 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _convert_bool(value: Any) -> bool:
-    word = value.lower() if isinstance(value, str) else value
-    if isinstance(word, bool) or word in (*_TRUE, *_FALSE):
-        return word is True or word in _TRUE
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in (*_TRUE, *_FALSE):
+        return value.lower() in _TRUE
     raise _WrongTypeError
 
 
@@ -122,22 +145,60 @@ def _convert_number(value: Any, kind: type) -> int | float:
             raise _WrongTypeError from None
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _WrongTypeError
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _WrongTypeError from None
     if kind is float:
-        return float(value)
-    if not float(value).is_integer():
+        return number
+    if not number.is_integer():
         raise _WrongTypeError
-    return value if isinstance(value, int) else int(float(value))
+    whole = value if isinstance(value, int) else int(number)
+    if not -(2**63) <= whole < 2**64:
+        raise ValueError(f"expected an integer of at most 64 bits, got {brief(value)}.")
+    return whole
 
 
 def _convert_dict(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise _WrongTypeError from None
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        _check_size(value)
         return dict(value)
     raise _WrongTypeError
+
+
+def _check_size(value: Any) -> None:
+    """ValueError if ``value`` holds too many values, nested too deeply, or itself."""
+    found = 0
+    waiting = [(value, 1)]
+    while waiting:
+        inner, depth = waiting.pop()
+        if isinstance(inner, str):
+            check_text(inner)
+        items: list[Any] = []
+        if isinstance(inner, Mapping):
+            items = [*inner, *inner.values()]
+        elif isinstance(inner, (list, tuple)):
+            items = list(inner)
+        found += len(items)
+        if found > MOST_VALUES:
+            raise ValueError(f"holds more than {MOST_VALUES:,} values.")
+        if depth > DEEPEST:
+            raise ValueError(f"is nested more than {DEEPEST} levels deep, or holds itself.")
+        waiting += [(item, depth + 1) for item in items]
+
+
+def check_text(text: str) -> str:
+    """``text``, unless it holds what no file name, no tokenizer and no UTF-8 can: ValueError."""
+    for position, c in enumerate(text):
+        if c == "\0" or "\ud800" <= c <= "\udfff":
+            kind = "a NUL character" if c == "\0" else "half a surrogate pair"
+            raise ValueError(f"expected text, got {brief(text)} with {kind} at {position}.")
+    return text
 
 
 def _is_union(hint: Any) -> bool:
@@ -152,7 +213,7 @@ def _inside(number: float, limits: Mapping[str, float]) -> bool:
 
 
 def _expected(value: Any, hint: Any, limits: Mapping[str, float]) -> str:
-    given = "null" if value is None else repr(value)
+    given = "null" if value is None else brief(value)
     if not isinstance(value, (str, NoneType)):
         given += f" ({type(value).__name__})"
     choices = [choice for member in _members(hint) for choice in _choices(member)]
