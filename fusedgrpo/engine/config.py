@@ -93,6 +93,12 @@ class GRPOConfig:
     max_length: int | None = option(None, "limit of prompt + completion (tokens)", low=2)
     on_bad_row: Literal["error", "skip"] = option("error", "unusable rows: stop, or list and skip")
     shuffle_dataset: bool = option(True, "shuffle the prompts in each epoch")
+    text_as_user_turn: bool = option(
+        False, "render text prompts with the chat template, as the turn of a user"
+    )
+    prompt_add_special_tokens: bool = option(
+        True, "let the tokenizer add its BOS or EOS to text prompts"
+    )
     chat_template_kwargs: dict[str, Any] | None = option(None, "variables of the chat template")
 
     # batch
@@ -127,6 +133,9 @@ class GRPOConfig:
         None, "minimum share of the best token's probability", low=0, high=1
     )
     repetition_penalty: float = option(1.0, "above 1 discourages repeated tokens", above=0)
+    skip_special_tokens: bool = option(
+        True, "in the text of completions; false keeps all but the EOS at their end"
+    )
     max_in_flight: int | None = option(
         None, "completions decoded together; null: what the plan says, or all", low=1
     )

@@ -84,7 +84,6 @@ _GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
             "num_beams": 1,
             "length_penalty": 1.0,
             "eval_num_beams": None,
-            "skip_special_tokens": True,
         },
     ),
     (

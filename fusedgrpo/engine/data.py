@@ -16,12 +16,16 @@ from fusedgrpo.engine.data_formats import (
     BadRowError,
     Layout,
     Messages,
+    Prompt,
     PromptLayout,
     guess_layout,
     missing_column,
 )
+from fusedgrpo.engine.data_media import media_reason
 from fusedgrpo.engine.data_sources import Row, Source, read_source
+from fusedgrpo.engine.fingerprint import joined, row_digest
 from fusedgrpo.engine.prompt_encoder import PromptEncoder
+from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import DataError
 
 logger = logging.getLogger("fusedgrpo")
@@ -38,12 +42,15 @@ class Example:
 
     row: index in the source. prompt: text or messages, as the reward functions get it.
     prompt_ids: what the model gets. columns: the row's other columns, as in the source.
+    read: the prompt before it was encoded. digest: sha256 of the row, as in the source.
     """
 
     row: int
     prompt: str | Messages
     prompt_ids: tuple[int, ...]
     columns: dict[str, Any]
+    read: Prompt | None = None
+    digest: bytes = b""
 
 
 @dataclass
@@ -52,7 +59,7 @@ class PromptDataset:
 
     Every example has all of ``column_names`` (None where its row lacks one). conversational:
     prompts are messages, and so will completions be. skipped: ``{"row", "where", "reason"}`` of
-    each row left out.
+    each row left out. encoder: what encoded the prompts.
     """
 
     examples: list[Example]
@@ -60,6 +67,7 @@ class PromptDataset:
     conversational: bool
     source: str
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    encoder: PromptEncoder | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -69,12 +77,37 @@ class PromptDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over token ids and columns: equal for equal training data."""
+        """sha256 over the rows of the source that are used: equal for equal training data."""
+        return joined(example.digest for example in self.examples)
+
+    @property
+    def ids_fingerprint(self) -> str:
+        """sha256 over the token ids of the prompts."""
+        return joined(row_digest({"ids": example.prompt_ids}) for example in self.examples)
+
+    @property
+    def fingerprint_of_format_1(self) -> str:
+        """What checkpoints of version 0.1 hold: sha256 over token ids and columns together."""
         digest = hashlib.sha256()
         for example in self.examples:
             line = json.dumps([example.prompt_ids, example.columns], sort_keys=True, default=str)
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()
+
+    def encoded_again(self) -> PromptDataset:
+        """The same prompts as the encoder renders them now: by another date, if its template says
+        one. Raises DataError for one that cannot be used any more."""
+        if self.encoder is None or not self.encoder.is_dated:
+            return self
+        examples = []
+        for example in self.examples:
+            assert example.read is not None
+            try:
+                ids = self.encoder.encode(example.read)
+            except (BadRowError, DataError) as error:
+                raise DataError(f"{self.source} row {example.row}: {error}") from error
+            examples.append(replace(example, prompt_ids=ids))
+        return replace(self, examples=examples)
 
     def split(self, val_size: float, seed: int) -> tuple[PromptDataset, PromptDataset]:
         """Training and held-out part: a share of the examples if ``val_size`` < 1, else a count."""
@@ -97,15 +130,19 @@ def load_prompts(
     context_length: int | None,
     split: str = "train",
     side_file: Path | None = None,
+    clock: RunClock | None = None,
 ) -> PromptDataset:
     """Read, encode and check all prompts of ``source``.
 
     source: a name or path (several, comma-separated), a ``datasets.Dataset`` or a list of dicts.
     vocab_size, context_length: the model's, where known. side_file: JSON lines, one per row that
-    ``on_bad_row: skip`` left out; not written if there is none.
+    ``on_bad_row: skip`` left out; not written if there is none. clock: says the date to chat
+    templates; the system's if there is none.
     Raises DataError for a source, column or row that cannot be used.
     """
-    encoder = PromptEncoder(config, tokenizer, vocab_size=vocab_size, context_length=context_length)
+    encoder = PromptEncoder(
+        config, tokenizer, vocab_size=vocab_size, context_length=context_length, clock=clock
+    )
     name, rows = _read_all(source, config, split)
     examples: list[Example] = []
     skipped: list[dict[str, Any]] = []
@@ -123,11 +160,13 @@ def load_prompts(
     if skipped:
         _report(skipped, len(rows), name, config, side_file)
     if not examples:
-        raise DataError(f"{name}: {len(rows)} rows, none of them a usable prompt.")
+        raise DataError(
+            f"{name}: {len(rows)} rows, none of them a usable prompt:\n{_listing(skipped)}"
+        )
 
     columns = list(dict.fromkeys(key for example in examples for key in example.columns))
     examples = [replace(e, columns={key: e.columns.get(key) for key in columns}) for e in examples]
-    return PromptDataset(examples, columns, kind is list, name, skipped)
+    return PromptDataset(examples, columns, kind is list, name, skipped, encoder)
 
 
 def _read_all(source: Any, config: GRPOConfig, split: str) -> tuple[str, list[tuple[Row, Layout]]]:
@@ -164,25 +203,29 @@ def _layout(source: Source) -> Layout:
 def _encode(index: int, row: Row, layout: Layout, encoder: PromptEncoder) -> Example:
     if row.values is None:
         raise BadRowError(row.reason)
-    prompt = layout.read(row.values)
+    if reason := media_reason(row.values):
+        raise BadRowError(reason)
     try:
+        prompt = layout.read(row.values)
         prompt_ids = encoder.encode(prompt)
+        digest = row_digest(row.values)
+    except BadRowError:
+        raise
     except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
+    except Exception as error:  # values of any type may be in a row
+        raise BadRowError(f"it cannot be read: {type(error).__name__}: {error}") from error
     columns = {key: value for key, value in row.values.items() if key not in _DROPPED}
     if prompt.answer is not None:
         columns.setdefault("solution", prompt.answer)
-    return Example(index, prompt.given, prompt_ids, columns)
+    return Example(index, prompt.given, prompt_ids, columns, prompt, digest)
 
 
 def _report(
     skipped: list[dict[str, Any]], total: int, name: str, config: GRPOConfig, side_file: Path | None
 ) -> None:
     """Stop for unusable rows, or list them all in the side file and say so."""
-    lines = [f"  {bad['where']}: {bad['reason']}" for bad in skipped[:_SHOWN]]
-    if len(skipped) > _SHOWN:
-        lines.append(f"  ... and {len(skipped) - _SHOWN} more")
-    listing = "\n".join(lines)
+    listing = _listing(skipped)
     if config.on_bad_row == "error":
         raise DataError(
             f"{name}: {len(skipped)} of {total} rows cannot be used:\n{listing}\n"
@@ -192,6 +235,21 @@ def _report(
     if side_file is not None:
         side_file.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(bad, ensure_ascii=False) + "\n" for bad in skipped)
-        side_file.write_text(text, encoding="utf-8")
+        side_file.write_text(text, encoding="utf-8", errors="backslashreplace")
         where = f" (all in {side_file})"
     logger.warning(f"{name}: skipped {len(skipped)} of {total} rows{where}:\n{listing}")
+
+
+def _listing(skipped: list[dict[str, Any]]) -> str:
+    """The first rows that cannot be used and why; one line for all that share a reason."""
+    by_reason: dict[str, list[str]] = {}
+    for bad in skipped:
+        by_reason.setdefault(bad["reason"], []).append(bad["where"])
+    lines = []
+    for reason, where in list(by_reason.items())[:_SHOWN]:
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        lines.append(f"  {where[0]}{more}: {reason}")
+    if len(by_reason) > _SHOWN:
+        rest = sum(len(where) for where in list(by_reason.values())[_SHOWN:])
+        lines.append(f"  ... and {rest} more")
+    return "\n".join(lines)

@@ -44,9 +44,11 @@ class PromptLayout:
         return self.column
 
     def read(self, row: Mapping[str, Any]) -> Prompt:
-        value = row.get(self.column)
+        value: Any = row.get(self.column)
         if isinstance(value, str):
             return Prompt(_text(value, self.column), None)
+        if getattr(value, "ndim", None) == 1:  # messages in an array, as pandas reads Parquet
+            value = value.tolist()
         if isinstance(value, (list, tuple)):
             messages = _messages(value, self.column)
             return Prompt(messages, messages)
@@ -158,8 +160,15 @@ def _messages(value: Any, column: str) -> Messages:
     for i, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise BadRowError(f"{column!r}[{i}] is not a message with a role and content")
-        if not isinstance(message.get("content"), str):
-            kind = kind_of(message.get("content"))
+        content = message.get("content")
+        if isinstance(content, (list, tuple)) and content:
+            for part in content:
+                text = part.get("text") if isinstance(part, Mapping) else None
+                if not isinstance(text, str) or part.get("type") != "text":
+                    kind = kind_of(part)
+                    raise BadRowError(f"the content of {column!r}[{i}] has {kind}, expected text")
+        elif not isinstance(content, str):
+            kind = kind_of(content)
             raise BadRowError(f"the content of {column!r}[{i}] is {kind}, expected text")
     return [dict(message) for message in value]
 

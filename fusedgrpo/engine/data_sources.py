@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo.engine.data_formats import AlpacaLayout, ConversationLayout, Layout, kind_of
+from fusedgrpo.engine.data_media import undecoded
 from fusedgrpo.errors import DataError, did_you_mean
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -45,6 +46,11 @@ def read_source(source: Any, dataset_dir: str | Path = "data", split: str = "tra
     """
     if isinstance(source, (str, Path)):
         return _read_named(str(source), Path(dataset_dir), split)
+    for to_rows in ("to_pylist", "to_dicts"):  # tables of pyarrow and polars
+        if hasattr(source, to_rows):
+            source = getattr(source, to_rows)()
+    if hasattr(source, "to_dict") and hasattr(source, "iloc"):  # a DataFrame of pandas
+        source = source.to_dict("records")
     if isinstance(source, (list, tuple)):
         return Source("list", [_row(f"row {i}", values) for i, values in enumerate(source)])
     if isinstance(source, Mapping):  # a DatasetDict
@@ -52,8 +58,9 @@ def read_source(source: Any, dataset_dir: str | Path = "data", split: str = "tra
     if hasattr(source, "column_names") and hasattr(source, "__len__"):
         return _read_object(source)
     raise DataError(
-        f"A data set is a name, a path, a datasets.Dataset or a list of dicts, got "
-        f"{type(source).__name__}. Streamed data sets cannot be shuffled or resumed: load them."
+        "A data set is a name, a path, a datasets.Dataset, a table of pandas, polars or pyarrow, "
+        f"or a list of dicts, got {type(source).__name__}. Streamed data sets cannot be shuffled "
+        "or resumed: load them."
     )
 
 
@@ -89,6 +96,8 @@ def _read_path(path: Path, split: str) -> Source:
 def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}.")
+    if not path.is_file():
+        raise DataError(f"{path}: is no regular file (a pipe or a device?); give a file.")
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
         return
@@ -134,18 +143,27 @@ def _read_json_lines(path: Path, text: str) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, text: str) -> Iterator[Row]:
-    """Every value is text, as written: "007" stays what it is."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    """Every value is text, as written: "007" stays what it is. Fields may be of any length."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records: list[tuple[int, list[str]]] = []
+    # The limit is the whole process's, so it is only lifted until all is read.
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:
-        for values in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in values or None in values.values():
-                expected = len(reader.fieldnames or ())
-                yield Row(where, None, f"does not have the {expected} fields of the header")
-            else:
-                yield Row(where, dict(values))
+        records += [(reader.line_num, fields) for fields in reader if fields]
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}.") from error
+        line = records[-1][0] if records else 1  # the last that could be read
+        raise DataError(f"{path}:{line}: not valid CSV: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
+    header = records[0][1] if records else []
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{path}: the header has two columns {twice[0]!r}; rename one.")
+    for line, fields in records[1:]:
+        where = f"{path}:{line}"
+        if len(fields) != len(header):
+            yield Row(where, None, f"does not have the {len(header)} fields of the header")
+        else:
+            yield Row(where, dict(zip(header, fields, strict=True)))
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -162,12 +180,17 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _row(where: str, values: Any) -> Row:
     if isinstance(values, Mapping):
+        for name in values:
+            if not isinstance(name, str):
+                kind = kind_of(name)
+                return Row(where, None, f"has a column named {kind}, expected text as the name")
         return Row(where, dict(values))
     return Row(where, None, f"is {kind_of(values)}, expected an object with named columns")
 
 
 def _read_object(dataset: Any, name: str = "dataset") -> Source:
-    return Source(name, [Row(f"{name} row {i}", dict(row)) for i, row in enumerate(dataset)])
+    rows = enumerate(undecoded(dataset))
+    return Source(name, [Row(f"{name} row {i}", dict(row)) for i, row in rows])
 
 
 def _load_directory(path: Path, split: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.completion_text import CompletionText
 from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.rollout import Completion, FinishReason, Group
@@ -67,7 +68,8 @@ class GenerateSampler:
     policy: sampled in eval mode (no dropout, no gradient checkpointing) and in its own precision.
     tokenizer: decodes. eos_ids: every id that ends a completion. guard: its ``in_flight`` says how
     many completions are decoded together, and shrinks where memory runs out. poll: called before
-    each token, so that a signal need not wait for the end of a rollout.
+    each token, so that a signal need not wait for the end of a rollout. skip_special_tokens: in
+    the text of the completions.
     """
 
     def __init__(
@@ -78,10 +80,12 @@ class GenerateSampler:
         *,
         guard: MemoryGuard | None = None,
         poll: Callable[[], None] = lambda: None,
+        skip_special_tokens: bool = True,
     ):
         self.policy = policy
         self.tokenizer = tokenizer
         self.eos_ids = list(eos_ids)
+        self.text = CompletionText(tokenizer, eos_ids, skip_special_tokens=skip_special_tokens)
         self.guard = guard or MemoryGuard(tokens=0)
         self.poll = poll
 
@@ -198,7 +202,7 @@ class GenerateSampler:
         for row, row_logp in zip(tokens.tolist(), logp, strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in self.eos_ids), None)
             ids = tuple(row[:end])
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = self.text(ids, ended=end is not None)
             reason: FinishReason = "length" if end is None else "stop"
             completions.append(Completion(ids, text, reason, row_logp[: len(ids)].clone()))
         return completions

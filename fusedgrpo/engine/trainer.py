@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from fusedgrpo.engine.prompt_stream import PromptStream
 from fusedgrpo.engine.rehearsal import rehearse
 from fusedgrpo.engine.rewards import RewardBatch, build_rewards
 from fusedgrpo.engine.rollout import Rollout
+from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.rundir import RunDir
 from fusedgrpo.engine.sampler import GenerateSampler, Sampler, SamplingParams, SharedSampler
 from fusedgrpo.engine.samples import Sample
@@ -49,6 +51,7 @@ from fusedgrpo.models.loading import (
 from fusedgrpo.models.offload import OffloadActivations
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.precision import pick_device
+from fusedgrpo.models.processing import text_tokenizer
 
 log = logging.getLogger("fusedgrpo")
 
@@ -63,7 +66,8 @@ class GRPOTrainer:
         (``finetuning_type: full`` trains all weights). reward_funcs: names, callables, reward
         models, or a list of these; None for ``args.reward_funcs``. args: a ``GRPOConfig``.
     train_dataset, eval_dataset: a ``datasets.Dataset``, a list of dicts, or a name or path; None
-        for those of ``args``. processing_class, or tokenizer: the tokenizer, if not the model's.
+        for those of ``args``. processing_class, or tokenizer: the tokenizer, or a Processor that
+        has one, if not the model's.
     peft_config: a peft configuration instead of the one that ``args`` describes.
     sampler: another ``Sampler`` than transformers' generate. search_paths: folders where
         ``file.py:function`` rewards are looked for, beside the working directory.
@@ -93,7 +97,10 @@ class GRPOTrainer:
         # A launcher passes on the signal that the terminal has sent to everybody already.
         self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
         tracker_classes(args.report_to)
-        self.processing_class = processing_class or tokenizer or load_tokenizer(args)
+        given = tokenizer if processing_class is None else processing_class
+        self.processing_class = load_tokenizer(args) if given is None else given
+        self.tokenizer = text_tokenizer(self.processing_class)
+        self.clock = RunClock(self.processes.in_main(datetime.now))
         self.reward_funcs = build_rewards(
             args.reward_funcs if reward_funcs is None else reward_funcs,
             weights=args.reward_weights,
@@ -105,6 +112,7 @@ class GRPOTrainer:
             model_kwargs={"trust_remote_code": args.trust_remote_code},
             search_paths=search_paths,
             signals=self.signals,
+            clock=self.clock,
         )
         try:
             self._assemble(model, train_dataset, eval_dataset, peft_config, sampler)
@@ -133,8 +141,8 @@ class GRPOTrainer:
             self.memory_plan = self._plan_memory(getattr(self, "policy", None))
         if not hasattr(self, "policy"):
             self.policy = Policy.load(args, model, peft_config)
-        check_tokenizer(self.processing_class, self.policy.causal_lm)
-        self.eos_ids = eos_ids(self.policy.causal_lm, self.processing_class)
+        check_tokenizer(self.tokenizer, self.policy.causal_lm)
+        self.eos_ids = eos_ids(self.policy.causal_lm, self.tokenizer)
         held_out = self.eval_dataset and self.eval_dataset.fingerprint
         self.processes.agree(
             {"the training data": self.train_dataset.fingerprint, "the evaluation data": held_out}
@@ -167,10 +175,11 @@ class GRPOTrainer:
         )
         self.sampler = sampler or GenerateSampler(
             self.policy,
-            self.processing_class,
+            self.tokenizer,
             self.eos_ids,
             guard=self.guard,
             poll=self.signals.check,
+            skip_special_tokens=args.skip_special_tokens,
         )
         if self.processes.size > 1:
             self.sampler = SharedSampler(self.sampler, self.processes)
@@ -220,6 +229,7 @@ class GRPOTrainer:
                 "dataset is missing: give a file, a directory, a name in dataset_dir, or pass "
                 "train_dataset."
             )
+        limits = {**limits, "clock": self.clock}
         prompts = load_prompts(source, args, self.processing_class, **limits)
         held_out = args.eval_dataset if held_out is None else held_out
         evaluation = None
@@ -232,6 +242,13 @@ class GRPOTrainer:
                 f"eval_strategy: {args.eval_strategy} needs an eval_dataset or a val_size."
             )
         return prompts, evaluation
+
+    def set_clock(self, started: datetime) -> None:
+        """Go on with the prompts of a run that was started at another time. Raises DataError."""
+        self.clock.started = started
+        self.train_dataset = self.stream.data = self.train_dataset.encoded_again()
+        if self.eval_dataset is not None:
+            self.eval_dataset = self.eval_dataset.encoded_again()
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> SimpleNamespace:
         """Run to the end, or from a checkpoint on; returns the last step's ``metrics``.
@@ -435,7 +452,7 @@ class GRPOTrainer:
             dump = outputs.dump(
                 self.progress.step + 1,
                 samples,
-                decode=self.processing_class.decode,
+                decode=self.tokenizer.decode,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 seed=self.args.seed,

@@ -3,7 +3,7 @@
 adapter/ or model/     the weights, loadable by peft or transformers as they are
 optimizer.safetensors  and the JSON part of its state in state.json
 window.safetensors     the unfinished rollout, if there is one; its rest in window.json
-state.json             counters, data cursor, configuration, fingerprint of the data
+state.json             counters, data cursor, configuration, start, fingerprints of the data
 manifest.json          sizes and hashes of all of these
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from fusedgrpo.engine import checkpoint
+from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.engine.data import PromptDataset
 from fusedgrpo.engine.plan_batch import BatchPlan
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import CheckpointError
@@ -34,6 +37,10 @@ FREE_TO_CHANGE = {
     "max_nonfinite_steps", "dataset", "dataset_dir", "rehearsal", "max_in_flight",
     "activation_offloading", "gpu_memory",
 }  # fmt: skip
+
+
+# Before the hash of the rows; without it, the hash is that of version 0.1.
+_DATA_TAG = "rows:"
 
 
 @dataclass(slots=True)
@@ -107,7 +114,9 @@ def save(trainer: GRPOTrainer, directory: Path) -> Path:
             "optimizer": values,
             "scaler": trainer.updater.scaler.state_dict(),
             "config": trainer.args.to_dict(),
-            "data": trainer.train_dataset.fingerprint,
+            "data": _DATA_TAG + trainer.train_dataset.fingerprint,
+            "prompt_ids": trainer.train_dataset.ids_fingerprint,
+            "started": trainer.clock.started.isoformat(),
             "groups": groups_of(trainer.plan),
         }
         checkpoint.write_json(path / "state.json", state)
@@ -148,6 +157,8 @@ def find(resume: str | bool | None, directory: Path) -> Path | None:
 def restore(trainer: GRPOTrainer, path: Path) -> None:
     """Make the trainer what it was when ``path`` was saved. Raises CheckpointError."""
     state = checkpoint.read_json(path / "state.json")
+    if "started" in state:  # else it is of version 0.1
+        trainer.set_clock(datetime.fromisoformat(state["started"]))
     _check_same_run(trainer, state, path)
     load_weights(trainer.policy.model, path)
     checkpoint.load_optimizer_state(
@@ -165,16 +176,31 @@ def restore(trainer: GRPOTrainer, path: Path) -> None:
         )
 
 
+def _other_data(data: PromptDataset, state: Mapping[str, Any]) -> str | None:
+    """How the data differs from what the checkpoint was trained on."""
+    tagged = str(state["data"]).startswith(_DATA_TAG)
+    own = _DATA_TAG + data.fingerprint if tagged else data.fingerprint_of_format_1
+    if state["data"] != own:
+        return "the training prompts are not the same"
+    if state.get("prompt_ids", data.ids_fingerprint) != data.ids_fingerprint:
+        return (
+            "the rows are the same, but are encoded to other tokens: the tokenizer or its chat "
+            "template has changed"
+        )
+    return None
+
+
 def _check_same_run(trainer: GRPOTrainer, state: Mapping[str, Any], path: Path) -> None:
     allowed = set(trainer.args.allow_change)
-    now, then = trainer.args.to_dict(), state["config"]
+    # An option that the checkpoint's version did not have was what it is by default.
+    now, then = trainer.args.to_dict(), GRPOConfig().to_dict() | state["config"]
     changed = [
-        f"{name}: {then.get(name)!r} -> {value!r}"
+        f"{name}: {then[name]!r} -> {value!r}"
         for name, value in now.items()
-        if name not in FREE_TO_CHANGE | allowed and then.get(name) != value
+        if name not in FREE_TO_CHANGE | allowed and then[name] != value
     ]
-    if "dataset" not in allowed and state["data"] != trainer.train_dataset.fingerprint:
-        changed.append("dataset: the training prompts are not the same")
+    if "dataset" not in allowed and (problem := _other_data(trainer.train_dataset, state)):
+        changed.append(f"dataset: {problem}")
     if not changed and not allowed and state["groups"] != groups_of(trainer.plan):
         changed.append(
             f"prompts per step and per rollout: {state['groups']} -> {groups_of(trainer.plan)}, by "

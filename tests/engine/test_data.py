@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import PIL.Image
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -169,6 +171,17 @@ def test_a_foreign_tokenizer_is_refused_with_the_row(tokenizer: Any) -> None:
         load_prompts([GOOD], config, tokenizer, vocab_size=3, context_length=None)
 
 
+def test_a_token_that_the_model_has_not_is_the_fault_of_the_rows_that_have_it(
+    tokenizer: Any,
+) -> None:
+    (last,) = tokenizer("z")["input_ids"]
+    rows, limit = [{"prompt": "a"}, {"prompt": "az"}], {"vocab_size": last, "context_length": None}
+    config = GRPOConfig(on_bad_row="skip")
+    assert len(load_prompts(rows, config, tokenizer, **limit)) == 1
+    with pytest.raises(DataError, match="row 1: the tokenizer gives token id"):
+        load_prompts(rows, GRPOConfig(), tokenizer, **limit)
+
+
 def test_the_fingerprint_is_that_of_the_training_data(tokenizer: Any) -> None:
     base = load([GOOD], tokenizer).fingerprint
     assert len(base) == 64
@@ -193,3 +206,63 @@ def test_the_held_out_part_is_disjoint_and_repeats(
 def test_holding_out_everything_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="val_size 1 leaves none of 1 prompts"):
         load([GOOD], tokenizer).split(1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "half \ud83d of it"}, "half a character"),
+        ({"prompt": None}, "'prompt' is null"),
+        ({"prompt": ""}, "'prompt' is empty"),
+        ({"prompt": []}, "an empty list of messages"),
+        ({"prompt": 10**5000}, "it cannot be read: ValueError"),
+        ({"prompt": [{"content": "no role"}]}, "is not a message with a role"),
+        ({"prompt": [{"role": ["a"], "content": "x"}]}, "is not a message with a role"),
+        ({"prompt": [{"role": "user", "content": None}]}, "the content of .* is null"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "expected text|'image'"),
+        ({"prompt": "x", 3: "y"}, "has a column named int '3'"),
+        ({"prompt": "x", "image": "cat.png"}, "its column 'image' holds what image belongs"),
+        ({"prompt": "x", "images": [PIL.Image.new("RGB", (2, 2))]}, "'images' holds a picture"),
+        ({"prompt": "x", "scan": {"page": PIL.Image.new("L", (2, 2))}}, "'scan' holds a picture"),
+        ({"prompt": "x", "f": [None, {"bytes": b"..", "path": None}]}, "'f' holds a stored pict"),
+        ({"prompt": "x", "s": {"array": [0.1], "sampling_rate": 8}}, "'s' holds a sound"),
+    ],
+)
+def test_every_bad_row_is_named_and_can_be_skipped(row: Any, told: str, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=rf"(?s)1 of 2 rows cannot be used:\n  row 1: .*(?:{told})"):
+        load([{"prompt": [{"role": "user", "content": "x"}]} if isinstance(row.get("prompt"), list)
+              and row["prompt"] else GOOD, row], tokenizer)  # fmt: skip
+    assert len(load([GOOD, row], tokenizer, on_bad_row="skip").skipped) == 1
+
+
+def test_empty_columns_of_pictures_are_no_pictures(tokenizer: Any) -> None:
+    row = {**GOOD, "image": None, "images": [], "image_url": "https://example.org/a.png"}
+    assert len(load([row], tokenizer)) == 1
+
+
+def test_pictures_of_a_dataset_are_refused_without_decoding_them(tokenizer: Any) -> None:
+    features = datasets.Features({"prompt": datasets.Value("string"), "photo": datasets.Image()})
+    rows = [{"prompt": "x", "photo": {"bytes": b"no picture", "path": None}}] * 3
+    data = datasets.Dataset.from_list(rows, features=features)
+    with pytest.raises(DataError, match=r"3 of 3 .*\n  dataset row 0 and 2 more: .*'photo' holds"):
+        load(data, tokenizer)
+
+
+def test_odd_values_in_a_column_are_taken(tokenizer: Any) -> None:
+    grid = {1: "x", "b": {(0, 1): "wall"}, None: {1, "a"}}
+    data = load([{**GOOD, "grid": grid}], tokenizer)
+    assert data[0].columns["grid"] == grid
+    assert data.fingerprint == load([{**GOOD, "grid": dict(grid)}], tokenizer).fingerprint
+    assert data.fingerprint != load([{**GOOD, "grid": {**grid, 1: "y"}}], tokenizer).fingerprint
+
+
+def test_tables_are_data_sets_too(tokenizer: Any) -> None:
+    import pandas as pd
+    import pyarrow as pa
+
+    rows = [GOOD, {"prompt": "3+3?", "answer": "6"}]
+    expected = load(rows, tokenizer)
+    for table in (pd.DataFrame(rows), pa.Table.from_pylist(rows)):
+        assert load(table, tokenizer).fingerprint == expected.fingerprint
+    messages = pd.DataFrame({"prompt": [np.array([{"role": "user", "content": "x"}])]})
+    assert load(messages, tokenizer).conversational

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +189,31 @@ def test_a_broken_registry_is_named(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match=r"dataset_info\.json: cannot be read as JSON"):
         read_source("mine", tmp_path)
+
+
+def test_csv_fields_may_be_of_any_length(tmp_path: Path) -> None:
+    limit, long = csv.field_size_limit(), "x" * 200_000
+    path = tmp_path / "a.csv"
+    path.write_text(f"\ufeffprompt,context\nhi,{long}\n\x00,b\n", encoding="utf-8")
+    rows = read_source(str(path)).rows
+    assert [row.values for row in rows] == [
+        {"prompt": "hi", "context": long},
+        {"prompt": "\0", "context": "b"},
+    ]
+    assert csv.field_size_limit() == limit
+    path.write_text('prompt\n"open')
+    with pytest.raises(DataError):
+        read_source(str(path))
+    assert csv.field_size_limit() == limit
+
+
+def test_a_csv_column_named_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,x,x\n1,2,3\n")
+    with pytest.raises(DataError, match="the header has two columns 'x'"):
+        read_source(str(tmp_path / "a.csv"))
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="is no regular file"):
+        read_source(str(tmp_path / "a.jsonl"))

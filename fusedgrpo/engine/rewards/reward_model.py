@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fusedgrpo.engine.rewards.call import Batch, Reply
+from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import RewardError
 
 ROWS_PER_FORWARD = 8
@@ -46,7 +47,8 @@ def is_reward_model(candidate: object) -> bool:
 class RewardModel:
     """Scores prompt + completion, through the chat template where they are messages.
 
-    tokenizer: the model's own; loaded from the model's path if not given.
+    tokenizer: the model's own; loaded from the model's path if not given. clock: says the date to
+    its chat template.
     Raises :class:`RewardError` for a model that has more than one output.
     """
 
@@ -57,7 +59,9 @@ class RewardModel:
         *,
         device: str | torch.device = "cpu",
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        clock: RunClock | None = None,
     ):
+        self._clock = clock
         path = getattr(model.config, "_name_or_path", "")
         self.name = path.rstrip("/").split("/")[-1] or type(model).__name__
         if model.config.num_labels != 1:
@@ -132,8 +136,10 @@ class RewardModel:
                 f"reward model {self.name!r}: the prompts are messages and its tokenizer has no "
                 "chat template"
             )
+        clock = self._clock
+        dated = clock.pinned(self._tokenizer.chat_template) if clock else {}
         return [
-            self._tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+            self._tokenizer.apply_chat_template(prompt + completion, tokenize=False, **dated)
             for prompt, completion in pairs
         ]
 

@@ -19,6 +19,7 @@ from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rewards.resolve import Source, locate
 from fusedgrpo.engine.rewards.reward_model import RewardModel, is_reward_model, load_reward_model
 from fusedgrpo.engine.rewards.worker import Worker
+from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.signals import StopSignals
 from fusedgrpo.errors import RewardError, did_you_mean
 
@@ -272,6 +273,7 @@ def build_rewards(
     model_kwargs: Mapping[str, Any] | None = None,
     search_paths: Sequence[str | Path] = (),
     signals: StopSignals | None = None,
+    clock: RunClock | None = None,
 ) -> RewardFunctions:
     """The reward functions of a run, each of them found and loaded.
 
@@ -285,6 +287,7 @@ def build_rewards(
     them. reward_processing_classes: their tokenizers, one for each entry of ``reward_funcs``.
     search_paths: folders beside the working directory where files and modules are looked for.
     signals: those of the run, which end it while a function is at work.
+    clock: says the date to the chat templates of reward models.
 
     Raises :class:`RewardError` if a function cannot be found, loaded or given its arguments.
     """
@@ -312,7 +315,9 @@ def build_rewards(
                     Worker(source, given, folders=folders, timeout=timeout, poll=signals.check)
                 )
             elif source is not None or is_reward_model(function):
-                model = _reward_model(source, function, tokenizer, given, device, model_kwargs)
+                model = _reward_model(
+                    source, function, tokenizer, given, device, model_kwargs, clock
+                )
                 model.poll = signals.check
                 scorers.append(model)
             else:
@@ -400,11 +405,14 @@ def _reward_model(
     arguments: Mapping[str, Any],
     device: str | torch.device,
     model_kwargs: Mapping[str, Any] | None,
+    clock: RunClock | None,
 ) -> RewardModel:
     if source is not None:
         model = load_reward_model(source.target, model_kwargs)
     shared = {k: v for k, v in (model_kwargs or {}).items() if k in SHARED_WITH_TOKENIZER}
-    reward_model = RewardModel(model, tokenizer, device=device, tokenizer_kwargs=shared)
+    reward_model = RewardModel(
+        model, tokenizer, device=device, tokenizer_kwargs=shared, clock=clock
+    )
     if arguments:
         raise RewardError(f"reward_kwargs: the reward model {reward_model.name!r} takes none")
     return reward_model
