@@ -1,5 +1,5 @@
 # make demo   a real model learns to add, on the CPU, in minutes
-# make test   all tests that this machine can run
+# make test   the tests, minutes; make test-all: the slow ones too (JOBS=N processes at once)
 # make check  lint, format, types
 # make bench  the comparisons of bench/, at small sizes
 # make gpu    on a machine with a GPU: its tests, and the comparisons of the kernels to bench/results
@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Of the targets for a GPU.
@@ -16,13 +18,18 @@ PY ?= $(BIN)/python
 PEERS ?= trl,liger_kernel,cut_cross_entropy
 RESULTS := bench/results/$(shell date +%F)
 
-.PHONY: demo test check format bench gpu gpu-test gpu-bench clean
+.PHONY: demo test test-slow test-all check format bench gpu gpu-test gpu-bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/grpo_demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
