@@ -129,8 +129,10 @@ def _module(source: Source) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    # Its neighbours are importable, as they would be if the file were run.
-    sys.path.insert(0, str(path.parent))
+    # Its neighbours are importable, as they would be if the file were run, but for those that are
+    # named like a library: whatever else is imported would get them, too.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     name = f"reward_file_{path.stem}"  # not the bare stem: the file may be called random.py
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # given for every .py file

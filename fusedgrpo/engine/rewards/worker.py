@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import io
 import math
 import os
 import pickle
@@ -26,24 +27,38 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fusedgrpo
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply
 from fusedgrpo.engine.rewards.resolve import Source, load
 from fusedgrpo.errors import RewardError
+from fusedgrpo.search_path import library_first
 
 GRACE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
-# Not `python -m`: the child is to see the trainer's modules, whatever its own path would be.
-_BOOT = (
-    "import sys; fd, parent, *sys.path = sys.argv[1:]; "
-    "from fusedgrpo.engine.rewards.worker import serve; serve(int(fd), int(parent))"
-)
+# The child sees the trainer's modules, whatever its own path would be, and this very fusedgrpo,
+# wherever on that path another one is.
+_BOOT = """
+import sys
+fd, parent, package, *sys.path = sys.argv[1:]
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("fusedgrpo", package)
+sys.modules["fusedgrpo"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["fusedgrpo"])
+from fusedgrpo.engine.rewards.worker import serve
+serve(int(fd), int(parent))
+"""
+
+# Every message begins with the number of the request that it is, or answers.
+_NUMBER_BYTES = 8
+# Of an answer. A line of text that something has printed into the pipe announces more than this.
+_LARGEST_REPLY = 1 << 28
 
 
 class Worker:
     """The trainer's end. ``start`` a batch, then ``finish`` it; a dead child is replaced.
 
-    folders: put in front of the child's ``sys.path``. timeout: seconds for one call, and for
+    folders: searched for modules after all of the trainer's. timeout: seconds for one call, and for
     loading the function; None for no limit. poll: called while it is waited for, and may raise.
     """
 
@@ -59,15 +74,19 @@ class Worker:
         self.name = source.text
         self._poll = poll
         self._job = self._packed((source, dict(kwargs)), "reward_kwargs")
-        self._path = [str(folder) for folder in folders] + [os.path.abspath(p) for p in sys.path]
+        self._number = 0
+        # What lies beside a file is nearer to it than what lies in the other folders.
+        own = [os.path.dirname(source.target)] if source.kind == "file" else []
+        self._path = library_first(sys.path, [*own, *map(str, folders)])
         self._timeout = timeout
         self._spawn()
 
     def _spawn(self) -> None:
         self._connection, theirs = Pipe()
-        command = [sys.executable, "-u", "-c", _BOOT, str(theirs.fileno()), str(os.getpid())]
+        package = os.path.abspath(str(fusedgrpo.__file__))
+        arguments = [str(theirs.fileno()), str(os.getpid()), package, *self._path]
         self._process = subprocess.Popen(
-            [*command, *self._path],
+            [sys.executable, "-u", "-c", _BOOT, *arguments],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
             start_new_session=True,
@@ -126,10 +145,36 @@ class Worker:
     def _send(self, message: bytes) -> None:
         self._busy = True
         self._deadline = math.inf if self._timeout is None else time.monotonic() + self._timeout
+        self._number += 1
         with suppress(OSError):  # it died: _receive says how
-            self._connection.send_bytes(message)
+            self._connection.send_bytes(_numbered(self._number, message))
 
     def _receive(self, doing: str) -> Any:
+        """The answer to the last request. One that is late, to a request before it, is dropped."""
+        while True:
+            self._wait(doing)
+            try:
+                message = self._connection.recv_bytes(_LARGEST_REPLY)
+            except (EOFError, OSError):
+                raise self._died(doing) from None
+            number = int.from_bytes(message[:_NUMBER_BYTES], "big")
+            if len(message) < _NUMBER_BYTES or number > self._number:
+                raise self._garbled(doing)
+            if number == self._number:
+                break
+        try:
+            kind, *content = _ReplyUnpickler(io.BytesIO(message[_NUMBER_BYTES:])).load()
+        except Exception as error:  # bytes that are no pickle raise anything
+            raise self._garbled(doing) from error
+        self._busy = False
+        if kind == "refused":
+            raise RewardError(*content)
+        if kind == "failed":
+            raise CallFailed(content[0], details=content[1])
+        return content[0]
+
+    def _wait(self, doing: str) -> None:
+        """Until there is something to read. Raises :class:`CallFailed` at the deadline."""
         while not self._connection.poll(max(0.0, min(0.5, self._deadline - time.monotonic()))):
             try:
                 self._poll()
@@ -146,16 +191,13 @@ class Worker:
                     "process was killed",
                     repeatable=False,
                 )
-        try:
-            kind, *content = pickle.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            raise self._died(doing) from None
-        self._busy = False
-        if kind == "refused":
-            raise RewardError(*content)
-        if kind == "failed":
-            raise CallFailed(content[0], details=content[1])
-        return content[0]
+
+    def _garbled(self, doing: str) -> CallFailed:
+        self._kill()
+        return CallFailed(
+            f"{doing}, its process wrote something else than its rewards to the trainer's pipe",
+            repeatable=False,
+        )
 
     def _died(self, doing: str) -> CallFailed:
         with suppress(subprocess.TimeoutExpired):
@@ -165,9 +207,24 @@ class Worker:
         if code is not None and code < 0:
             how = f"signal {-code} ({signal.strsignal(-code)})"
             how += ", as when memory runs out" if code == -signal.SIGKILL else ""
+        elif code is None:
+            how = "it closed the trainer's pipe, or wrote into it"
         else:
             how = f"exit code {code}"
         return CallFailed(f"its process died {doing}: {how}", repeatable=False)
+
+
+class _ReplyUnpickler(pickle.Unpickler):
+    """A reply is plain values: nothing that a worker sends is run in the trainer."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (Reply.__module__, Reply.__qualname__):
+            return Reply
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a reply")
+
+
+def _numbered(number: int, message: bytes) -> bytes:
+    return number.to_bytes(_NUMBER_BYTES, "big") + message
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
@@ -207,11 +264,21 @@ def serve(fd: int, parent: int) -> None:
     connection = Connection(fd)
     loop = asyncio.new_event_loop()  # one for all batches: async clients are tied to their loop
 
+    own, number = os.getpid(), 0
+
+    def receive() -> Any:
+        nonlocal number
+        message = connection.recv_bytes()
+        number = int.from_bytes(message[:_NUMBER_BYTES], "big")
+        return _unpacked(message[_NUMBER_BYTES:])
+
     def send(*message: Any) -> None:
-        connection.send_bytes(pickle.dumps(message))
+        if os.getpid() != own:
+            os._exit(0)  # the function forked and returned twice: one of them answers
+        connection.send_bytes(_numbered(number, pickle.dumps(message)))
 
     try:
-        source, kwargs = _unpacked(connection.recv_bytes())
+        source, kwargs = receive()
         call = load(source, kwargs)
         call.interrupts = lambda: False  # no Ctrl-C comes here
     except EOFError:
@@ -222,7 +289,7 @@ def serve(fd: int, parent: int) -> None:
     send("ready", call.name)
     while True:
         try:
-            batch = _unpacked(connection.recv_bytes())
+            batch = receive()
             if call.is_async:
                 reply = loop.run_until_complete(call.call_async(batch))
             else:

@@ -85,6 +85,41 @@ def state(completions, trainer_state, **kwargs):
 
 def raises(completions, **kwargs):
     return [int(c) for c in completions]
+
+def forks(completions, **kwargs):
+    os.fork()
+    return [float(len(c)) for c in completions]
+
+def pipe():
+    for name in os.listdir("/proc/self/fd"):
+        if os.path.exists(f"/proc/self/fd/{name}"):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket"):
+                yield int(name)
+
+def writes(completions, **kwargs):
+    from multiprocessing.connection import Connection
+    import pickle
+    said = completions[0]
+    for fd in pipe():
+        if said == "text":
+            os.write(fd, b"how did I get here")
+        elif said == "close":
+            os.close(fd)
+        elif said != "nothing":
+            connection = Connection(fd)
+            connection.send_bytes({
+                "late": (1).to_bytes(8, "big") + pickle.dumps(("reply", "an old one")),
+                "early": (99).to_bytes(8, "big") + pickle.dumps(("reply", "a new one")),
+                "short": b"1",
+                "no pickle": (2).to_bytes(8, "big") + b"not a pickle",
+                "code": (2).to_bytes(8, "big") + pickle.dumps(("reply", Touch())),
+            }[said])
+            connection._handle = None  # else it is closed with this object
+    return [float(len(c)) for c in completions]
+
+class Touch:
+    def __reduce__(self):
+        return open, ("touched", "w")
 """
 
 Make = Callable[..., Worker]
@@ -332,3 +367,59 @@ def test_what_the_poll_raises_ends_a_function_that_hangs(tmp_path: Path) -> None
     started.clear()
     assert score(worker, "fine") == [1.0]
     worker.close()
+
+
+def test_a_function_that_forks_answers_once(make: Make) -> None:
+    worker = make("forks")
+    assert [score(worker, "x" * n) for n in range(6)] == [[float(n)] for n in range(6)]
+
+
+def test_an_answer_to_an_earlier_request_is_no_answer(make: Make) -> None:
+    worker = make("writes")
+    assert score(worker, "late") == [4.0]
+    assert score(worker, "nothing") == [7.0]
+
+
+@pytest.mark.parametrize("what", ["early", "short", "no pickle", "code", "text", "close"])
+def test_what_is_written_into_the_pipe_is_no_answer(
+    what: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    worker = make("writes")
+    with pytest.raises(CallFailed, match=r"pipe|died") as caught:
+        score(worker, what)
+    assert not caught.value.repeatable and not (tmp_path / "touched").exists()
+    assert score(worker, "nothing") == [7.0]
+
+
+def test_no_file_beside_a_reward_is_taken_for_a_library(tmp_path: Path) -> None:
+    """random.py is a reward where it is asked for by name, and nothing else; its neighbours are
+    nearer to it than those of the configuration."""
+    folder, config = tmp_path / "rewards", tmp_path / "config"
+    folder.mkdir(), config.mkdir()
+    for name in ("random", "json", "numpy"):
+        text = f"from helper import VALUE\ndef score(completions, **k): return [VALUE]\n{LIBRARIES}"
+        (folder / f"{name}.py").write_text(text)
+        (config / f"{name}.py").write_text("raise SystemExit('taken for a library')")
+    (folder / "helper.py").write_text("VALUE = 1")
+    (config / "helper.py").write_text("VALUE = 2")
+    (config / "shape.py").write_text(
+        "from helper import VALUE\ndef f(completions, **k): return [VALUE]"
+    )
+    for name, value in (
+        (f"{folder}/random.py:score", 1.0),
+        (f"{folder}/json.py:score", 1.0),
+        (f"{folder}/numpy.py:score", 1.0),
+        ("shape:f", 2.0),
+        ("format", 0.0),
+    ):
+        worker = Worker(locate(name, [config]), {}, folders=[config], timeout=HUNG)
+        worker.ready()
+        assert score(worker, "a") == [value]
+        worker.close()
+
+
+LIBRARIES = """
+import json, random, numpy
+assert json.dumps and random.random and numpy.zeros
+"""
