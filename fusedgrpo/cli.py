@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 the run failed; 2 configuration or data cannot be used; 13
 SIGINT and SIGTERM, with a checkpoint saved.
 """
 
-
 from __future__ import annotations
 
 import os
