@@ -156,6 +156,9 @@ class GRPOConfig:
     vespo_lambda_neg: float = option(2.0, "VESPO, negative advantages", low=0)
     mask_truncated_completions: bool = option(False, "leave cut completions out of the loss")
     entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
+    router_aux_loss_coef: float | None = option(
+        None, "weight of a mixture of experts' load-balancing loss; null: the model's own", low=0
+    )
     sampler_correction: bool = option(False, "weigh tokens by exp(old logp - sampler logp)")
     sampler_correction_cap: float = option(3.0, "upper bound of that weight", above=0)
 

@@ -84,6 +84,7 @@ ALIASES: dict[str, Alias] = {
     "quantization_type": Alias("bnb_4bit_quant_type"),
     "double_quantization": Alias("use_bnb_nested_quant"),
     "flash_attn": Alias("attn_implementation", _flash_attn),
+    "moe_aux_loss_coef": Alias("router_aux_loss_coef"),
     "enable_thinking": Alias("chat_template_kwargs", _enable_thinking),
     "disable_gradient_checkpointing": Alias("gradient_checkpointing", _negate),
     "disable_shuffling": Alias("shuffle_dataset", _negate),

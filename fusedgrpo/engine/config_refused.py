@@ -95,8 +95,6 @@ _GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
             "entropy_coef_max": 1.0,
             "entropy_coef_delta": 0.005,
             "entropy_target": 0.2,
-            "router_aux_loss_coef": (None, 0.0),
-            "moe_aux_loss_coef": (None, 0.0),
             "label_smoothing_factor": 0.0,
             "neftune_noise_alpha": None,
             "average_tokens_across_devices": True,

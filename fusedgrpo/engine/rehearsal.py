@@ -80,7 +80,7 @@ def _rehearse_update(
     updater: Updater, prompts: Sequence[Sequence[int]], n: int, length: int, keeps_old: bool
 ) -> None:
     vocabulary = updater.policy.vocabulary_size
-    guard, layout = updater.guard, updater.policy.layout
+    guard, layout, whole = updater.guard, updater.policy.layout, updater.policy.whole
     samples: list[Sample] = []
     for prompt in prompts:
         samples += [
@@ -93,7 +93,8 @@ def _rehearse_update(
             )
             for i in range(n)
         ]
-        if forwarded_tokens([s.pair for s in samples], layout) >= guard.tokens:
+        forwarded = forwarded_tokens([s.pair for s in samples], layout, whole=whole)
+        if forwarded >= guard.tokens:
             break
     pairs = [sample.pair for sample in samples]
 
@@ -101,10 +102,10 @@ def _rehearse_update(
         # Any micro-batch but the first finds the gradients of those before it.
         for _, parameter in updater.policy.trainable():
             parameter.grad = torch.zeros_like(parameter)
-        largest = micro_batches(pairs, guard.tokens, layout)[0]
+        largest = micro_batches(pairs, guard.tokens, layout, whole=whole)[0]
         updater.backward([samples[i] for i in largest], n * length, n, step=0)
 
     try:
-        guard.update(work, lambda: longest(pairs), "the rehearsal of an update")
+        guard.update(work, lambda: longest(pairs, whole=whole), "the rehearsal of an update")
     finally:
         updater.optimizer.zero_grad(set_to_none=True)

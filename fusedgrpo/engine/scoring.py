@@ -116,7 +116,7 @@ def rollout_logprobs(
     logp = torch.full((sum(len(c.ids) for c in window.rollout.completions()),), torch.nan)
 
     def score(pairs: Sequence[Pair], places: Sequence[slice]) -> None:
-        for members in micro_batches(pairs, guard.tokens, policy.layout):
+        for members in micro_batches(pairs, guard.tokens, policy.layout, whole=policy.whole):
             poll()
             batch = policy.logprobs(policy.pack([pairs[k] for k in members])).logp.cpu()
             sizes = [len(pairs[k][1]) for k in members]
@@ -132,7 +132,7 @@ def rollout_logprobs(
             pairs = [samples[i].pair for i in chosen]
             guard.update(
                 functools.partial(score, pairs, [places[i] for i in chosen]),
-                functools.partial(longest, pairs),
+                functools.partial(longest, pairs, whole=policy.whole),
                 "scoring",
             )
         return logp
@@ -175,7 +175,7 @@ def make_window(
         return rollout_logprobs(
             policy,
             window,
-            lambda sample: has_gradient(sample, options, config.entropy_coef),
+            lambda sample: policy.whole or has_gradient(sample, options, config.entropy_coef),
             mask_truncated=truncated,
             guard=guard,
             processes=processes,

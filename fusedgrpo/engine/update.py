@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,8 +17,10 @@ from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.samples import Sample, concatenated, has_gradient, loss_mask
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
+from fusedgrpo.models.packed import PackedBatch
 from fusedgrpo.models.packing import forwarded_tokens, longest, micro_batches, shares
 from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.router import RouterSums
 
 MISMATCH_MEAN = "sampling/sampling_logp_difference/mean"
 MISMATCH_MAX = "sampling/sampling_logp_difference/max"
@@ -42,10 +45,15 @@ class MicroBatch:
     forwarded: int
     loss: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    aux_loss: float = 0.0
 
 
 class Updater:
     """Holds the optimizer, its schedule and, in float16, the loss scale.
+
+    A mixture of experts has a load-balancing loss over all tokens of the step. It depends on how
+    often each expert is chosen in all of them, so where they are cut, into micro-batches or
+    processes, a forward pass without gradients counts first.
 
     poll: called between micro-batches, so that a signal does not wait for a long step.
     processes: each forwards its share of the samples, and gradients are summed. offload: entered
@@ -125,45 +133,92 @@ class Updater:
         skipped = [sample for sample in samples if not self._has_gradient(sample)]
         live = [sample for sample in samples if self._has_gradient(sample)]
         own = shares([s.pair for s in live], self.processes.size)[self.processes.rank]
+        mine = live[own.start : own.stop]
+        load = None
+        if self.policy.router is not None and self.processes.size > 1:
+            nothing = self.policy.router.nothing("cpu")
+            load = sum(self.processes.together(lambda: self._load_that_fits(mine)), nothing)
         done = self.processes.together(
-            lambda: self._backward_that_fits(
-                live[own.start : own.stop], num_items, len(samples), step
-            )
+            lambda: self._backward_that_fits(mine, num_items, len(samples), step, load)
         )
         parts = [part for of_process in done for part in of_process]
         merged = merge_metrics(parts, skipped, self.options)
         merged["frac_rows_skipped"] = len(skipped) / max(len(samples), 1)
         merged["num_forwarded_tokens"] = sum(part.forwarded for part in parts)
+        if self.policy.router is not None:
+            merged["aux_loss"] = math.fsum(part.aux_loss for part in parts)
         if "sampling/dropped_tokens" in merged:  # those of rows that were not forwarded, too
             merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
         return math.fsum(part.loss for part in parts), merged
 
+    def _load_that_fits(self, samples: Sequence[Sample]) -> RouterSums:
+        work = functools.partial(self._load, samples)
+        return self.guard.update(work, lambda: self._longest(samples), "counting experts")
+
+    def _load(self, samples: Sequence[Sample]) -> RouterSums:
+        """What the router does with the tokens of ``samples``, without gradients, on the CPU."""
+        assert self.policy.router is not None
+        total = self.policy.router.nothing("cpu")
+        with self.policy.scoring(), self.policy.autocast():
+            for members in self._cut(samples):
+                self.poll()
+                packed = self._packed([samples[i] for i in members])
+                sums = self.policy.hidden_and_router(packed)[1]
+                assert sums is not None
+                total += sums.to("cpu")
+        return total
+
+    def _cut(self, samples: Sequence[Sample]) -> list[list[int]]:
+        pairs = [sample.pair for sample in samples]
+        return micro_batches(pairs, self.guard.tokens, self.policy.layout, whole=self.policy.whole)
+
+    def _longest(self, samples: Sequence[Sample]) -> int:
+        return longest([sample.pair for sample in samples], whole=self.policy.whole)
+
+    def _packed(self, batch: Sequence[Sample]) -> PackedBatch:
+        # As in TRL, a completion that is out of the loss is out of the router's as well.
+        return self.policy.pack([s.pair for s in batch], counted=[s.in_loss for s in batch])
+
     def _backward_that_fits(
-        self, samples: Sequence[Sample], num_items: int, num_sequences: int, step: int
+        self,
+        samples: Sequence[Sample],
+        num_items: int,
+        num_sequences: int,
+        step: int,
+        load: RouterSums | None,
     ) -> list[MicroBatch]:
         def work() -> list[MicroBatch]:
             self.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has left
-            return self.backward(samples, num_items, num_sequences, step)
+            return self.backward(samples, num_items, num_sequences, step, load)
 
-        return self.guard.update(work, lambda: longest([s.pair for s in samples]), "the update")
+        return self.guard.update(work, lambda: self._longest(samples), "the update")
 
     def backward(
-        self, samples: Sequence[Sample], num_items: int, num_sequences: int, step: int
+        self,
+        samples: Sequence[Sample],
+        num_items: int,
+        num_sequences: int,
+        step: int,
+        load: RouterSums | None = None,
     ) -> list[MicroBatch]:
-        """Forward and backward of ``samples``, micro-batch by micro-batch."""
-        layout = self.policy.layout
+        """Forward and backward of ``samples``, micro-batch by micro-batch.
+
+        load: what the router does with all tokens of the step, where ``samples`` are not all.
+        """
+        layout, whole = self.policy.layout, self.policy.whole
+        cut = self._cut(samples)
+        if self.policy.router is not None and load is None and len(cut) > 1:
+            load = self._load(samples)
         parts: list[MicroBatch] = []
         losses: list[Tensor] = []
         measured: list[Tensor] = []
         names: list[str] = []
-        for index, members in enumerate(
-            micro_batches([s.pair for s in samples], self.guard.tokens, layout)
-        ):
+        for index, members in enumerate(cut):
             self.poll()
             batch = [samples[i] for i in members]
             # Dropout, if there is any, repeats itself when the step is run again after a resume.
             with seeded(self.processes.derive(self.seed, "update", step, index)):
-                loss, metrics = self._loss(batch, num_items, num_sequences)
+                loss, metrics = self._loss(batch, num_items, num_sequences, load)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
             del loss  # and its graph, before the next forward pass
@@ -173,28 +228,34 @@ class Updater:
                 MicroBatch(
                     tokens=sum(sample.loss_tokens for sample in batch),
                     sequences=sum(sample.loss_tokens > 0 for sample in batch),
-                    forwarded=forwarded_tokens([s.pair for s in batch], layout),
+                    forwarded=forwarded_tokens([s.pair for s in batch], layout, whole=whole),
                 )
             )
         # Only now, when nothing is left to start, wait for the device.
         for part, loss, row in zip(parts, losses, measured, strict=True):
             part.loss = loss.item()
             part.metrics = dict(zip(names, row.tolist(), strict=True))
+            part.aux_loss = part.metrics.pop("aux_loss", 0.0)
         return parts
 
     def _norm(self, parameters: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _has_gradient(self, sample: Sample) -> bool:
-        return has_gradient(sample, self.options, self.entropy_coef)
+        # The router's loss has a gradient in all of them.
+        return self.policy.whole or has_gradient(sample, self.options, self.entropy_coef)
 
     def _loss(
-        self, batch: Sequence[Sample], num_items: int, num_sequences: int
+        self,
+        batch: Sequence[Sample],
+        num_items: int,
+        num_sequences: int,
+        load: RouterSums | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.policy.device
-        packed = self.policy.pack([sample.pair for sample in batch])
+        packed = self._packed(batch)
         with self.offload:
-            logp, entropy = self.policy.logprobs(
+            (logp, entropy), routed = self.policy.logprobs_and_router(
                 packed, entropy=True if self.entropy_coef else "detached"
             )
         assert entropy is not None
@@ -225,6 +286,10 @@ class Updater:
             acting = mask if weight is None else mask & weight.isfinite()
             bonus = torch.where(acting, entropy, 0.0).sum() / max(num_items, 1)
             loss = loss - self.entropy_coef * bonus
+        if self.policy.router is not None and routed is not None:
+            balance = self.policy.router.loss(routed, load).to(loss.device)
+            metrics["aux_loss"] = balance.detach()
+            loss = loss + self.policy.router.coef * balance
         return loss, metrics
 
 

@@ -2,7 +2,8 @@
 
 Trainers hand out models in wrappers (DDP, FSDP, DeepSpeed, peft, autocast) that do their work
 around ``forward``, so the packed pass goes through it: ``model(fusedgrpo_packed=(batch, entropy))``
-returns log-probs as the real and entropies as the imaginary part of one tensor. So it is with the
+returns log-probs as the real and entropies as the imaginary part of one tensor, and of a mixture of
+experts ``RouterSums`` as those of another. So it is with the
 LM head: what shards weights gathers them, and takes their gradients, around the ``forward`` of the
 module that owns them.
 """
@@ -24,6 +25,7 @@ from fusedgrpo.kernels import linear_logprob
 from fusedgrpo.models.layout import SharedPrompt
 from fusedgrpo.models.packed import Layout, PackedBatch
 from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.router import RouterLoss, find_router
 
 
 class PackedForward:
@@ -36,7 +38,9 @@ class PackedForward:
         temperature: float,
         shared_prompt: SharedPrompt,
         head_in_float32: bool,
+        router_coef: float = 0.0,
     ):
+        self._router_coef = router_coef
         self._causal_lm: Any = causal_lm
         self._temperature = temperature
         self._shared_prompt: SharedPrompt = shared_prompt
@@ -45,11 +49,15 @@ class PackedForward:
     @functools.cached_property
     def policy(self) -> Policy:
         # At the first use: sharded weights are not there before the first forward.
+        router = None
+        if self._router_coef:
+            router = probe_router(self._causal_lm, self._router_coef)
         return Policy(
             self._causal_lm,
             compute_dtype="inherit",
             temperature=self._temperature,
             shared_prompt=self._shared_prompt,
+            router=router,
         )
 
     @property
@@ -62,14 +70,19 @@ class PackedForward:
         through all wrappers, ``model(fusedgrpo_packed="layout")``, in every process."""
         return "policy" in vars(self)
 
-    def logprobs(self, packed: PackedBatch, entropy: bool | Literal["detached"]) -> Tensor:
+    def logprobs(
+        self, packed: PackedBatch, entropy: bool | Literal["detached"]
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """``[N]`` complex64: log-probs and, if asked for, i times the entropies, in the precision
-        that the caller's wrappers have set."""
-        hidden = self.policy.hidden(packed)
+        that the caller's wrappers have set. With a router, ``[E]`` complex64 as well."""
+        hidden, sums = self.policy.hidden_and_router(packed)
         layer: Any = self._causal_lm.get_output_embeddings()
         score = functools.partial(self._score, packed=packed, entropy=entropy)
         with _forward_replaced(layer, score):
-            return layer(hidden)
+            scored: Tensor = layer(hidden)
+        if sums is None:
+            return scored
+        return scored, torch.complex(sums.probability, sums.chosen.to(sums.probability))
 
     def _score(
         self, hidden: Tensor, *, packed: PackedBatch, entropy: bool | Literal["detached"]
@@ -101,12 +114,24 @@ class PackedForward:
         return torch.complex(logp, torch.zeros_like(logp) if entropies is None else entropies)
 
 
+def probe_router(causal_lm: nn.Module, coef: float) -> RouterLoss | None:
+    """``find_router`` of a model in any mode."""
+    modes = [(module, module.training) for module in causal_lm.modules()]
+    causal_lm.eval()
+    try:
+        return find_router(causal_lm, coef)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def install(
     causal_lm: nn.Module,
     *,
     temperature: float = 1.0,
     shared_prompt: SharedPrompt = "auto",
     head_in_float32: bool = False,
+    router_coef: float = 0.0,
 ) -> PackedForward:
     """Teach ``causal_lm`` the keyword ``fusedgrpo_packed``; calls without it are what they were."""
     model: Any = causal_lm
@@ -116,6 +141,7 @@ def install(
         temperature=temperature,
         shared_prompt=shared_prompt,
         head_in_float32=head_in_float32,
+        router_coef=router_coef,
     )
 
     @functools.wraps(original)

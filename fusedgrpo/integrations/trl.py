@@ -26,11 +26,12 @@ from accelerate import DistributedType
 from torch import Tensor
 
 from fusedgrpo.errors import ConfigError, ModelError
-from fusedgrpo.integrations.packed_forward import PackedForward, install
+from fusedgrpo.integrations.packed_forward import PackedForward, install, probe_router
 from fusedgrpo.integrations.trl_loss import compute_loss, refuse_uncovered
 from fusedgrpo.models.layout import SharedPrompt
 from fusedgrpo.models.packed import Layout, PackedBatch
 from fusedgrpo.models.packing import micro_batches
+from fusedgrpo.models.router import RouterSums
 
 TESTED = "1.16"
 
@@ -97,7 +98,8 @@ class FusedLogProbs:
 
     Rows whose gradient is exactly zero (advantage 0, no KL in the loss, no entropy bonus; nothing
     unmasked) are scored without gradients: the same loss, metrics and gradients for a third of
-    their cost. Not so where weights are sharded (FSDP, ZeRO-3).
+    their cost. Not so where weights are sharded (FSDP, ZeRO-3), nor with a router's load-balancing
+    loss, which has a gradient in every row.
     """
 
     _module: Any = grpo_trainer
@@ -134,17 +136,42 @@ class FusedLogProbs:
             )
         if fused_loss:
             refuse_uncovered(me)
+        self._obstacle = self._reason_for_trls_forward()
+        if self._obstacle is not None:
+            # For policy, old policy and reference alike: their log-probs are compared.
+            self._say(f"TRL's own forward pass is used: {self._obstacle}.")
+            return
         for model in (me.model, getattr(me, "ref_model", None)):
             if model is not None:
-                causal_lm = _causal_lm(me.accelerator.unwrap_model(model))
-                if type(causal_lm).__name__.endswith("ForConditionalGeneration"):
-                    continue  # a multimodal model keeps TRL's forward
                 install(
-                    causal_lm,
+                    _causal_lm(me.accelerator.unwrap_model(model)),
                     temperature=me.temperature,
                     shared_prompt=shared_prompt,
                     head_in_float32=bool(getattr(me.args, "cast_lm_head_to_fp32", False)),
+                    router_coef=self._router_coef,
                 )
+
+    @property
+    def _router_coef(self) -> float:
+        me: Any = self
+        return float(me.router_aux_loss_coef) if me.aux_loss_enabled else 0.0
+
+    def _reason_for_trls_forward(self) -> str | None:
+        """What this model or its adapters have that a packed forward does not."""
+        me: Any = self
+        model = me.accelerator.unwrap_model(me.model)
+        causal_lm = _causal_lm(model)
+        if type(causal_lm).__name__.endswith("ForConditionalGeneration"):
+            return "the model takes more than text"
+        for adapter in getattr(model, "peft_config", {}).values():
+            if adapter.is_prompt_learning:
+                return f"{type(adapter).__name__} learns a prompt outside the model"
+        if self._router_coef and not self._sharded:
+            try:
+                probe_router(causal_lm, self._router_coef)
+            except ModelError as error:
+                return str(error).rstrip(".")
+        return None
 
     # --- log-probs -------------------------------------------------------------------------------
 
@@ -159,14 +186,11 @@ class FusedLogProbs:
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``(logps [B, T], entropies [B, T] or None, None)``, 0 where the mask is 0, as TRL's."""
+        """``(logps [B, T], entropies [B, T] or None, load-balancing loss or None)``, the first two
+        0 where the mask is 0, as TRL's."""
         forward = self._packed_forward(model)
-        obstacle = None
-        if forward is None:
-            obstacle = "the model takes more than text"
-        elif compute_aux_loss:
-            obstacle = "the load-balancing loss needs the router's logits"
-        elif any(value is not None for value in multimodal.values()):
+        obstacle = self._obstacle
+        if any(value is not None for value in multimodal.values()):
             obstacle = "the batch holds more than text"
         if obstacle is not None or forward is None:
             self._say(f"TRL's own forward pass is used: {obstacle}.")
@@ -185,35 +209,57 @@ class FusedLogProbs:
         layout = self._layout(model, forward)
 
         parts: list[tuple[list[int], Tensor, Tensor | None]] = []
+        routed: list[Tensor] = []
+
+        def score(rows: list[int]) -> None:
+            logp, entropies, sums = self._score(model, pairs, rows, entropy)
+            parts.append((rows, logp, entropies))
+            if sums is not None:
+                routed.append(sums)
 
         with_gradient, without = self._split_rows(len(pairs), training)
         if with_gradient:  # in one piece: its activations stay until the backward in any case
-            parts.append((with_gradient, *self._score(model, pairs, with_gradient, entropy)))
+            score(with_gradient)
         rows_at_once = batch_size or len(pairs)
         if self._sharded:
             cut = [without[k : k + rows_at_once] for k in range(0, len(without), rows_at_once)]
         else:
             budget = self.tokens_per_microbatch or rows_at_once * input_ids.shape[1]
-            members = micro_batches([pairs[i] for i in without], budget, layout)
+            members = micro_batches(
+                [pairs[i] for i in without], budget, layout, whole=bool(self._router_coef)
+            )
             cut = [[without[k] for k in batch] for batch in members]
         with torch.no_grad() if training else contextlib.nullcontext():
             for rows in cut:
-                parts.append((rows, *self._score(model, pairs, rows, entropy)))
+                score(rows)
         logps = _padded([(rows, logp) for rows, logp, _ in parts], kept, pairs)
         entropies = None
         if compute_entropy:
             entropies = _padded([(rows, e) for rows, _, e in parts if e is not None], kept, pairs)
-        return logps, entropies, None
+        aux_loss = None
+        if compute_aux_loss:
+            router = forward.policy.router
+            assert router is not None
+            total = torch.stack(routed).sum(0)
+            aux_loss = router.loss(RouterSums(total.imag.detach().double(), total.real))
+        return logps, entropies, aux_loss
 
     def _score(
         self, model: Any, pairs: Sequence[Any], rows: list[int], entropy: bool | str
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs, entropies if asked for, and a router's sums."""
         me: Any = self
         forward = self._packed_forward(model)
         assert forward is not None
-        packed = PackedBatch.build([pairs[i] for i in rows], me.accelerator.device, forward.layout)
+        packed = PackedBatch.build(
+            [pairs[i] for i in rows],
+            me.accelerator.device,
+            forward.layout,
+            whole=bool(self._router_coef),
+        )
         answer = self._forward(model, (packed, entropy))
-        return answer.real, answer.imag if entropy else None
+        scored, sums = answer if self._router_coef else (answer, None)
+        return scored.real, scored.imag if entropy else None, sums
 
     @functools.cached_property
     def _sharded(self) -> bool:
@@ -271,6 +317,8 @@ class FusedLogProbs:
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         nothing = mask.sum(1) == 0
+        if self._router_coef:  # the router's loss has a gradient in all of them
+            return torch.zeros_like(nothing)
         in_loss_kl = getattr(self, "beta", 0.0) != 0.0 and self._module is grpo_trainer
         if in_loss_kl or getattr(self, "_entropy_bonus_enabled", False):
             return nothing

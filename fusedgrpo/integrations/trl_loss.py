@@ -25,7 +25,6 @@ _UNCOVERED: dict[str, Callable[[Any], bool]] = {
         trainer.loss_type == "vespo" and trainer.off_policy_mask_threshold is not None
     ),
     "use_adaptive_entropy": lambda trainer: trainer.use_adaptive_entropy,
-    "router_aux_loss_coef": lambda trainer: trainer.aux_loss_enabled,
     "a multimodal processing_class": lambda trainer: trainer._is_vlm,
 }
 
@@ -54,12 +53,13 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         raise ValueError(
             f"advantages has shape {tuple(advantages.shape)}: expected one per completion."
         )
-    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+    logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(
         model,
         torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
         torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
         mask.shape[1],
         compute_entropy=True,
+        compute_aux_loss=trainer.aux_loss_enabled,
     )
     high_entropy = None
     if trainer.top_entropy_quantile < 1.0:
@@ -98,6 +98,10 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         own["policy_loss"].append(trainer.accelerator.gather(policy).nanmean().item())
         if mode == "train" and trainer.accelerator.sync_gradients:
             own["entropy_coef"].append(trainer.entropy_coef)
+    if trainer.aux_loss_enabled:
+        loss = loss + trainer.router_aux_loss_coef * aux_loss / steps
+        balance = trainer.accelerator.gather_for_metrics(aux_loss.detach()).mean().item()
+        trainer._metrics[mode]["aux_loss"].append(balance)
     _log(trainer, trainer._metrics[mode], metrics, counts, advantages, options)
     return loss
 

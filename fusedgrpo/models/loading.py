@@ -16,6 +16,7 @@ from fusedgrpo.errors import ModelError
 from fusedgrpo.models.head import check_head, vocabulary_size
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.precision import pick_compute_dtype, pick_device
+from fusedgrpo.models.router import find_router
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.config import GRPOConfig
@@ -125,6 +126,11 @@ def load_policy(
     model.eval()
     # A tower of another kind, or a model without a head, fails here and not in the first update.
     check_head(causal_lm)
+    router = find_router(
+        causal_lm,
+        config.router_aux_loss_coef,
+        lambda: torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not None),
+    )
     keep: Literal["adapter", "model"] | None = None
     if hasattr(model, "disable_adapter"):
         keep = "adapter"  # whatever it was trained to do is part of the reference
@@ -145,6 +151,7 @@ def load_policy(
         temperature=config.temperature,
         keep_reference=keep if config.beta else None,
         shared_prompt=config.shared_prompt,
+        router=router,
     )
     policy.head  # noqa: B018 - an adapter on the head is refused here, not in the first update
     return policy

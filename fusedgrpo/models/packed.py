@@ -35,7 +35,8 @@ class Segment(NamedTuple):
 class PackedBatch:
     """B sequences "prompt + completion" without padding.
 
-    A completion's last token predicts nothing and is not forwarded. In layout ``"shared"`` a prompt
+    A completion's last token predicts nothing and is not forwarded, unless the batch is ``whole``,
+    for a model whose router has a loss over all tokens. In layout ``"shared"`` a prompt
     is one segment, and each of its completions another one with the prompt as its prefix; in the
     other layouts a segment is a whole sequence.
 
@@ -43,6 +44,7 @@ class PackedBatch:
     targets: ``[N]`` int64, the scored tokens, completion after completion in the order given.
     predictors: ``[N]`` int64, where in T the hidden state sits that predicts each of them.
     cu_completions: ``[B+1]`` int64, completion i is ``targets[cu_completions[i]:...[i+1]]``.
+    copies: ``[T]`` int64 in a whole batch, in how many of the B sequences a token is.
     """
 
     input_ids: Tensor
@@ -52,6 +54,7 @@ class PackedBatch:
     cu_completions: Tensor
     segments: tuple[Segment, ...]
     layout: Layout
+    copies: Tensor | None = None
 
     @classmethod
     def build(
@@ -59,15 +62,20 @@ class PackedBatch:
         pairs: Sequence[tuple[Ids, Ids]],
         device: torch.device | str,
         layout: Layout = "shared",
+        *,
+        whole: bool = False,
+        counted: Sequence[bool] | None = None,
     ) -> PackedBatch:
         """Pack ``(prompt ids, completion ids)`` pairs. Every prompt needs a token.
 
         Prompts that are equal are one prompt in layout ``"shared"``, wherever their pairs stand.
+        counted: the completions whose tokens have copies, by default all.
         """
         if any(not prompt for prompt, _ in pairs):
             raise ValueError("A prompt without tokens has nothing to predict from.")
         ids: list[int] = []
         positions: list[int] = []
+        copies: list[int] = []
         segments: list[Segment] = []
         # Per pair, in the order of T: where the prompt's last token went, and the completion's
         # first one.
@@ -77,13 +85,15 @@ class PackedBatch:
             start = len(ids)
             ids.extend(prompt)
             positions.extend(range(len(prompt)))
+            copies.extend([len(members)] * len(prompt))
             if layout == "shared":
                 segments.append(Segment(start, len(prompt)))
             for i in members:
-                forwarded = pairs[i][1][:-1]
+                forwarded = pairs[i][1] if whole else pairs[i][1][:-1]
                 last[i], first[i] = start + len(prompt) - 1, len(ids)
                 ids.extend(forwarded)
                 positions.extend(range(len(prompt), len(prompt) + len(forwarded)))
+                copies.extend([int(counted is None or counted[i])] * len(forwarded))
                 if layout != "shared":
                     segments.append(Segment(start, len(prompt) + len(forwarded)))
                 elif forwarded:
@@ -106,6 +116,7 @@ class PackedBatch:
             cu_completions=on_device([0, *accumulate(len(c) for _, c in pairs)]),
             segments=tuple(segments),
             layout=layout,
+            copies=on_device(copies) if whole else None,
         )
 
     def padded_rows(self) -> tuple[Tensor, Tensor]:

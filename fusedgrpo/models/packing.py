@@ -23,18 +23,21 @@ class _Part(NamedTuple):
     members: list[int]
 
 
-def micro_batches(pairs: Sequence[Pair], max_tokens: int, layout: Layout) -> list[list[int]]:
+def micro_batches(
+    pairs: Sequence[Pair], max_tokens: int, layout: Layout, *, whole: bool = False
+) -> list[list[int]]:
     """Indices of ``pairs`` in batches of at most ``max_tokens`` tokens as forwarded in ``layout``,
     or of a single pair where it alone has more.
 
     ``"shared"``: completions of one prompt stay together, a prompt counts once per batch. A group
     that is too large is split by completions, its prompt repeated once per part. ``"rows"``:
-    padding counts. The largest batch comes first: what does not fit into memory fails there.
+    padding counts. whole: last tokens are forwarded too. The largest batch comes first: what does
+    not fit into memory fails there.
     """
     if layout == "rows":
-        return _rows(pairs, max_tokens)
+        return _rows(pairs, max_tokens, whole)
     batches: list[_Part] = []
-    for part in sorted(_parts(pairs, max_tokens, layout), key=lambda part: -part.tokens):
+    for part in sorted(_parts(pairs, max_tokens, layout, whole), key=lambda part: -part.tokens):
         for i, batch in enumerate(batches):
             if batch.tokens + part.tokens <= max_tokens:
                 batches[i] = _Part(batch.tokens + part.tokens, batch.members + part.members)
@@ -45,9 +48,9 @@ def micro_batches(pairs: Sequence[Pair], max_tokens: int, layout: Layout) -> lis
     return [sorted(batch.members) for batch in batches]
 
 
-def longest(pairs: Sequence[Pair]) -> int:
+def longest(pairs: Sequence[Pair], *, whole: bool = False) -> int:
     """Tokens of the largest batch that cannot be cut: a single pair."""
-    return max((len(p) + _forwarded(c) for p, c in pairs), default=0)
+    return max((len(p) + _forwarded(c, whole) for p, c in pairs), default=0)
 
 
 def shares(pairs: Sequence[Pair], count: int) -> list[range]:
@@ -69,23 +72,23 @@ def shares(pairs: Sequence[Pair], count: int) -> list[range]:
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def forwarded_tokens(pairs: Sequence[Pair], layout: Layout) -> int:
+def forwarded_tokens(pairs: Sequence[Pair], layout: Layout, *, whole: bool = False) -> int:
     """Tokens that one batch of ``pairs`` puts through the model, padding included."""
     if layout == "rows":
-        return len(pairs) * max((len(p) + _forwarded(c) for p, c in pairs), default=0)
+        return len(pairs) * longest(pairs, whole=whole)
     prompts = {tuple(p) for p, _ in pairs} if layout == "shared" else [p for p, _ in pairs]
-    return sum(map(len, prompts)) + sum(_forwarded(c) for _, c in pairs)
+    return sum(map(len, prompts)) + sum(_forwarded(c, whole) for _, c in pairs)
 
 
-def _forwarded(completion: Ids) -> int:
-    """A completion's last token predicts nothing, and stays outside."""
-    return max(len(completion) - 1, 0)
+def _forwarded(completion: Ids, whole: bool) -> int:
+    """A completion's last token predicts nothing, and stays outside unless all are asked for."""
+    return len(completion) if whole else max(len(completion) - 1, 0)
 
 
-def _parts(pairs: Sequence[Pair], max_tokens: int, layout: Layout) -> list[_Part]:
+def _parts(pairs: Sequence[Pair], max_tokens: int, layout: Layout, whole: bool) -> list[_Part]:
     """Groups of one prompt, cut where they exceed the budget; single pairs if none is shared."""
     if layout == "packed":
-        return [_Part(len(p) + _forwarded(c), [i]) for i, (p, c) in enumerate(pairs)]
+        return [_Part(len(p) + _forwarded(c, whole), [i]) for i, (p, c) in enumerate(pairs)]
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (prompt, _) in enumerate(pairs):
         groups.setdefault(tuple(prompt), []).append(i)
@@ -93,7 +96,7 @@ def _parts(pairs: Sequence[Pair], max_tokens: int, layout: Layout) -> list[_Part
     for prompt, members in groups.items():
         open_part: _Part | None = None
         for i in sorted(members, key=lambda i: -len(pairs[i][1])):
-            own = _forwarded(pairs[i][1])
+            own = _forwarded(pairs[i][1], whole)
             if open_part is not None and open_part.tokens + own <= max_tokens:
                 open_part = _Part(open_part.tokens + own, [*open_part.members, i])
             else:
@@ -105,9 +108,9 @@ def _parts(pairs: Sequence[Pair], max_tokens: int, layout: Layout) -> list[_Part
     return parts
 
 
-def _rows(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
+def _rows(pairs: Sequence[Pair], max_tokens: int, whole: bool) -> list[list[int]]:
     """Longest first, so that rows of one batch are nearly alike."""
-    lengths = [len(prompt) + _forwarded(completion) for prompt, completion in pairs]
+    lengths = [len(prompt) + _forwarded(completion, whole) for prompt, completion in pairs]
     batches: list[list[int]] = []
     width = 0
     for index in sorted(range(len(pairs)), key=lambda i: -lengths[i]):

@@ -16,6 +16,7 @@ from fusedgrpo.models import attention
 from fusedgrpo.models.head import Head, find_head, vocabulary_size
 from fusedgrpo.models.layout import SharedPrompt, choose_layout
 from fusedgrpo.models.packed import Ids, Layout, PackedBatch
+from fusedgrpo.models.router import RouterLoss, RouterSums
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.config import GRPOConfig
@@ -35,7 +36,7 @@ class Policy:
 
     shared_prompt: ``"auto"`` forwards each prompt once for all its completions if the model gives
     the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
-    ``layout``, for ``PackedBatch.build``.
+    ``layout``, for ``PackedBatch.build``. router: the load-balancing loss of a mixture of experts.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Policy:
         temperature: float = 1.0,
         keep_reference: Literal["adapter", "model"] | None = None,
         shared_prompt: SharedPrompt = "auto",
+        router: RouterLoss | None = None,
     ):
         self.model: Any = model
         self.compute_dtype = compute_dtype
         self.temperature = temperature
+        self.router = router
         self._said_positions = False
         self.has_adapter = hasattr(model, "disable_adapter")
         self.layout: Layout = choose_layout(self, shared_prompt)
@@ -109,9 +112,17 @@ class Policy:
             self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None
         )
 
-    def pack(self, pairs: Sequence[tuple[Ids, Ids]]) -> PackedBatch:
-        """``(prompt ids, completion ids)`` pairs in the policy's layout, on its device."""
-        return PackedBatch.build(pairs, self.device, self.layout)
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens are forwarded, and all rows: the router's loss is over all of them."""
+        return self.router is not None
+
+    def pack(
+        self, pairs: Sequence[tuple[Ids, Ids]], counted: Sequence[bool] | None = None
+    ) -> PackedBatch:
+        """``(prompt ids, completion ids)`` pairs in the policy's layout, on its device; see
+        ``PackedBatch.build``."""
+        return PackedBatch.build(pairs, self.device, self.layout, whole=self.whole, counted=counted)
 
     def logprobs(
         self, packed: PackedBatch, *, entropy: bool | Literal["detached"] = False
@@ -121,12 +132,18 @@ class Policy:
         Carries gradients unless under ``torch.no_grad``: policy, old and reference log-probs are
         the same route. Temperature is applied, top-k and top-p are not.
         """
+        return self.logprobs_and_router(packed, entropy=entropy)[0]
+
+    def logprobs_and_router(
+        self, packed: PackedBatch, *, entropy: bool | Literal["detached"] = False
+    ) -> tuple[LogProbs, RouterSums | None]:
+        """``logprobs``, and what the router did with the tokens of a whole batch."""
         with self.autocast():
-            hidden = self.hidden(packed)
+            hidden, sums = self.hidden_and_router(packed)
             head = self.head
             if self.compute_dtype is None:
                 hidden = hidden.to(head.weight.dtype)
-            return linear_logprob(
+            scored = linear_logprob(
                 hidden,
                 head.weight,
                 packed.targets,
@@ -136,26 +153,44 @@ class Policy:
                 softcap=head.softcap,
                 return_entropy=entropy,
             )
+        return scored, sums
 
     def hidden(self, packed: PackedBatch, plan: attention.Plan | None = None) -> Tensor:
         """``[N, H]``: the hidden states that predict the scored tokens."""
+        return self.hidden_and_router(packed, plan)[0]
+
+    def hidden_and_router(
+        self, packed: PackedBatch, plan: attention.Plan | None = None
+    ) -> tuple[Tensor, RouterSums | None]:
+        """``hidden``, and what the router did with the tokens of a whole batch."""
         decoder = self.causal_lm.get_decoder()
         self._check_positions(packed)
+        watched = self.router is not None and packed.copies is not None
+        asked = {"output_router_logits": True} if watched else {}
         if packed.layout == "rows":
             ids, mask = packed.padded_rows()
-            states = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+            outputs = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False, **asked)
             # With causal attention no token sees the padding to its right.
-            states = states.last_hidden_state.flatten(0, 1)[mask.flatten()]
+            kept = mask.flatten()
+            states = outputs.last_hidden_state.flatten(0, 1)[kept]
         else:
-            states = decoder(
+            kept = None
+            outputs = decoder(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
                 # Four dimensions: transformers takes it for a finished mask and builds none.
                 attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
                 use_cache=False,
                 fusedgrpo_plan=plan or attention.Plan(packed.segments, self.device),
-            ).last_hidden_state[0]
-        return attention.gather_rows(states, packed.predictors)
+                **asked,
+            )
+            states = outputs.last_hidden_state[0]
+        sums = None
+        if self.router is not None and packed.copies is not None:
+            logits = outputs.router_logits
+            logits = logits if kept is None else [layer[kept] for layer in logits]
+            sums = self.router.sums(logits, packed.copies)
+        return attention.gather_rows(states, packed.predictors), sums
 
     def _check_positions(self, packed: PackedBatch) -> None:
         """Say it where rotary embeddings would depend on the longest sequence of the batch."""

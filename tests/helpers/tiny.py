@@ -62,6 +62,54 @@ def model(family: str = "Qwen2", *, seed: int = 0, scale: float = 12.0, **config
     return built
 
 
+# Mixtures of experts, by what their configurations need besides.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "Qwen3Moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+    },
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GptOss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "Glm4Moe": {  # has a router, but no coefficient and no loss of its own
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "head_dim": 8,
+    },
+}
+
+
+def mixture(family: str = "Mixtral", *, seed: int = 0, **config: Any) -> Any:
+    """A tiny random mixture of experts in float32 and eval mode, its experts not in balance."""
+    import transformers
+
+    made = getattr(transformers, f"{family}Config")(
+        **{**_SIZE, "initializer_range": 0.1, **MIXTURES[family], **config}
+    )
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{family}ForCausalLM")(made).eval()
+
+
 def tokenizer(*, pad: str | None = "<pad>", vocab: int = VOCAB, template: bool = False) -> Any:
     """One token per word: ``<unk> <eos> <pad> <bos> w4 w5 ...``."""
     from tokenizers import Tokenizer, models, pre_tokenizers

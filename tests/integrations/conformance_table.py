@@ -133,8 +133,6 @@ def option_rows():
             everywhere = len(own_runs) >= len(RUNS)
             by.append("all runs" if everywhere else "runs " + ", ".join(map(numbers.get, own_runs)))
         trl_loss, fused = "same", "same"
-        if name == "router_aux_loss_coef":
-            trl_loss = "same, on TRL's own forward"
         if refused := refused_for(name, own_runs):
             every = len(refused) == len(conformance.LOSS_TYPES)
             fused = "refused" if every else f"same; refused with {', '.join(refused)}"

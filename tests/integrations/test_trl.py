@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import tiny
 import torch
 
 pytest.importorskip("trl")
@@ -14,7 +15,7 @@ from conformance import configure, hand_made, step  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl_runs import make  # noqa: E402
 
-from fusedgrpo.errors import ConfigError  # noqa: E402
+from fusedgrpo.errors import ConfigError, ModelError  # noqa: E402
 from fusedgrpo.integrations import trl as integration  # noqa: E402
 from fusedgrpo.integrations.trl import FusedGRPOTrainer, shuffle_groups  # noqa: E402
 
@@ -81,9 +82,9 @@ def test_prompts_are_shared_within_a_micro_batch(tmp_path, monkeypatch):
     built = []
     original = integration.PackedBatch.build
 
-    def build(pairs, device, layout):
+    def build(pairs, device, layout, **options):
         built.append((len({tuple(p) for p, _ in pairs}), len(pairs), layout))
-        return original(pairs, device, layout)
+        return original(pairs, device, layout, **options)
 
     monkeypatch.setattr(integration.PackedBatch, "build", build)
     fused.train()
@@ -102,3 +103,51 @@ def test_a_changed_signature_is_refused(monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, inputs: None)
     with pytest.raises(ImportError, match=r"GRPOTrainer._compute_loss takes \(inputs\)"):
         integration._import_trl()
+
+
+@pytest.mark.parametrize("fused_loss", [False, True])
+def test_a_mixture_of_experts_has_ratios_of_one_in_bfloat16(tmp_path, monkeypatch, fused_loss):
+    """With its router's loss at the default weight: policy, old policy and reference take one
+    route, so on weights that nothing has changed they agree."""
+    model = tiny.mixture()
+    model.save_pretrained(tmp_path / "model")
+    model.config._name_or_path = str(tmp_path / "model")
+    fused = make(
+        FusedGRPOTrainer, tmp_path, model=model, bf16=True, learning_rate=0.0, beta=0.1,
+        steps_per_generation=2, num_iterations=2, max_steps=4, fused_loss=fused_loss,
+    )  # fmt: skip
+    gaps = []
+    original = fused._get_per_token_logps_and_entropies
+
+    def watched(*args, **kwargs):
+        logps, *others = original(*args, **kwargs)
+        if torch.is_grad_enabled():
+            gaps.append((logps - inputs[-1]["old_per_token_logps"]).detach().abs().max().item())
+            gaps.append((logps - inputs[-1]["ref_per_token_logps"]).detach().abs().max().item())
+        return logps, *others
+
+    inputs = []
+    loss = fused._compute_loss
+    monkeypatch.setattr(
+        fused, "_compute_loss", lambda model, batch: inputs.append(batch) or loss(model, batch)
+    )
+    monkeypatch.setattr(fused, "_get_per_token_logps_and_entropies", watched)
+    fused.train()
+    assert fused.aux_loss_enabled and not fused._said
+    assert all("aux_loss" in row for row in fused.state.log_history[:-1])
+    assert fused.accelerator.mixed_precision == "bf16"
+    assert len(gaps) == 16 and max(gaps) == 0, gaps
+
+
+def test_a_router_of_an_unknown_kind_takes_trls_forward_for_all_log_probs(
+    tmp_path, monkeypatch, caplog
+):
+    def refuse(*args):
+        raise ModelError("no such loss.")
+
+    monkeypatch.setattr(integration, "probe_router", refuse)
+    fused = make(FusedGRPOTrainer, tmp_path, model=tiny.mixture(), num_iterations=2)
+    assert "TRL's own forward pass is used: no such loss." in caplog.text
+    assert fused._packed_forward(fused.model) is None
+    fused.train()
+    assert fused.state.log_history[0]["aux_loss"] > 0

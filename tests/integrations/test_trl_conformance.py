@@ -13,7 +13,7 @@ pytestmark = pytest.mark.peer
 import conformance  # noqa: E402
 from conformance import PATHS, configure, differences, hand_made  # noqa: E402
 from trl import GRPOTrainer, RLOOConfig  # noqa: E402
-from trl_runs import make, mixture_of_experts  # noqa: E402
+from trl_runs import make  # noqa: E402
 
 from fusedgrpo.errors import ConfigError  # noqa: E402
 from fusedgrpo.integrations.trl import FusedGRPOTrainer, FusedRLOOTrainer  # noqa: E402
@@ -115,13 +115,11 @@ def test_the_batch_has_no_ties_at_the_entropy_quantile(trainers):
         {"top_entropy_quantile": 0.4, "loss_type": "vespo"},
         {"off_policy_mask_threshold": 0.1, "loss_type": "vespo"},
         {"use_adaptive_entropy": True},
-        {"router_aux_loss_coef": 0.1, "model": mixture_of_experts},
     ],
     ids=lambda options: "-".join(options),
 )
 def test_what_the_fused_loss_does_not_cover_is_refused_by_name(tmp_path, options):
     name = next(iter(options))
-    options = {k: v() if k == "model" else v for k, v in options.items()}
     with pytest.raises(ConfigError, match=f"fused_loss=True does not cover {name}"):
         make(FusedGRPOTrainer, tmp_path, fused_loss=True, **options)
 

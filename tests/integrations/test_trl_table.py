@@ -44,7 +44,7 @@ def test_what_the_fused_loss_refuses_is_on_the_page():
         "off_policy_mask_threshold": "same; refused with vespo",
         **dict.fromkeys(
             ["use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta",
-             "entropy_target", "router_aux_loss_coef"],
+             "entropy_target"],
             "refused",
         ),
     }  # fmt: skip
