@@ -70,6 +70,9 @@ class GRPOConfig:
     # adapter
     stage: Literal["grpo"] = option("grpo", "the only training stage")
     finetuning_type: Literal["lora", "full"] = option("lora", "train a LoRA adapter or all weights")
+    adapter_name_or_path: str | None = option(
+        None, "adapter to train further: a directory or Hub id"
+    )
     lora_r: int = option(16, "rank of the adapter", low=1)
     lora_alpha: int | None = option(None, "scale of the adapter; null: 2 * lora_r", low=1)
     lora_dropout: float = option(0.0, "dropout in the adapter while training", low=0, below=1)

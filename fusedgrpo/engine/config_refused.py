@@ -192,10 +192,12 @@ _GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
             "pissa_convert": False,
             "loraplus_lr_ratio": None,
             "loraplus_lr_embedding": 1e-6,
-            "adapter_name_or_path": None,
-            "adapter_folder": None,
-            "create_new_adapter": False,
         },
+    ),
+    (
+        "adapter_name_or_path is trained further: merge it into the model to train a new one, and "
+        "name its folder directly",
+        {"create_new_adapter": False, "adapter_folder": None},
     ),
     (
         "use load_in_4bit, bnb_4bit_quant_type and use_bnb_nested_quant",

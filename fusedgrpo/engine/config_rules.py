@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedgrpo.errors import brief, did_you_mean
@@ -29,6 +30,25 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[GRPOConfig], Any]], ...] = (
             c.load_in_4bit
             and c.finetuning_type == "full"
             and "load_in_4bit: 4-bit weights cannot be trained; set finetuning_type: lora."
+        ),
+    ),
+    (
+        ("adapter_name_or_path",),
+        lambda c: (
+            c.adapter_name_or_path
+            and "," in c.adapter_name_or_path
+            and not Path(c.adapter_name_or_path).expanduser().exists()
+            and f"adapter_name_or_path: {c.adapter_name_or_path} are several; one is trained "
+            "further. Merge the others into the model first (merge_and_unload of peft)."
+        ),
+    ),
+    (
+        ("adapter_name_or_path", "finetuning_type"),
+        lambda c: (
+            c.adapter_name_or_path
+            and c.finetuning_type == "full"
+            and "adapter_name_or_path: finetuning_type: full trains the model and no adapter; set "
+            "finetuning_type: lora, or merge the adapter into the model first."
         ),
     ),
     (

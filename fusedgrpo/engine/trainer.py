@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -129,7 +130,7 @@ class GRPOTrainer:
         sampler: Sampler | None,
     ) -> None:
         args = self.args
-        model = None if isinstance(model, str) else model
+        model = None if isinstance(model, (str, os.PathLike)) else model
         # Data errors come before gigabytes are loaded, where the model's limits are known by then.
         limits = model_limits(args, model)
         if limits is None:
@@ -501,7 +502,7 @@ class GRPOTrainer:
         directory = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.processes.is_main:
             return directory
-        return trainer_state.save_weights(self.policy.model, self.processing_class, directory)
+        return trainer_state.save_weights(self.policy, self.processing_class, directory)
 
     def _save(self, outputs: RunOutputs) -> Path | None:
         if not self.processes.is_main:
@@ -543,11 +544,9 @@ class GRPOTrainer:
     def _plan_line(self) -> str:
         trained = sum(p.numel() for _, p in self.policy.trainable())
         what = "all weights"
-        if self.policy.has_adapter:
-            adapter = self.policy.model.active_peft_config
-            rank = f" r={adapter.r}" if hasattr(adapter, "r") else ""
-            kind = {"LORA": "LoRA"}.get(adapter.peft_type.value, adapter.peft_type.value)
-            what = f"{kind}{rank} on {_bits(self.policy.causal_lm)} weights"
+        if self.policy.adapters is not None:
+            adapter = self.policy.adapters.describe()
+            what = f"{adapter} on {_bits(self.policy.causal_lm)} weights"
         dtype = self.policy.compute_dtype or self.policy.head.weight.dtype
         line = (
             f"{self.plan.describe()}; {what}, {trained / 1e6:.3g}M trained, computing in "
@@ -559,7 +558,8 @@ class GRPOTrainer:
 def _with_model_name(args: GRPOConfig, model: Any) -> GRPOConfig:
     """The configuration with the name of the model that was passed, for the record."""
     config = getattr(model, "config", None)
-    name = model if isinstance(model, str) else getattr(config, "_name_or_path", None)
+    by_name = isinstance(model, (str, os.PathLike))
+    name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
     return dataclasses.replace(args, model_name_or_path=name) if name else args
 
 

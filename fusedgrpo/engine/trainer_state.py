@@ -27,6 +27,7 @@ from fusedgrpo.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.trainer import GRPOTrainer
+    from fusedgrpo.models.policy import Policy
 
 # Options that say where, how loud and how often, and do not change what is computed.
 FREE_TO_CHANGE = {
@@ -55,37 +56,42 @@ class Progress:
     nonfinite_in_a_row: int = 0
 
 
-def save_weights(model: Any, tokenizer: Any, directory: Path) -> Path:
-    """Write ``adapter/`` (a peft model) or ``model/`` with the tokenizer; returns its path."""
-    is_adapter = hasattr(model, "disable_adapter")
-    path = directory / ("adapter" if is_adapter else "model")
-    if is_adapter:
-        # peft would ask the Hub whether the embeddings were resized; nothing here resizes them.
-        model.save_pretrained(path, save_embedding_layers=False)
+def save_weights(policy: Policy, tokenizer: Any, directory: Path) -> Path:
+    """Write ``adapter/`` or ``model/`` with the tokenizer; returns its path."""
+    path = directory / ("model" if policy.adapters is None else "adapter")
+    if policy.adapters is None:
+        _save_full(policy.model, path)
     else:
-        model.save_pretrained(path)
+        policy.adapters.save(path)
     tokenizer.save_pretrained(path)
     return path
 
 
-def load_weights(model: Any, directory: Path) -> None:
-    """Put saved weights back, bit for bit. Raises CheckpointError."""
-    if hasattr(model, "disable_adapter"):
-        from peft import set_peft_model_state_dict
+def _save_full(model: Any, path: Path) -> None:
+    """transformers refuses to write generation settings that contradict each other (temperature
+    without do_sample), after a whole run; here they are written as they came."""
+    from transformers import GenerationConfig
 
-        saved = checkpoint.read_tensors(directory / "adapter" / "adapter_model.safetensors")
-        result: Any = set_peft_model_state_dict(model, saved)
-        if result.unexpected_keys:
-            raise CheckpointError(
-                f"{directory} holds an adapter for other modules: {result.unexpected_keys[0]}."
-            )
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(path)
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(path / "generation_config.json")
+
+
+def load_weights(policy: Policy, directory: Path) -> None:
+    """Put saved weights back, bit for bit. Raises CheckpointError."""
+    if policy.adapters is not None:
+        policy.adapters.restore(directory / "adapter")
         return
-    saved = {}
+    saved: dict[str, torch.Tensor] = {}
     for file in sorted((directory / "model").glob("*.safetensors")):
         saved |= checkpoint.read_tensors(file)
     if not saved:
         raise CheckpointError(f"{directory} holds no model weights: was it a LoRA run?")
-    _load_full(model, saved, directory)
+    _load_full(policy.model, saved, directory)
 
 
 def _load_full(model: nn.Module, saved: dict[str, torch.Tensor], directory: Path) -> None:
@@ -106,7 +112,7 @@ def save(trainer: GRPOTrainer, directory: Path) -> Path:
     """Write a checkpoint of the trainer's last completed step under ``directory``."""
 
     def write(path: Path) -> None:
-        save_weights(trainer.policy.model, trainer.processing_class, path)
+        save_weights(trainer.policy, trainer.processing_class, path)
         tensors, values = checkpoint.optimizer_state(trainer.updater.optimizer)
         checkpoint.write_tensors(path / "optimizer.safetensors", tensors)
         state = {
@@ -160,7 +166,7 @@ def restore(trainer: GRPOTrainer, path: Path) -> None:
     if "started" in state:  # else it is of version 0.1
         trainer.set_clock(datetime.fromisoformat(state["started"]))
     _check_same_run(trainer, state, path)
-    load_weights(trainer.policy.model, path)
+    load_weights(trainer.policy, path)
     checkpoint.load_optimizer_state(
         trainer.updater.optimizer,
         checkpoint.read_tensors(path / "optimizer.safetensors"),

@@ -22,19 +22,14 @@ class Head(NamedTuple):
 def find_head(model: Any) -> Head:
     """The head of a causal LM, looked up anew at every call (wrappers replace modules).
 
-    Raises ModelError for a head that is no plain dense linear layer: with an adapter on it, or
-    quantised, the log-probs of its weight alone would be silently wrong.
+    Raises ModelError for a head that is no plain dense linear layer: with a low-rank adapter on it,
+    or quantised, the log-probs of its weight alone would be silently wrong.
     """
-    layer = model.get_output_embeddings()
     config = model.config.get_text_config()
-    if layer is None:
-        raise ModelError(f"{type(model).__name__} has no output embeddings: expected a causal LM.")
-    if hasattr(layer, "base_layer"):
-        raise ModelError(
-            "The LM head carries an adapter. Leave it out of lora_target_modules "
-            "('all-linear' does)."
-        )
-    weight = layer.weight
+    layer = head_layer(model)
+    # Where single tokens are trained, peft's wrapper has their rows put into the weight, anew at
+    # every call and with their gradient.
+    weight = model.get_output_embeddings().weight
     matrix = isinstance(layer, nn.Linear) and len(_shape(weight)) == 2
     if not matrix or not weight.is_floating_point():
         raise ModelError(
@@ -43,6 +38,27 @@ def find_head(model: Any) -> Head:
         )
     settings = vars(config)
     return Head(weight, layer.bias, _logit_scale(settings), settings.get("final_logit_softcapping"))
+
+
+def head_layer(model: Any) -> Any:
+    """The linear layer that is the head now: of peft's copies the one that acts. Raises
+    ModelError."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ModelError(f"{type(model).__name__} has no output embeddings: expected a causal LM.")
+    if hasattr(layer, "modules_to_save"):
+        acts = [n for n in layer.active_adapters if n in layer.modules_to_save]
+        off = layer.disable_adapters or not acts
+        layer = layer.original_module if off else layer.modules_to_save[acts[0]]
+    elif hasattr(layer, "token_adapter"):
+        layer = layer.token_adapter.base_layer
+    if hasattr(layer, "base_layer"):
+        raise ModelError(
+            "The LM head carries a low-rank adapter, which is not supported: leave it out of the "
+            "target modules ('all-linear' does), or train it whole with modules_to_save of a "
+            "peft_config. A trained adapter can be merged first (merge_and_unload)."
+        )
+    return layer
 
 
 def _logit_scale(settings: dict[str, Any]) -> float:
@@ -58,8 +74,10 @@ def _logit_scale(settings: dict[str, Any]) -> float:
 
 def vocabulary_size(model: Any) -> int:
     """V: how many token ids the model can both read and score."""
-    readable = _shape(model.get_input_embeddings().weight)[0]
-    return int(min(readable, _shape(find_head(model).weight)[0]))
+    embeddings = model.get_input_embeddings()
+    if hasattr(embeddings, "token_adapter"):  # its own weight would be put together to be measured
+        embeddings = embeddings.token_adapter.base_layer
+    return int(min(_shape(layer.weight)[0] for layer in (embeddings, head_layer(model))))
 
 
 def _shape(weight: Tensor) -> torch.Size:

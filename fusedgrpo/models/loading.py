@@ -13,13 +13,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fusedgrpo.errors import ModelError
-from fusedgrpo.models.head import check_head, vocabulary_size
+from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter, put_onto
+from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrapped
+from fusedgrpo.models.head import check_head, find_head, vocabulary_size
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.precision import pick_compute_dtype, pick_device
 from fusedgrpo.models.router import find_router
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.config import GRPOConfig
+    from fusedgrpo.models.adapter_files import AdapterFiles
 
 log = logging.getLogger("fusedgrpo")
 
@@ -28,12 +31,16 @@ LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, Safe
 
 
 def load_tokenizer(config: GRPOConfig) -> Any:
-    """The tokenizer of the run, without its model. Raises ModelError."""
+    """The tokenizer of the run, without its model: that of an adapter, if it has one, was trained
+    with it. Raises ModelError."""
     from transformers import AutoTokenizer
 
     source, arguments = _source(config)
+    adapter = find_adapter(config)
     if config.tokenizer_name_or_path:
         source, arguments = os.path.expanduser(config.tokenizer_name_or_path), {}
+    elif adapter is not None and adapter.file("tokenizer_config.json"):
+        source, arguments = adapter.name, {"revision": adapter.revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **arguments
@@ -89,7 +96,18 @@ def model_settings(config: GRPOConfig) -> Any:
             source, trust_remote_code=config.trust_remote_code, **arguments
         )
     except LOADING_ERRORS as error:
-        raise ModelError(f"No model could be loaded from {source!r}: {error}") from error
+        raise _no_model(config, source, error) from error
+
+
+def _no_model(config: GRPOConfig, source: str, error: Exception) -> ModelError:
+    adapter = find_adapter(config)
+    if adapter is not None and adapter.base == source:
+        return ModelError(
+            f"The adapter {adapter.name!r} belongs to the model {source!r}, which could not be "
+            f"loaded: {error} If it is elsewhere, give that as model_name_or_path and the adapter "
+            "as adapter_name_or_path."
+        )
+    return ModelError(f"No model could be loaded from {source!r}: {error}")
 
 
 def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None] | None:
@@ -102,8 +120,9 @@ def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None]
     else:
         settings = model.config
     text = settings.get_text_config()
+    adapter = find_adapter(config) if model is None else None
     return {
-        "vocab_size": getattr(text, "vocab_size", None),
+        "vocab_size": (adapter and adapter.vocabulary()) or getattr(text, "vocab_size", None),
         "context_length": getattr(text, "max_position_embeddings", None),
     }
 
@@ -111,8 +130,9 @@ def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None]
 def load_policy(
     config: GRPOConfig, model: nn.Module | None = None, peft_config: Any = None
 ) -> Policy:
-    """The policy of a run: ``model`` if given, else loaded by name; adapters added unless it has
-    some or ``finetuning_type`` is ``full``. Raises ModelError or ConfigError.
+    """The policy of a run: ``model`` if given, else loaded by name. An adapter that it has, or that
+    ``config`` names, is trained further; else one is added, unless ``finetuning_type`` is ``full``.
+    Raises ModelError or ConfigError.
     """
     device = pick_device(config.use_cpu)
     compute_dtype = pick_compute_dtype(config.bf16, config.fp16, device)
@@ -121,18 +141,22 @@ def load_policy(
         model = load_model(config, device)
     elif getattr(model, "hf_device_map", None) is None and not _is_quantized(model):
         model = model.to(device)
-    wrapped: Any = model
-    causal_lm = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
     model.eval()
-    # A tower of another kind, or a model without a head, fails here and not in the first update.
-    check_head(causal_lm)
+    causal_lm = unwrapped(model)
+    find_head(causal_lm)  # a tower of another kind, or a model without a head, fails here
     router = find_router(
         causal_lm,
         config.router_aux_loss_coef,
         lambda: torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not None),
     )
+    saved = find_adapter(config) if not given or config.adapter_name_or_path else None
     keep: Literal["adapter", "model"] | None = None
-    if hasattr(model, "disable_adapter"):
+    if saved is not None or has_adapters(model):
+        _refuse_beside_an_adapter(model, config, peft_config, saved)
+        if saved is not None:
+            model = put_onto(model, saved, config, device)
+        elif not given:
+            causal_lm.set_adapter(causal_lm.active_adapters()[0])  # lay among the model's files
         keep = "adapter"  # whatever it was trained to do is part of the reference
     elif config.finetuning_type == "lora":
         model = add_lora(model, config, peft_config)
@@ -142,10 +166,15 @@ def load_policy(
         _prepare_full(model, given)
         keep = "model"
     _refuse_prompt_learning(model)
+    if keep != "model":
+        prepare(model, compute_dtype)
+    # After the adapters, which may be on the head. A family that is not understood fails here and
+    # not in the first update.
+    check_head(causal_lm)
     if config.gradient_checkpointing:
         _enable_checkpointing(causal_lm)
     model.train()
-    policy = Policy(
+    return Policy(
         model,
         compute_dtype=compute_dtype,
         temperature=config.temperature,
@@ -153,8 +182,32 @@ def load_policy(
         shared_prompt=config.shared_prompt,
         router=router,
     )
-    policy.head  # noqa: B018 - an adapter on the head is refused here, not in the first update
-    return policy
+
+
+def _refuse_beside_an_adapter(
+    model: Any, config: GRPOConfig, peft_config: Any, saved: AdapterFiles | None
+) -> None:
+    """An adapter that is there is trained; what asks for something else is not ignored."""
+    inside = has_adapters(model)
+    if saved is not None and inside:
+        raise ModelError(
+            f"The model already has an adapter ({', '.join(unwrapped(model).peft_config)}) beside "
+            f"{saved.name!r}. Merge it first (merge_and_unload), or load the model without it."
+        )
+    if config.finetuning_type == "full":
+        raise ModelError(
+            "finetuning_type: full trains the weights of a model, and this one has an adapter. "
+            "Merge it first (merge_and_unload of peft), or set finetuning_type: lora to train the "
+            "adapter."
+        )
+    if peft_config is not None:
+        raise ModelError(
+            "peft_config describes a new adapter, but the model already has one. Leave peft_config "
+            "out to train that one further; for a new one load the model again, or merge the old "
+            "one first (merge_and_unload)."
+        )
+    for settings in getattr(model, "peft_config", {}).values():
+        check_options(config, settings, "of the model")
 
 
 def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
@@ -186,7 +239,7 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
             **arguments,
         )
     except LOADING_ERRORS as error:
-        raise ModelError(f"No model could be loaded from {source!r}: {error}") from error
+        raise _no_model(config, source, error) from error
     model, report = loaded
     if "gguf_file" in arguments:
         _forget_gguf(model)
@@ -219,7 +272,7 @@ def weights_dtype(config: GRPOConfig, device: torch.device) -> torch.dtype | str
 
 
 def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> nn.Module:
-    """``model`` frozen, with float32 adapters (bfloat16 ones lose GRPO's small updates)."""
+    """``model`` frozen, with a new adapter."""
     from peft import LoraConfig, get_peft_model
 
     if peft_config is None:
@@ -231,7 +284,11 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             target_modules=targets if targets == "all-linear" else list(targets),
             use_rslora=config.use_rslora,
             task_type="CAUSAL_LM",
+            revision=config.model_revision,
         )
+    # A note of an adapter that was taken out again would count as one of several.
+    if hasattr(model, "peft_config"):
+        del model.peft_config
     try:
         # The adapters' first weights are a random choice of the run like all others.
         with torch.random.fork_rng(), warnings.catch_warnings():
@@ -241,9 +298,6 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:
         raise ModelError(f"lora_target_modules={config.lora_target_modules!r}: {error}") from error
-    for _, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     return model
 
 
@@ -305,17 +359,18 @@ def _four_bit(config: GRPOConfig, device: torch.device) -> Any:
 def _source(config: GRPOConfig) -> tuple[str, dict[str, Any]]:
     """Where model and tokenizer are, and what from_pretrained must be told to find them.
 
-    ``model_name_or_path`` may be a ``.gguf`` file itself.
+    ``model_name_or_path`` may be a ``.gguf`` file itself, or an adapter on top of the model.
     """
-    if config.model_name_or_path is None:
-        raise ModelError("model_name_or_path is missing: give a model directory or a Hub id.")
-    name = os.path.expanduser(config.model_name_or_path)
+    model, revision = base_of(config)
+    name = os.path.expanduser(model)
     arguments: dict[str, Any] = {}
     path = Path(name)
     if config.gguf_file:
         arguments["gguf_file"] = config.gguf_file
     elif path.suffix == ".gguf" and path.is_file():
         name, arguments["gguf_file"] = str(path.parent), path.name
-    if config.model_revision:
-        arguments["revision"] = config.model_revision
+    elif file := only_gguf(name):
+        arguments["gguf_file"] = file
+    if revision:
+        arguments["revision"] = revision
     return name, arguments

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fusedgrpo.kernels import LogProbs, linear_logprob
 from fusedgrpo.models import attention
-from fusedgrpo.models.head import Head, find_head, vocabulary_size
+from fusedgrpo.models.adapters import Adapters, has_adapters, unwrapped
+from fusedgrpo.models.head import Head, find_head, head_layer, vocabulary_size
 from fusedgrpo.models.layout import SharedPrompt, choose_layout
 from fusedgrpo.models.packed import Ids, Layout, PackedBatch
 from fusedgrpo.models.router import RouterLoss, RouterSums
@@ -28,11 +29,11 @@ log = logging.getLogger("fusedgrpo")
 class Policy:
     """The model that is trained, with its reference.
 
-    model: a transformers causal LM, or one wrapped by peft. compute_dtype: the dtype of autocast,
-    None to compute in the weights' own, or ``"inherit"`` for what the caller has set. The reference
-    policy is the model as it is now. With fresh adapters that is the model with the adapters
-    switched off; with ``keep_reference="adapter"`` a copy of the adapters' weights (for adapters
-    that were trained before), with ``keep_reference="model"`` a frozen copy of the model.
+    model: a transformers causal LM, with peft's adapters in it or not. compute_dtype: the dtype of
+    autocast, None to compute in the weights' own, or ``"inherit"`` for what the caller has set. The
+    reference policy is the model as it is now. With fresh adapters that is the model with the
+    adapters switched off; with ``keep_reference="adapter"`` a copy of the weights that train (for
+    adapters that were trained before), with ``keep_reference="model"`` a frozen copy of the model.
 
     shared_prompt: ``"auto"`` forwards each prompt once for all its completions if the model gives
     the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
@@ -54,7 +55,7 @@ class Policy:
         self.temperature = temperature
         self.router = router
         self._said_positions = False
-        self.has_adapter = hasattr(model, "disable_adapter")
+        self.adapters = Adapters(model) if has_adapters(model) else None
         self.layout: Layout = choose_layout(self, shared_prompt)
         self._reference_model: nn.Module | None = None
         self._reference_adapter: list[Tensor] | None = None
@@ -75,11 +76,11 @@ class Policy:
     @property
     def causal_lm(self) -> Any:
         """The transformers model, adapters inside it if there are any."""
-        return self.model.get_base_model() if self.has_adapter else self.model
+        return unwrapped(self.model)
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return head_layer(self.causal_lm).weight.device
 
     @property
     def head(self) -> Head:
@@ -102,7 +103,7 @@ class Policy:
         device_type = self.device.type
         if self.compute_dtype == "inherit" and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
-        return self.head.weight.dtype
+        return head_layer(self.causal_lm).weight.dtype
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that sampling, scoring and update share."""
@@ -232,8 +233,8 @@ class Policy:
         if self._reference_adapter is not None:
             with self._swapped(self._reference_adapter):
                 yield
-        elif self.has_adapter:
-            with self.model.disable_adapter():
+        elif self.adapters is not None:
+            with self.adapters.off():
                 yield
         elif self._reference_model is not None:
             policy, self.model = self.model, self._reference_model

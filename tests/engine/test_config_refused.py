@@ -17,7 +17,8 @@ from fusedgrpo.errors import ConfigError
         ("deepspeed", "ds.json", "one process"),
         ("plot_loss", False, "plots are always written"),
         ("preprocessing_num_workers", 16, "remove it"),
-        ("adapter_name_or_path", "a/b", "starting from zero"),
+        ("create_new_adapter", True, "is trained further"),
+        ("pissa_init", True, "starting from zero"),
     ],
 )
 def test_options_of_other_trainers_are_refused_by_name(

@@ -75,7 +75,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
 def test_a_head_with_an_adapter_is_refused() -> None:
     model = tiny.add_lora(tiny.model("Llama"), target_modules=["lm_head"])
-    with pytest.raises(ModelError, match="carries an adapter"):
+    with pytest.raises(ModelError, match="carries a low-rank adapter"):
         find_head(model.get_base_model())
 
 

@@ -106,13 +106,13 @@ def test_prompt_learning_is_refused() -> None:
 def test_an_adapter_on_the_head_is_refused() -> None:
     policy = Policy.load(config(lora_target_modules="q_proj"), tiny.model("Llama"))
     assert policy.head is not None
-    with pytest.raises(ModelError, match="carries an adapter"):
+    with pytest.raises(ModelError, match="carries a low-rank adapter"):
         Policy.load(config(lora_target_modules="lm_head,q_proj"), tiny.model("Llama"))
 
 
 def test_full_fine_tuning_trains_every_weight_in_float32(saved: Path) -> None:
     policy = Policy.load(config(saved, finetuning_type="full", beta=0.1))
-    assert not policy.has_adapter
+    assert policy.adapters is None
     trained = {name for name, _ in policy.trainable()}
     assert trained == {name for name, _ in policy.model.named_parameters()}
     assert {p.dtype for _, p in policy.trainable()} == {torch.float32}
