@@ -203,9 +203,9 @@ def _layout(source: Source) -> Layout:
 def _encode(index: int, row: Row, layout: Layout, encoder: PromptEncoder) -> Example:
     if row.values is None:
         raise BadRowError(row.reason)
-    if reason := media_reason(row.values):
-        raise BadRowError(reason)
     try:
+        if reason := media_reason(row.values):
+            raise BadRowError(reason)
         prompt = layout.read(row.values)
         prompt_ids = encoder.encode(prompt)
         digest = row_digest(row.values)

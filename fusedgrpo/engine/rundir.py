@@ -103,7 +103,8 @@ class RunDir:
             ) from error
 
     def _start_log(self) -> None:
-        file = logging.FileHandler(self.log, encoding="utf-8")
+        # Half a character in somebody's text must not keep a line out of the log.
+        file = logging.FileHandler(self.log, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self._log_handlers.append(file)
         if logging.lastResort and not logger.hasHandlers():

@@ -208,6 +208,13 @@ def test_holding_out_everything_is_refused(tokenizer: Any) -> None:
         load([GOOD], tokenizer).split(1, seed=0)
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -220,6 +227,7 @@ def test_holding_out_everything_is_refused(tokenizer: Any) -> None:
         ({"prompt": [{"role": ["a"], "content": "x"}]}, "is not a message with a role"),
         ({"prompt": [{"role": "user", "content": None}]}, "the content of .* is null"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "expected text|'image'"),
+        ({"prompt": "x", "deep": nested(5000)}, "it cannot be read: RecursionError"),
         ({"prompt": "x", 3: "y"}, "has a column named int '3'"),
         ({"prompt": "x", "image": "cat.png"}, "its column 'image' holds what image belongs"),
         ({"prompt": "x", "images": [PIL.Image.new("RGB", (2, 2))]}, "'images' holds a picture"),

@@ -43,9 +43,10 @@ def test_open_creates_parents_and_close_gives_the_lock_back(tmp_path):
 def test_the_log_is_written_and_no_longer_after_close(tmp_path):
     with RunDir.open(tmp_path) as run:
         logging.getLogger("fusedgrpo").info("for the log")
+        logging.getLogger("fusedgrpo").info("half a character: \ud83d")
     logging.getLogger("fusedgrpo").info("too late")
     text = run.log.read_text()
-    assert "for the log" in text
+    assert "for the log" in text and "half a character: \\ud83d" in text
     assert "too late" not in text
 
 

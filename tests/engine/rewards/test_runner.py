@@ -37,6 +37,12 @@ def napping(completions, log_extra, log_metric, **kwargs):
         time.sleep(0.01)
     return [None] * len(completions)
 
+def emptying(completions, tests, **kwargs):
+    found = [len(cases) for cases in tests]
+    for cases in tests:
+        cases.clear()
+    return found
+
 def hang(completions, **kwargs):
     if "hang" in completions:
         time.sleep(10_000)
@@ -300,6 +306,13 @@ def test_what_a_function_changes_is_seen_by_nobody_else() -> None:
     assert len(seen) == 3 * 2 * 3
     assert set(seen) == {repr((prompt, completion, ids, row)), repr(({"deep": [1]}, 7))}
     assert row["cases"] == [1, {2}] and ids == [5, 6] and prompt[0]["content"] == "q"
+
+
+def test_a_worker_gives_each_completion_its_own_row_too() -> None:
+    cases = [1, 2]
+    with build_rewards(["run_rewards:emptying", "run_rewards.py:emptying"]) as functions:
+        for _ in range(2):
+            assert score(functions, "a", "b", tests=[cases, cases]).values.tolist() == [[2, 2]] * 2
 
 
 def test_an_object_that_cannot_be_copied_is_handed_over_itself_and_said(
