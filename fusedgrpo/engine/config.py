@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fusedgrpo.engine.config_aliases import ALIASES, Alias
 from fusedgrpo.engine.config_file import parse_override, read_config_file
+from fusedgrpo.engine.config_from_pretrained import settle
 from fusedgrpo.engine.config_refused import REFUSED
 from fusedgrpo.engine.config_rules import broken_rules
 from fusedgrpo.engine.config_values import (
@@ -284,9 +285,17 @@ def _resolve(given: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Problem]]:
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     problems: list[Problem] = []
-    for key, value in given.items():
-        label = _label(key)
-        name = ALIASES[key].option if key in ALIASES else label
+    asked = [(_label(key), key, value) for key, value in given.items()]
+    if isinstance(more := given.get("model_init_kwargs"), Mapping):
+        settled = settle(more)
+        asked += settled.options
+        problems += [("model_init_kwargs", f"{name}: {text}") for name, text in settled.problems]
+        asked = [
+            (label, key, (settled.arguments or None) if key == "model_init_kwargs" else value)
+            for label, key, value in asked
+        ]
+    for label, key, value in asked:
+        name = ALIASES[key].option if key in ALIASES else _label(key)
         try:
             if key in REFUSED:
                 if REFUSED[key].accepts(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import warnings
@@ -12,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fusedgrpo.errors import ModelError
+from fusedgrpo.engine.config_from_pretrained import PLACES, READING
+from fusedgrpo.errors import ConfigError, ModelError, did_you_mean
 from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter, put_onto
 from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrapped
 from fusedgrpo.models.head import check_head, find_head, vocabulary_size
@@ -37,15 +39,16 @@ def load_tokenizer(config: GRPOConfig) -> Any:
 
     source, arguments = _source(config)
     adapter = find_adapter(config)
+    places = {name: value for name, value in _settled(config).items() if name in PLACES}
     if config.tokenizer_name_or_path:
         source, arguments = os.path.expanduser(config.tokenizer_name_or_path), {}
     elif adapter is not None and adapter.file("tokenizer_config.json"):
         source, arguments = adapter.name, {"revision": adapter.revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, **arguments
+            source, trust_remote_code=config.trust_remote_code, **places, **arguments
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
         raise ModelError(f"No tokenizer could be loaded from {source!r}: {error}") from error
     return tokenizer
 
@@ -92,11 +95,52 @@ def model_settings(config: GRPOConfig) -> Any:
     if "gguf_file" in arguments:
         return None
     try:
-        return AutoConfig.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, **arguments
+        settings, unknown = AutoConfig.from_pretrained(
+            source,
+            trust_remote_code=config.trust_remote_code,
+            return_unused_kwargs=True,
+            **_settled(config) | arguments,
         )
     except LOADING_ERRORS as error:
         raise _no_model(config, source, error) from error
+    except (TypeError, AttributeError) as error:
+        raise _bad_arguments(config, error) from error
+    for name in unknown.keys() & _settled(config).keys() - {*PLACES, *READING}:
+        known = [*PLACES, *READING, *vars(settings)]
+        raise ConfigError(
+            f"model_init_kwargs.{name}: neither from_pretrained nor {type(settings).__name__} "
+            f"knows it.{did_you_mean(name, known)}"
+        )
+    return settings
+
+
+def _settled(config: GRPOConfig) -> dict[str, Any]:
+    """What is left of ``model_init_kwargs`` beside our options."""
+    return dict(config.model_init_kwargs or {})
+
+
+def _bad_arguments(config: GRPOConfig, error: Exception) -> Exception:
+    if not config.model_init_kwargs:
+        return error
+    names = ", ".join(config.model_init_kwargs)
+    return ConfigError(f"model_init_kwargs ({names}): {error}")
+
+
+def _check_device_map(given: dict[str, Any] | None, device: torch.device) -> None:
+    """``{"": where}`` is what is done here; it must be the same place."""
+    if given is None:
+        return
+    wanted = given[""]
+    try:
+        asked = torch.device("cuda", wanted) if isinstance(wanted, int) else torch.device(wanted)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"model_init_kwargs.device_map: {wanted!r} is no device.") from error
+    current = device.index if device.index is not None or device.type == "cpu" else 0
+    if asked.type != device.type or asked.index not in (None, current):
+        raise ConfigError(
+            f"model_init_kwargs.device_map: {wanted!r}, but this run is on {device}. Leave it out; "
+            "use_cpu and CUDA_VISIBLE_DEVICES choose the device."
+        )
 
 
 def _no_model(config: GRPOConfig, source: str, error: Exception) -> ModelError:
@@ -137,6 +181,8 @@ def load_policy(
     device = pick_device(config.use_cpu)
     compute_dtype = pick_compute_dtype(config.bf16, config.fp16, device)
     given = model is not None
+    if given:
+        _say_what_a_given_model_decides(config)
     if model is None:
         model = load_model(config, device)
     elif getattr(model, "hf_device_map", None) is None and not _is_quantized(model):
@@ -184,6 +230,19 @@ def load_policy(
     )
 
 
+def _say_what_a_given_model_decides(config: GRPOConfig) -> None:
+    """Options that are about loading, where there is nothing to load."""
+    loading = ("dtype", "attn_implementation", "load_in_4bit", "gguf_file", "model_init_kwargs")
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(config)}
+    named = [name for name in loading if getattr(config, name) != defaults[name]]
+    if named:
+        log.warning(
+            "The model was given, not its name: %s %s no part in it.",
+            ", ".join(named),
+            "has" if len(named) == 1 else "have",
+        )
+
+
 def _refuse_beside_an_adapter(
     model: Any, config: GRPOConfig, peft_config: Any, saved: AdapterFiles | None
 ) -> None:
@@ -215,7 +274,8 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
     import transformers
 
     source, arguments = _source(config)
-    arguments |= config.model_init_kwargs or {}
+    arguments |= _settled(config)
+    _check_device_map(arguments.pop("device_map", None), device)
     if config.attn_implementation:
         arguments["attn_implementation"] = config.attn_implementation
     if config.trust_remote_code:
@@ -240,6 +300,8 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
         )
     except LOADING_ERRORS as error:
         raise _no_model(config, source, error) from error
+    except (TypeError, AttributeError) as error:
+        raise _bad_arguments(config, error) from error
     model, report = loaded
     if "gguf_file" in arguments:
         _forget_gguf(model)
@@ -275,7 +337,8 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
     """``model`` frozen, with a new adapter."""
     from peft import LoraConfig, get_peft_model
 
-    if peft_config is None:
+    ours = peft_config is None
+    if ours:
         targets = config.lora_target_modules
         peft_config = LoraConfig(
             r=config.lora_r,
@@ -285,6 +348,11 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             use_rslora=config.use_rslora,
             task_type="CAUSAL_LM",
             revision=config.model_revision,
+        )
+    if not hasattr(peft_config, "is_prompt_learning"):
+        raise ConfigError(
+            f"peft_config: expected a configuration of peft such as LoraConfig, got "
+            f"{type(peft_config).__name__}."
         )
     # A note of an adapter that was taken out again would count as one of several.
     if hasattr(model, "peft_config"):
@@ -297,7 +365,8 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ModelError(f"lora_target_modules={config.lora_target_modules!r}: {error}") from error
+        blamed = f"lora_target_modules={config.lora_target_modules!r}" if ours else "peft_config"
+        raise ModelError(f"{blamed}: {error}") from error
     return model
 
 
