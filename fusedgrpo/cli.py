@@ -19,6 +19,7 @@ if __name__ == "__main__":
     )
 
 import logging
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +40,10 @@ def train(
 ) -> None:
     """Train as CONFIG says. Any option can be set after it: --learning_rate 1e-5 --beta=0.04"""
     from fusedgrpo.engine.config import GRPOConfig
+    from fusedgrpo.engine.plain_log import make_plain
     from fusedgrpo.engine.trainer import GRPOTrainer
 
+    make_plain("transformers", "datasets", "peft", "accelerate", "huggingface_hub")
     options = GRPOConfig.from_file(config, overrides=_overrides(context.args))
     trainer = GRPOTrainer(args=options, search_paths=[config.parent])
     trainer.train()
@@ -133,16 +136,20 @@ def _overrides(words: list[str]) -> dict[str, str | None]:
 
 def main() -> None:
     """Run the command line; errors raised on purpose are one message, not a traceback."""
+    from fusedgrpo.engine.plain_log import plain, terminal_handler
     from fusedgrpo.engine.signals import Interrupted, StopSignals
     from fusedgrpo.engine.terminal import keep_streams
-    from fusedgrpo.errors import ConfigError, DataError, FusedGRPOError
+    from fusedgrpo.errors import ConfigError, DataError, FusedGRPOError, reason
+
+    def say(text: str) -> None:
+        sys.stderr.write(plain(f"fusedgrpo: {text}") + "\n")
 
     keep_streams()
     # Before torch is imported: its CPU threads spin only shortly before they sleep. On a machine
     # with other work that is many times faster (docs/measured.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Warnings reach the terminal; everything from INFO up goes to run.log, once there is one.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(handlers=[terminal_handler()])
     logging.captureWarnings(True)
     try:
         # From here on: imports and loading may take minutes, in which there is nothing to save.
@@ -150,11 +157,18 @@ def main() -> None:
             app()
     except Interrupted as stop:
         if not stop.said:
-            sys.stderr.write(f"fusedgrpo: stopped by {stop.signal_name}; nothing was begun.\n")
+            say(f"stopped by {stop.signal_name}; nothing was begun.")
         raise
     except FusedGRPOError as error:
-        sys.stderr.write(f"fusedgrpo: {error}\n")
+        say(str(error))
         sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
+    except (OSError, MemoryError, UnicodeError) as error:
+        # The machine's or a foreign text's fault; a run that had begun has the place in its log.
+        say(reason(error))
+        sys.exit(1)
+    except Exception:  # noqa: BLE001 - a fault of ours: all of it is shown, but as text
+        sys.stderr.write(plain(traceback.format_exc()))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

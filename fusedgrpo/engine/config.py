@@ -26,6 +26,7 @@ from fusedgrpo.engine.config_values import (
     takes_text,
     takes_truth,
 )
+from fusedgrpo.engine.redaction import marks, redacted, remember
 from fusedgrpo.errors import ConfigError, brief, did_you_mean
 
 Optimizer = Literal[
@@ -48,7 +49,7 @@ Scheduler = Literal[
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GRPOConfig:
     """The options of a run. Immutable: ``dataclasses.replace(config, beta=0.04)`` makes another.
 
@@ -236,8 +237,13 @@ class GRPOConfig:
             values, problems = _resolve(given)
             for spec in fields(self):
                 object.__setattr__(self, spec.name, values.get(spec.name, spec.default))
+            remember(values)
+            problems += _left_out(values)
             problems += broken_rules(self, skip={name for name, _ in problems})
             _raise_all(problems)
+
+    def __repr__(self) -> str:
+        return f"GRPOConfig(**{self.to_record()!r})"
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> GRPOConfig:
@@ -267,6 +273,10 @@ class GRPOConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON and YAML types; callables by their import path."""
         return {spec.name: _plain(getattr(self, spec.name)) for spec in fields(self)}
+
+    def to_record(self) -> dict[str, Any]:
+        """``to_dict()`` as it is stored and shown, a mark in place of keys, passwords, tokens."""
+        return redacted(self.to_dict())
 
 
 _HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
@@ -319,6 +329,15 @@ def _resolve(given: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Problem]]:
         values[name] = value
         spelled[name] = label
     return values, problems
+
+
+def _left_out(values: Mapping[str, Any]) -> list[Problem]:
+    """The secrets that are missing in options which come from the record of another run."""
+    found = [(name, path) for name, value in values.items() for path in marks(value, name)]
+    return [
+        (name, f"{path}: was a secret and left out where this was written; give it anew.")
+        for name, path in found
+    ]
 
 
 def _label(key: Any) -> str:

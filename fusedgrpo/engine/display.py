@@ -23,6 +23,7 @@ from rich.text import Text
 
 from fusedgrpo.engine.completions_log import prompt_text
 from fusedgrpo.engine.metrics import Row, finite, reward_names
+from fusedgrpo.engine.plain_log import plain
 from fusedgrpo.engine.terminal import forgiving
 from fusedgrpo.engine.text import (
     clock,
@@ -149,9 +150,7 @@ class Display:
             return
         self._notes.add(text)
         logger.info(text)
-        self.console.print(
-            Text.assemble(("note  ", "bold yellow"), printable(text)), soft_wrap=True
-        )
+        self.console.print(Text.assemble(("note  ", "bold yellow"), plain(text)), soft_wrap=True)
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Show sampled completions (records of ``completions/*.jsonl``), group by group."""
@@ -235,7 +234,7 @@ class Display:
             f"{elapsed} gone, {self._left()} left",
         )
         body = [
-            Text(self.plan_line, style="dim"),
+            Text(printable(self.plan_line), style="dim"),
             progress,
             Text(),
             self._numbers(),
@@ -288,7 +287,7 @@ class Display:
         grid.add_column(justify="right", no_wrap=True)
         for i, (name, value) in enumerate(pairs):
             style = first_style if i == 0 else ""
-            grid.add_row(Text(name, style=style or "dim"), Text(value, style=style))
+            grid.add_row(Text(printable(name), style=style or "dim"), Text(value, style=style))
         return grid
 
     def _time_bar(self, width: int) -> Text:
@@ -324,7 +323,7 @@ def completions_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row(
                 Text(printable(prompt)),
                 Text(printable(shorten(record["completion"]))),
-                Text("\n".join([number(record["reward"]), *scores])),
+                Text(printable("\n".join([number(record["reward"]), *scores]))),
                 Text(number(record["advantage"])),
             )
     return table

@@ -47,7 +47,7 @@ class RunOutputs:
     ):
         self.config = config
         self.run = run
-        settings = config.to_dict()
+        settings = config.to_record()
         run.config.write_text(
             yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from fusedgrpo.errors import OutputDirError
+from fusedgrpo.engine.plain_log import LOG_FORMAT, PlainFormatter
+from fusedgrpo.errors import FusedGRPOError, OutputDirError, reason
 
 logger = logging.getLogger("fusedgrpo")
 
@@ -103,9 +104,8 @@ class RunDir:
             ) from error
 
     def _start_log(self) -> None:
-        # Half a character in somebody's text must not keep a line out of the log.
-        file = logging.FileHandler(self.log, encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        file = logging.FileHandler(self.log, encoding="utf-8")
+        file.setFormatter(PlainFormatter(LOG_FORMAT))
         self._log_handlers.append(file)
         if logging.lastResort and not logger.hasHandlers():
             # Where nobody set up logging, Python shows warnings on stderr, but only as long as
@@ -135,7 +135,20 @@ class RunDir:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Exception):
+            self._log_failure(error)
         self.close()
+
+    def _log_failure(self, error: Exception) -> None:
+        """What ended the run, in its log; where nobody foresaw it, with its traceback. The terminal
+        gets it from whoever catches it."""
+        foreseen = isinstance(error, FusedGRPOError)
+        cause = None if foreseen else (type(error), error, error.__traceback__)
+        text = f"The run failed: {reason(error)}"
+        record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), cause)
+        for handler in self._log_handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
 
 
 def _start_time(pid: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -78,5 +79,9 @@ def keep_streams() -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  as long as the process
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        # Names and texts hold any character; an old terminal or a pipe in C locale takes few.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout = forgiving(sys.stdout, "Standard output")
     sys.stderr = forgiving(sys.stderr, "Standard error")

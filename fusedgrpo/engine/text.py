@@ -32,10 +32,17 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
+# Controls, invisible and reordering characters, half surrogate pairs, line and paragraph breaks.
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
 def printable(text: str) -> str:
-    """``text`` without the control characters by which a completion could drive the terminal."""
+    """``text`` without the characters by which a completion could drive the terminal, hide what it
+    says, show it in another order or begin a line; its own line breaks and tabs stay."""
+    if text.isprintable():
+        return text
     return "".join(
-        "\N{REPLACEMENT CHARACTER}" if category(c) in ("Cc", "Cs") and c not in "\n\t" else c
+        "\N{REPLACEMENT CHARACTER}" if category(c) in _UNPRINTABLE and c not in "\n\t" else c
         for c in text
     )
 

@@ -147,7 +147,7 @@ class GRPOTrainer:
         held_out = self.eval_dataset and self.eval_dataset.fingerprint
         self.processes.agree(
             {"the training data": self.train_dataset.fingerprint, "the evaluation data": held_out}
-            | {name: value for name, value in args.to_dict().items() if name != "output_dir"}
+            | {name: value for name, value in args.to_record().items() if name != "output_dir"}
         )
         self.processes.agree_on_weights(self.policy.model)
         self.plan = resolve_batch(args, len(self.train_dataset), self.processes.size)

@@ -9,6 +9,7 @@ manifest.json          sizes and hashes of all of these
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,8 +23,9 @@ from fusedgrpo.engine import checkpoint
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import PromptDataset
 from fusedgrpo.engine.plan_batch import BatchPlan
+from fusedgrpo.engine.redaction import redacted
 from fusedgrpo.engine.window import RolloutWindow
-from fusedgrpo.errors import CheckpointError
+from fusedgrpo.errors import CheckpointError, brief
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.trainer import GRPOTrainer
@@ -119,7 +121,7 @@ def save(trainer: GRPOTrainer, directory: Path) -> Path:
             "progress": asdict(trainer.progress),
             "optimizer": values,
             "scaler": trainer.updater.scaler.state_dict(),
-            "config": trainer.args.to_dict(),
+            "config": trainer.args.to_record(),
             "data": _DATA_TAG + trainer.train_dataset.fingerprint,
             "prompt_ids": trainer.train_dataset.ids_fingerprint,
             "started": trainer.clock.started.isoformat(),
@@ -199,9 +201,11 @@ def _other_data(data: PromptDataset, state: Mapping[str, Any]) -> str | None:
 def _check_same_run(trainer: GRPOTrainer, state: Mapping[str, Any], path: Path) -> None:
     allowed = set(trainer.args.allow_change)
     # An option that the checkpoint's version did not have was what it is by default.
-    now, then = trainer.args.to_dict(), GRPOConfig().to_dict() | state["config"]
+    # A secret may be another one now: it is not stored, and no result is to depend on it.
+    now = json.loads(json.dumps(trainer.args.to_record()))
+    then = redacted(GRPOConfig().to_dict() | state["config"])
     changed = [
-        f"{name}: {then[name]!r} -> {value!r}"
+        f"{name}: {brief(then[name])} -> {brief(value)}"
         for name, value in now.items()
         if name not in FREE_TO_CHANGE | allowed and then[name] != value
     ]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fusedgrpo.engine.redaction import hide_known
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
 from fusedgrpo.engine.rewards.inline import Concurrent, EventLoop, Inline
 from fusedgrpo.engine.rewards.labels import unique_labels
@@ -221,7 +222,7 @@ class RewardFunctions:
         logged: dict[str, list[float]] = {}
         for name, reply in zip(self.names, replies, strict=True):
             seconds[name] = seconds.get(name, 0.0) + reply.seconds
-            extra.update(reply.extra)
+            extra.update(hide_known(reply.extra))
             for metric, numbers in reply.metrics.items():
                 logged.setdefault(metric, []).extend(numbers)
         metrics = {name: sum(numbers) / len(numbers) for name, numbers in logged.items()}
