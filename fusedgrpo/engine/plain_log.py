@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from fusedgrpo.engine.redaction import hide
-from fusedgrpo.engine.text import printable, shorten
+from fusedgrpo.engine.text import escaped, shorten
 
 LONGEST_LINE = 10_000
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
@@ -15,7 +15,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 
 def plain(text: str) -> str:
     """``text`` as one entry: a line that begins at the margin is the entry's first."""
-    first, *rest = printable(hide(text)).split("\n")
+    first, *rest = escaped(hide(text)).split("\n")
     if any(line and not line[0].isspace() for line in rest):
         rest = [f"    {line}" for line in rest]
     return "\n".join(shorten(line, LONGEST_LINE) for line in (first, *rest))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from unicodedata import category
 
 MAX_SHOWN = 400  # characters of a prompt or completion that a console shows
@@ -39,12 +39,18 @@ _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 def printable(text: str) -> str:
     """``text`` without the characters by which a completion could drive the terminal, hide what it
     says, show it in another order or begin a line; its own line breaks and tabs stay."""
+    return _replaced(text, lambda c: "\N{REPLACEMENT CHARACTER}")
+
+
+def escaped(text: str) -> str:
+    """Like :func:`printable`, but one sees which characters they were: ``\\x1b``."""
+    return _replaced(text, lambda c: c.encode("unicode_escape").decode("ascii"))
+
+
+def _replaced(text: str, by: Callable[[str], str]) -> str:
     if text.isprintable():
         return text
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if category(c) in _UNPRINTABLE and c not in "\n\t" else c
-        for c in text
-    )
+    return "".join(by(c) if category(c) in _UNPRINTABLE and c not in "\n\t" else c for c in text)
 
 
 def shorten(text: str, limit: int = MAX_SHOWN) -> str:

@@ -20,7 +20,7 @@ CODES = [
 
 @pytest.mark.parametrize("code", CODES, ids=ascii)
 def test_no_code_is_left(code: str) -> None:
-    assert code not in plain(f"a{code}b") and plain(f"a{code}b").startswith("a\ufffd")
+    assert code not in plain(f"a{code}b") and plain(f"a{code}b").startswith("a\\")
 
 
 @pytest.mark.parametrize("end", BREAKS, ids=ascii)
@@ -44,12 +44,12 @@ def test_the_log_of_a_run_is_plain(tmp_path: Path) -> None:
         raise ZeroDivisionError(f"b\x1b[31m\r\n{FORGED}")
     log = (tmp_path / "run.log").read_text()
     assert "\x1b" not in log and "\n2026-01-01" not in log
-    assert "a\ufffd[31m" in log and "ZeroDivisionError" in log and "Traceback" in log
+    assert "a\\x1b[31m" in log and "ZeroDivisionError" in log and "Traceback" in log
 
 
 def test_our_messages_are_plain_for_every_handler(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("fusedgrpo").warning("from %r and %s", "\x1b", f"\x1b\n{FORGED}")
-    assert caplog.messages == [f"from '\\x1b' and \ufffd\n    {FORGED}"]
+    assert caplog.messages == [f"from '\\x1b' and \\x1b\n    {FORGED}"]
 
 
 def test_handlers_of_other_libraries_are_made_plain(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,4 +60,4 @@ def test_handlers_of_other_libraries_are_made_plain(capsys: pytest.CaptureFixtur
     logger.warning("x\x1b[31m\n%s", FORGED)
     logger.removeHandler(handler)
     assert isinstance(handler.formatter, PlainFormatter)
-    assert capsys.readouterr().err == f"x\ufffd[31m\n    {FORGED}\n"
+    assert capsys.readouterr().err == f"x\\x1b[31m\n    {FORGED}\n"
