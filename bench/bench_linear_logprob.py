@@ -30,6 +30,7 @@ import head_contenders as heads
 import torch
 from torch import Tensor
 
+from fusedgrpo import host
 from fusedgrpo.kernels.launch import tiling
 
 BARE = "bare GEMMs"
@@ -68,9 +69,7 @@ def main() -> None:
     parser = harness.parser(__doc__, heads.PEERS)
     parser.add_argument("--trainable", action="store_true", help="also with a head that trains")
     parser.add_argument("--rounds", type=int, help="that count (default: 5, with --quick 2)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
+    parser.add_argument("--device", default="cuda" if host.has_gpu() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
     modes = ["no_grad", "frozen"] + ["trainable"] * args.trainable
     rounds = args.rounds or (2 if args.quick else 5)

@@ -35,6 +35,7 @@ import harness
 import simulate
 import torch
 
+from fusedgrpo import host
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.memory_plan import GIB, MemoryPlan, plan_memory
 from fusedgrpo.models.storage_tracker import Peak
@@ -109,7 +110,7 @@ def main() -> None:
         chosen = [known[int(i)] for i in args.cases.split(",")] if args.cases else known
     except (ValueError, IndexError):
         parser.error(f"--cases: there are 0 to {len(known) - 1}")
-    if args.measure and not torch.cuda.is_available():
+    if args.measure and not host.has_gpu():
         parser.error("--measure needs a GPU")
     peers = harness.installed(args.peers)
     rows: list[dict[str, Any]] = []
@@ -188,7 +189,7 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     from fusedgrpo.models.policy import Policy
 
     device = torch.device("cuda")
-    total = torch.cuda.get_device_properties(device).total_memory
+    _, total = host.gpu_memory(device)
     torch.cuda.set_per_process_memory_fraction(min(case.card * GIB / total, 1.0))
     config, settings = case.config, case.settings
     peaks: dict[str, int] = {}

@@ -24,6 +24,7 @@ import harness
 import torch
 from torch import Tensor
 
+from fusedgrpo import host
 from fusedgrpo.kernels import LossOptions, group_advantages, policy_loss
 from fusedgrpo.kernels.reference import reference_group_advantages, reference_policy_loss
 
@@ -45,9 +46,7 @@ Work = Callable[[], dict[str, Tensor]]  # runs once; returns what the gate compa
 def main() -> None:
     parser = harness.parser(__doc__, ["trl", "liger_kernel", "cut_cross_entropy"])
     parser.add_argument("--rounds", type=int, help="that count (default: 9, with --quick 2)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
+    parser.add_argument("--device", default="cuda" if host.has_gpu() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 9)
     present = harness.installed([name for name in args.peers if name == "trl"])

@@ -33,6 +33,8 @@ import step_models as models
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fusedgrpo import host
+
 TOLERANCE = 1e-4
 WARMUP = 2
 NO_CLIPPING = 1e9  # of the gradient norm: clipping would hide an error of its scale from the gate
@@ -80,7 +82,7 @@ class Case:
 def main() -> None:
     parser = harness.parser(__doc__, ["trl"])
     parser.add_argument("--rounds", type=int, help="that count (default: 9, with --quick 3)")
-    parser.add_argument("--threads", type=int, default=harness.cores(), help="of each contender")
+    parser.add_argument("--threads", type=int, default=host.cores(), help="of each contender")
     args = parser.parse_args()
     contenders = {harness.OURS: run_ours} | {
         name: {"trl": run_trl}[name] for name in harness.installed(args.peers)

@@ -48,6 +48,8 @@ import torch
 from numpy.linalg import norm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fusedgrpo import host
+
 FUSED_LOSS = f"{harness.OURS}, fused_loss"
 OURS = (harness.OURS, FUSED_LOSS)
 HEADLINE = 1  # of the shapes of bench_update.py
@@ -129,7 +131,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prepared", action="store_true", help="completions are given")
     parser.add_argument("--beta", type=float, default=0.0, help="of the KL (default: 0, as in TRL)")
     parser.add_argument("--rounds", type=int, default=3, help="that count (default: 3)")
-    parser.add_argument("--threads", type=int, default=harness.cores(), help="of each contender")
+    parser.add_argument("--threads", type=int, default=host.cores(), help="of each contender")
     parser.set_defaults(device="cpu", bf16=False, tokens_per_microbatch=None)  # for bench_update
     args = parser.parse_args()
     known = len(update.shapes(args))

@@ -47,6 +47,8 @@ import step_models as models
 import torch
 from torch import Tensor
 
+from fusedgrpo import host
+
 LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # As many as the trainer takes on a CPU; on a GPU fewer than there, since nothing is checkpointed
@@ -156,7 +158,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", type=indices, metavar="0,1,...", help="which (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="that count (default: 3)")
     parser.add_argument("--no-off", action="store_true", help="without shared_prompt=off")
-    parser.add_argument("--threads", type=int, default=harness.cores(), help="of each contender")
+    parser.add_argument("--threads", type=int, default=host.cores(), help="of each contender")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action="store_true", help="also on a CPU")
     parser.add_argument("--model", help="a directory, of the model with --device cuda")

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -27,6 +26,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fusedgrpo import host
 
 OURS = "fusedgrpo"
 ROW_KEYS = ("bench", "case", "impl", "metric", "value", "unit", "machine", "versions", "commit")
@@ -334,32 +335,11 @@ def _ratio(samples: Samples, impl: str, metric: str) -> float | None:
 
 def machine() -> str:
     """The hardware in words: no host name, no path."""
-    parts = [_cpu(), f"{cores()} cores", f"{_memory_gib()} GiB"]
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        parts.append(f"{gpu.name} {math.ceil(gpu.total_memory / 2**30)} GiB")
+    parts = [host.cpu_name(), f"{host.cores()} cores", f"{_memory_gib()} GiB"]
+    if "torch" in sys.modules and host.has_gpu():
+        _, total = host.gpu_memory(0)
+        parts.append(f"{host.gpu_name(0)} {math.ceil(total / 2**30)} GiB")
     return ", ".join(parts)
-
-
-def cores() -> int:
-    """What this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.machine()
-    first = cpuinfo.read_text().split("\n\n")[0].splitlines()
-    facts = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)
-    }
-    flags = facts.get("flags", "").split()
-    vector = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    name = facts.get("model name", platform.machine())
-    family = "cpu family" in facts and f" family {facts['cpu family']} model {facts['model']}"
-    return f"{name}{family or ''} ({' '.join(vector) or 'no AVX2'})"
 
 
 def _memory_gib() -> int:
@@ -370,8 +350,8 @@ def versions(distributions: Sequence[str]) -> dict[str, str]:
     """Of Python and of those distributions that are installed."""
     result = {"python": platform.python_version()}
     for name in distributions:
-        if importlib.util.find_spec(name) is not None:
-            result[name] = importlib.metadata.version(name)
+        if version := host.package_version(name):
+            result[name] = version
     return result
 
 

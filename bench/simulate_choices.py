@@ -13,12 +13,14 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 
+from fusedgrpo import host
 from fusedgrpo.engine import update
 from fusedgrpo.engine.samples import Sample
 from fusedgrpo.kernels import linear_logprob_backward as head_backward
 from fusedgrpo.kernels import tiles_triton, vocab_pass
 from fusedgrpo.kernels.launch import tiling
-from fusedgrpo.models import attention, loading, offload, policy, precision
+from fusedgrpo.models import attention, loading, offload, policy
+from fusedgrpo.models.device import pick_compute_dtype
 from fusedgrpo.models.policy import Policy
 
 # The package gives the function's name to the function.
@@ -45,8 +47,13 @@ def cuda_choices() -> Iterator[None]:
         def patch(target: Any, name: str, new: Any, **options: Any) -> None:
             stack.enter_context(mock.patch.object(target, name, new, **options))
 
-        # Loading: the device's number formats; checks that need numbers are left out.
-        patch(precision, "has_native_bfloat16", lambda device_type: True)
+        # Of this machine nothing is asked: bfloat16 is there, and a GPU is not.
+        patch(host, "has_bfloat16", lambda device: True)
+        patch(host, "has_gpu", lambda: False)
+        # bitsandbytes asks it for every 4-bit layer that it makes, and repacks some by the answer.
+        patch(bnb.nn.modules, "has_avx512bf16", lambda: False)
+        # Loading: the number formats of a GPU; checks that need numbers are left out.
+        patch(loading, "pick_compute_dtype", _of_a_gpu)
         patch(loading, "check_head", lambda model: None)
         # Moving a fake parameter fails, and all of them are where and what they have to be.
         patch(torch.nn.Module, "to", lambda module, *args, **kwargs: module)
@@ -75,6 +82,10 @@ def cuda_choices() -> Iterator[None]:
         patch(FakeTensor, "tolist", lambda self: _ones(tuple(self.shape)))
         patch(FakeTensor, "item", lambda self: 1.0, create=True)
         yield
+
+
+def _of_a_gpu(bf16: bool | None, fp16: bool, device: torch.device) -> torch.dtype | None:
+    return pick_compute_dtype(bf16, fp16, torch.device("cuda"))
 
 
 def _cpu(device: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import harness
 import torch
 
+from fusedgrpo import host
 from fusedgrpo.kernels import launch, linear_logprob
 
 ROWS = (1024, 2048, 4096, 8192)
@@ -47,7 +48,7 @@ def main() -> None:
     if args.quick:
         device, shape, dtype = "cpu", (64, 32, 1000), torch.float32
         sizes = [(32, 256), (64, 512)]
-    elif not torch.cuda.is_available():
+    elif not host.has_gpu():
         sys.exit("tune.py times kernels on a GPU, and there is none here (--quick: a dry run).")
     else:
         device, shape, dtype = "cuda", (args.N, args.H, args.V), DTYPES[args.dtype]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fusedgrpo import host
+
 if TYPE_CHECKING:
     from fusedgrpo.engine.config import GRPOConfig
     from fusedgrpo.engine.trainer import GRPOTrainer
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["GRPOConfig", "GRPOLoss", "GRPOTrainer", "__version__"]
+
+host.require_packages()
 
 _HOMES = {
     "GRPOConfig": "fusedgrpo.engine.config",

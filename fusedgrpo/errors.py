@@ -29,6 +29,10 @@ class ConfigError(FusedGRPOError, ValueError):
         super().__init__(text)
 
 
+class VersionError(FusedGRPOError, ImportError):
+    """A package that is installed is older than it has to be."""
+
+
 class DataError(FusedGRPOError, ValueError):
     """A data set, one of its rows or one of its columns cannot be used."""
 

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils import _device
 
+from fusedgrpo import host
+
 # Tiny models gain nothing from a second thread, and on a busy machine lose a lot by waiting for it.
 torch.set_num_threads(1)
+
+
+def pretend(patch: pytest.MonkeyPatch, *, bfloat16: bool) -> None:
+    """Take this machine for one with, or without, bfloat16 instructions: here and in bitsandbytes,
+    which keeps 4-bit weights in another layout there."""
+    patch.setattr(host, "has_bfloat16", lambda device: bfloat16)
+    with contextlib.suppress(ImportError):
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: bfloat16)
+
+
+# FUSEDGRPO_TEST_BFLOAT16=1 (or 0): all tests, and all Pythons that they start, take this machine
+# for one with (without) bfloat16 instructions, whatever it is. Nothing but the tests reads it.
+if FORCED := os.environ.get("FUSEDGRPO_TEST_BFLOAT16", ""):
+    pretend(pytest.MonkeyPatch(), bfloat16=FORCED == "1")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(
+            None,
+            [
+                str(Path(__file__).parent / "helpers" / "forced_host"),
+                os.environ.get("PYTHONPATH", ""),
+            ],
+        )
+    )
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``pretended(bfloat16=True)``: from here to the end of the test."""
+    return functools.partial(pretend, monkeypatch)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a CPU computes in where ``bf16`` is left open: one without bfloat16 instructions, and
+    one that has them."""
+    pretend(monkeypatch, bfloat16=request.param == "bfloat16")
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from fusedgrpo import host
 
 REQUIRED = (
     "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "math-verify",
@@ -33,11 +34,11 @@ def checks() -> Iterator[Check]:
     yield Check("python", True, f"{platform.python_version()} on {platform.system()}")
     missing = False
     for name in REQUIRED:
-        version = _version(name)
+        version = host.package_version(name)
         missing |= version is None
         yield Check(name, version is not None, version or f"missing: pip install {name}")
     for name, purpose in OPTIONAL.items():
-        finding = _version(name) or f"not installed (needed for {purpose})"
+        finding = host.package_version(name) or f"not installed (needed for {purpose})"
         yield Check(name, True, finding)
     if missing:
         return
@@ -45,13 +46,6 @@ def checks() -> Iterator[Check]:
     yield from _devices()
     free = shutil.disk_usage(".").free
     yield Check("disk", free > 2**30, f"{free / 1e9:.0f} GB free here")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _imports() -> Check:
@@ -71,17 +65,25 @@ def _imports() -> Check:
 
 
 def _devices() -> Iterator[Check]:
+    """With the precision that a run computes in unless it is told otherwise."""
     import torch
 
-    from fusedgrpo.models.precision import has_native_bfloat16
+    from fusedgrpo.models.device import pick_compute_dtype
 
-    if not torch.cuda.is_available():
-        dtype = "bfloat16" if has_native_bfloat16("cpu") else "float32"
-        yield Check("device", True, f"CPU only ({torch.get_num_threads()} threads, {dtype})")
+    def precision(device: str) -> str:
+        dtype = pick_compute_dtype(None, False, torch.device(device)) or torch.float32
+        return {
+            torch.float32: "computes in float32 (no bfloat16 instructions)",
+            torch.bfloat16: "computes in bfloat16",
+            torch.float16: "computes in float16 with a loss scale (no bfloat16 instructions)",
+        }[dtype]
+
+    if not host.has_gpu():
+        yield Check("device", True, f"CPU only ({host.threads()} threads), {precision('cpu')}")
         return
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        dtype = "bfloat16" if has_native_bfloat16("cuda") else "float16 only: set fp16: true"
-        text = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {dtype}"
-        yield Check(f"gpu {index}", True, text)
+    for index in range(host.gpu_count()):
+        free, total = host.gpu_memory(index)
+        memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        yield Check(
+            f"gpu {index}", True, f"{host.gpu_name(index)}, {memory}, {precision(f'cuda:{index}')}"
+        )

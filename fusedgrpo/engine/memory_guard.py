@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from fusedgrpo import host
 from fusedgrpo.errors import MemoryExhaustedError
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ def release() -> None:
 
 def free_memory() -> str:
     """What is free, as a sentence; empty without a GPU."""
-    if not torch.cuda.is_available():
+    if not host.has_gpu():
         return ""
-    free, total = torch.cuda.mem_get_info()
+    free, total = host.gpu_memory()
     return f"Free: {free / 2**30:.2f} of {total / 2**30:.2f} GiB."

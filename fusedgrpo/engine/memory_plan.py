@@ -13,14 +13,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from fusedgrpo import host
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.memory_advice import advice
 from fusedgrpo.engine.memory_case import Asked, paged
 from fusedgrpo.engine.plan_batch import resolve_batch
 from fusedgrpo.errors import ConfigError, FusedGRPOError, PlanError
 from fusedgrpo.models import memory
+from fusedgrpo.models.device import pick_device
 from fusedgrpo.models.memory import (
     Activations,
     Cache,
@@ -29,7 +29,6 @@ from fusedgrpo.models.memory import (
     straight_line,
 )
 from fusedgrpo.models.offload import CHUNK
-from fusedgrpo.models.precision import pick_device
 
 GIB = 2**30
 
@@ -137,7 +136,7 @@ def card_bytes(config: GRPOConfig) -> int | None:
     if config.gpu_memory is not None:
         return parse_bytes(config.gpu_memory)
     if pick_device(config.use_cpu).type == "cuda":
-        return int(torch.cuda.mem_get_info()[1])
+        return host.gpu_memory()[1]
     return None
 
 

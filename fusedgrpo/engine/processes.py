@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fusedgrpo import host
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.signals import Interrupted
 from fusedgrpo.errors import ConfigError, ModelError, ProcessError
@@ -58,7 +59,7 @@ class Processes:
                 "model. Launch with plain data parallelism (accelerate launch --multi_gpu), or "
                 "use fusedgrpo.integrations.trl.FusedGRPOTrainer for sharded models."
             )
-        on_cpu = use_cpu or not torch.cuda.is_available()
+        on_cpu = use_cpu or not host.has_gpu()
         if _is_true(os.environ.get("ACCELERATE_USE_CPU")) and not on_cpu:
             raise ConfigError("The launcher was told to use the CPU: set use_cpu: true as well.")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -10,11 +10,11 @@ import base64
 import platform
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fusedgrpo import host
 from fusedgrpo.engine import plots
 from fusedgrpo.engine.advice import all_advice
 from fusedgrpo.engine.completions_log import first_and_last, prompt_text
@@ -297,9 +297,7 @@ def _config(config: Mapping[str, Any]) -> str:
 def _versions() -> str:
     found = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+        if version := host.package_version(package):
+            found.append(f"{package} {version}")
     found.append(platform.platform())
     return f'<p class="soft">Written with {escape(", ".join(found))}.</p>'

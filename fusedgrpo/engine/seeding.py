@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fusedgrpo import host
+
 
 def derive(seed: int, *purpose: int | str) -> int:
     """A 63-bit seed for ``purpose``, for example ``derive(42, "sample", step, prompt, index)``."""
@@ -25,7 +27,7 @@ def derive(seed: int, *purpose: int | str) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Global generators of torch, numpy and random start from ``seed`` inside; restored after."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(host.gpu_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         random.seed(seed)

@@ -42,6 +42,8 @@ from fusedgrpo.engine.trainer_state import Progress
 from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
+from fusedgrpo.models import missing_backward
+from fusedgrpo.models.device import pick_device
 from fusedgrpo.models.loading import (
     check_tokenizer,
     eos_ids,
@@ -51,7 +53,6 @@ from fusedgrpo.models.loading import (
 )
 from fusedgrpo.models.offload import OffloadActivations
 from fusedgrpo.models.policy import Policy
-from fusedgrpo.models.precision import pick_device
 from fusedgrpo.models.processing import text_tokenizer
 
 log = logging.getLogger("fusedgrpo")
@@ -291,7 +292,7 @@ class GRPOTrainer:
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
                 outputs.display.note(self.rehearse())
             row: dict[str, Any] = {}
-            with self._saved_if_it_ends(outputs):
+            with self._saved_if_it_ends(outputs), missing_backward.refused():
                 while self.progress.step < self.plan.total_steps:
                     row = self.step(outputs)
             measured = measured_phases(self.memory_peaks)

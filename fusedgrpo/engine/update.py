@@ -17,6 +17,7 @@ from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.samples import Sample, concatenated, has_gradient, loss_mask
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
+from fusedgrpo.models import missing_backward
 from fusedgrpo.models.packed import PackedBatch
 from fusedgrpo.models.packing import forwarded_tokens, longest, micro_batches, shares
 from fusedgrpo.models.policy import Policy
@@ -219,7 +220,8 @@ class Updater:
             # Dropout, if there is any, repeats itself when the step is run again after a resume.
             with seeded(self.processes.derive(self.seed, "update", step, index)):
                 loss, metrics = self._loss(batch, num_items, num_sequences, load)
-                self.scaler.scale(loss).backward()
+                with missing_backward.refused():
+                    self.scaler.scale(loss).backward()
             losses.append(loss.detach())
             del loss  # and its graph, before the next forward pass
             names = list(metrics)

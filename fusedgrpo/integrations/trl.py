@@ -1,6 +1,7 @@
 """TRL's GRPO and RLOO trainers on our forward pass: change one line, keep everything else.
 
-    from fusedgrpo.integrations.trl import FusedGRPOTrainer as GRPOTrainer
+    from fusedgrpo import host
+from fusedgrpo.integrations.trl import FusedGRPOTrainer as GRPOTrainer
 
 Log-probs and entropies of policy, old policy and reference come from packed batches in which each
 prompt is there once, through a head without logits. Losses, metrics, callbacks, checkpoints, PEFT,
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,12 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor
 
+from fusedgrpo import host
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.integrations.packed_forward import PackedForward, install, probe_router
 from fusedgrpo.integrations.trl_loss import compute_loss, refuse_uncovered
+from fusedgrpo.models import missing_backward
+from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.layout import SharedPrompt
 from fusedgrpo.models.packed import Layout, PackedBatch
 from fusedgrpo.models.packing import micro_batches
@@ -42,10 +45,10 @@ def _import_trl() -> tuple[Any, Any]:
     """The modules of the two trainers; ImportError with the remedy where TRL is not as expected."""
     remedy = f"Install the version that was tested: pip install 'trl=={TESTED}.*'."
     try:
-        version = importlib.metadata.version("trl")
         from trl.trainer import grpo_trainer, rloo_trainer
-    except (importlib.metadata.PackageNotFoundError, ImportError) as error:
+    except ImportError as error:
         raise ImportError(f"fusedgrpo.integrations.trl needs TRL: {error}. {remedy}") from error
+    version = host.package_version("trl") or "unknown"
     if version.split(".")[:2] != TESTED.split("."):
         raise ImportError(
             f"fusedgrpo.integrations.trl was tested with TRL {TESTED}, this is {version}. {remedy}"
@@ -128,6 +131,9 @@ class FusedLogProbs:
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
         me: Any = self
+        for model in (me.model, getattr(me, "ref_model", None)):
+            if model is not None:
+                keep_differentiable(model)  # before its first forward pass
         if self._sharded and tokens_per_microbatch is not None:
             raise ConfigError(
                 f"tokens_per_microbatch={tokens_per_microbatch} with sharded weights (FSDP, "
@@ -300,7 +306,15 @@ class FusedLogProbs:
         live = live or [0]
         return live, [i for i in range(count) if i not in set(live)]
 
-    # --- the loss and the order of rows ----------------------------------------------------------
+    # --- steps, their loss and the order of rows --------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with missing_backward.refused():
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with missing_backward.refused():
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._no_gradient = self._rows_without_gradient(inputs)

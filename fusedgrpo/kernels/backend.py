@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from fusedgrpo import host
+
 Backend = Literal["auto", "triton", "torch"]
 Resolved = Literal["triton", "torch"]
 
@@ -55,7 +57,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype | None = None) -> s
         return "the package triton is not installed"
     if device.type == "cuda":
         capability = _capability(device)
-        if torch.version.hip is None and capability < MIN_CUDA_CAPABILITY:
+        if capability is not None and capability < MIN_CUDA_CAPABILITY:
             need = ".".join(map(str, MIN_CUDA_CAPABILITY))
             return f"compute capability {capability[0]}.{capability[1]}, Triton needs {need}"
         return None
@@ -80,8 +82,8 @@ def _triton_installed() -> bool:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return host.gpu_capability(device)
 
 
 @functools.cache

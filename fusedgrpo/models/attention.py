@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from fusedgrpo import host
 from fusedgrpo.models.packed import Segment
 
 NAME = "fusedgrpo"
@@ -240,7 +241,8 @@ def _varlen_kernel(
     """One kernel for ragged queries and keys, ``[T, h, d]`` each; None where there is none."""
     if dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return None
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    capability = host.gpu_capability(device)
+    if capability is not None and capability < (8, 0):
         return None
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
@@ -312,8 +314,8 @@ def _torch_varlen(
         options["is_causal"] = True
     else:
         raise RuntimeError(
-            f"torch {torch.__version__} has no sliding window in varlen_attn: install flash-attn, "
-            "or set shared_prompt: off and attn_implementation: sdpa."
+            f"torch {host.package_version('torch')} has no sliding window in varlen_attn: install "
+            "flash-attn, or set shared_prompt: off and attn_implementation: sdpa."
         )
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in known:

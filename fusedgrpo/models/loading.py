@@ -17,9 +17,10 @@ from fusedgrpo.engine.config_from_pretrained import PLACES, READING
 from fusedgrpo.errors import ConfigError, ModelError, did_you_mean
 from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter, put_onto
 from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrapped
+from fusedgrpo.models.device import pick_compute_dtype, pick_device
+from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import check_head, find_head, vocabulary_size
 from fusedgrpo.models.policy import Policy
-from fusedgrpo.models.precision import pick_compute_dtype, pick_device
 from fusedgrpo.models.router import find_router
 
 if TYPE_CHECKING:
@@ -187,6 +188,9 @@ def load_policy(
         model = load_model(config, device)
     elif getattr(model, "hf_device_map", None) is None and not _is_quantized(model):
         model = model.to(device)
+    keep_differentiable(model)  # before its first forward pass
+    if compute_dtype == torch.float16 and config.finetuning_type == "lora":
+        _store_in_float16(model)
     model.eval()
     causal_lm = unwrapped(model)
     find_head(causal_lm)  # a tower of another kind, or a model without a head, fails here
@@ -322,15 +326,17 @@ def _forget_gguf(model: Any) -> None:
 
 
 def weights_dtype(config: GRPOConfig, device: torch.device) -> torch.dtype | str:
-    """``auto`` is the stored dtype for frozen weights on a device that computes in it, float32 for
-    weights that train: bfloat16 weights lose updates below 1/256 of their size."""
+    """``auto`` is the stored dtype for frozen weights where the run computes in bfloat16, float16
+    where it computes in that, and float32 for weights that train: bfloat16 weights lose updates
+    below 1/256 of their size."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if config.finetuning_type == "full":
         return torch.float32
-    if pick_compute_dtype(config.bf16, config.fp16, device) is None:
+    computed = pick_compute_dtype(config.bf16, config.fp16, device)
+    if computed is None:
         return torch.float32
-    return "auto"
+    return computed if computed == torch.float16 else "auto"
 
 
 def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> nn.Module:
@@ -378,6 +384,17 @@ def _refuse_prompt_learning(model: Any) -> None:
                 f"peft_config: {type(adapter).__name__} learns a prompt, which is not supported; "
                 "use LoRA or another adapter inside the model."
             )
+
+
+def _store_in_float16(model: nn.Module) -> None:
+    """Autocast to float16 refuses operations on two bfloat16 tensors, which is what the layers of a
+    4-bit model return that has bfloat16 embeddings. What trains, in adapters, stays as it is."""
+    frozen = [p for p in model.parameters() if not hasattr(p, "quant_state")]
+    if has_adapters(model):
+        frozen = [p for p in frozen if not p.requires_grad]
+    for tensor in (*frozen, *model.buffers()):
+        if tensor.dtype == torch.bfloat16:
+            tensor.data = tensor.data.half()
 
 
 def _prepare_full(model: nn.Module, given: bool) -> None:

@@ -94,6 +94,8 @@ def stored_dtype(config: GRPOConfig, text: Any) -> torch.dtype:
         return getattr(torch, config.dtype)
     if config.finetuning_type == "full" or compute_dtype(config) == torch.float32:
         return torch.float32
+    if compute_dtype(config) == torch.float16:
+        return torch.float16
     return text.dtype or torch.float32
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fusedgrpo.kernels import LogProbs, linear_logprob
 from fusedgrpo.models import attention
 from fusedgrpo.models.adapters import Adapters, has_adapters, unwrapped
+from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import Head, find_head, head_layer, vocabulary_size
 from fusedgrpo.models.layout import SharedPrompt, choose_layout
 from fusedgrpo.models.packed import Ids, Layout, PackedBatch
@@ -50,6 +51,7 @@ class Policy:
         shared_prompt: SharedPrompt = "auto",
         router: RouterLoss | None = None,
     ):
+        keep_differentiable(model)
         self.model: Any = model
         self.compute_dtype = compute_dtype
         self.temperature = temperature

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from patience import HUNG
 
+from fusedgrpo import host
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -87,7 +89,7 @@ def test_a_report_is_json_lines_that_say_where_they_come_from(
 
 def test_a_machine_is_described_without_its_name(harness: ModuleType) -> None:
     text = harness.machine()
-    assert f"{harness.cores()} cores" in text and "GiB" in text
+    assert f"{host.cores()} cores" in text and "GiB" in text
     assert socket.gethostname() not in text
 
 
@@ -130,6 +132,8 @@ WORKERS = """
 import os, sys, tempfile
 from pathlib import Path
 import harness
+
+from fusedgrpo import host
 
 def work(turns, megabytes):
     print("chatter of a library")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fusedgrpo import host
 from fusedgrpo.engine.config import GRPOConfig
 
 pytest.importorskip("bitsandbytes")
@@ -62,6 +63,32 @@ def test_weights_are_those_of_the_architecture_in_four_bits(simulate: ModuleType
     assert found["adapter"] == pytest.approx(adapter, rel=1e-3)
     # two moments, and of each parameter a count that takes a block
     assert found["optimizer"] == pytest.approx(2 * adapter, rel=1e-2)
+
+
+def test_the_numbers_are_the_same_on_every_machine(
+    simulate: ModuleType, pretended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(simulate)  # torch keeps two numbers of a process's first one
+    found = []
+    for bfloat16, gpu in ((False, False), (True, False), (True, True)):
+        pretended(bfloat16=bfloat16)
+        monkeypatch.setattr(host, "has_gpu", lambda gpu=gpu: gpu)
+        result = run(simulate)
+        peaks = {name: peak.bytes for name, peak in result.peaks.items()}
+        found.append((peaks, result.resident))
+    assert found[0] == found[1] == found[2]
+    peaks, resident = found[0]
+    assert peaks["rollout"] > sum(resident.values())
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_the_precision_is_that_of_the_options(simulate: ModuleType, fp16: bool) -> None:
+    (dtype,) = {
+        dtype
+        for dtype, shape in shapes(run(simulate, fp16=fp16).peaks["update forward"], "aten.empty")
+        if shape == (2 * C, 16384) and dtype != "float32"
+    }
+    assert dtype == ("float16" if fp16 else "bfloat16")
 
 
 def test_the_head_runs_in_the_tiles_of_a_gpu(simulate: ModuleType) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import transformers
 
+from fusedgrpo import host
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.memory_plan import (
     GIB,
@@ -150,6 +151,16 @@ def test_eight_bit_and_paged_optimizers() -> None:
     assert small.resident["optimizer state"] == pytest.approx(state / 4, rel=0.02)
     assert "optimizer state" not in paged.resident
     assert paged.host["paged optimizer state"] == small.resident["optimizer state"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"load_in_4bit": False}, {"bf16": False}, {"fp16": True}])
+def test_the_plan_is_the_same_on_every_machine(pretended: Any, monkeypatch, changes: Any) -> None:
+    found = []
+    for bfloat16, gpu in ((False, False), (True, False), (False, True)):
+        pretended(bfloat16=bfloat16)
+        monkeypatch.setattr(host, "has_gpu", lambda gpu=gpu: gpu)
+        found.append(plan_memory(config(64, **changes), tiny(), gpu_bytes=24 * GIB))
+    assert found[0] == found[1] == found[2]
 
 
 def test_micro_batches_hold_at_least_the_longest_sequence() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import forward_only
 import pytest
 import tiny
 import torch
@@ -12,9 +13,9 @@ import torch
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine import scoring, update
 from fusedgrpo.engine.metrics import read_metrics
-from fusedgrpo.errors import ConfigError, NonFiniteError, RewardError
+from fusedgrpo.errors import ConfigError, ModelError, NonFiniteError, RewardError
 from fusedgrpo.kernels.reference import reference_group_advantages
-from fusedgrpo.models import layout
+from fusedgrpo.models import layout, loading
 
 PROMPTS = [
     {"prompt": " ".join(f"w{4 + (i * j) % 30}" for j in range(1, 3 + i % 4))} for i in range(7)
@@ -327,6 +328,14 @@ def test_a_failing_reward_saves_first(tmp_path):
     assert (tmp_path / "run/checkpoints/step-000002/manifest.json").exists()
 
 
+def test_an_operator_without_a_backward_pass_ends_the_run(tmp_path):
+    run = trainer(tmp_path, model=forward_only.put_into(tiny.model()))
+    before = weights(run).clone()
+    with pytest.raises(ModelError, match=r"fusedgrpo_tests::forward_only has no backward pass"):
+        run.train()
+    assert torch.equal(weights(run), before)
+
+
 def test_a_non_finite_step_never_reaches_the_weights(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     before = weights(run).clone()
@@ -407,6 +416,31 @@ def test_qlora_in_four_bits_trains_on_the_cpu(tmp_path, optim):
     assert not torch.equal(weights(run), before)
     assert (tmp_path / "run/checkpoints/step-000004/manifest.json").exists()
     assert "4-bit weights" in (tmp_path / "run/run.log").read_text()
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_run_in_float16_has_a_loss_scale(tmp_path, monkeypatch, four_bit):
+    """What a GPU without bfloat16 computes in, for weights that are stored in bfloat16."""
+    half = lambda bf16, fp16, device: torch.float16  # noqa: E731
+    monkeypatch.setattr(loading, "pick_compute_dtype", half)
+    size = {"hidden_size": 64, "scale": 6.0}
+    directory = tiny.save(tmp_path / "model", tiny.model("Llama", **size).bfloat16())
+    run = GRPOTrainer(
+        reward_funcs=even_ids,
+        args=config(
+            tmp_path, model_name_or_path=str(directory), load_in_4bit=four_bit, beta=0.1,
+            max_nonfinite_steps=4,
+        ),
+        train_dataset=PROMPTS,
+    )  # fmt: skip
+    before = weights(run).clone()
+    run.train()
+    assert run.updater.scaler.is_enabled() and run.policy.dtype == torch.float16
+    assert run.policy.head.weight.dtype == torch.float16
+    rows = rows_of(run)
+    assert rows[0]["kl"] == 0 and not torch.equal(weights(run), before)
+    assert torch.isfinite(weights(run)).all()
+    assert "computing in float16" in (tmp_path / "run/run.log").read_text()
 
 
 def first_group_only(completions, completion_ids, **kwargs):

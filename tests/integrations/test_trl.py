@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import forward_only
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.peer
@@ -94,7 +97,7 @@ def test_prompts_are_shared_within_a_micro_batch(tmp_path, monkeypatch):
 def test_bad_arguments_and_other_versions_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="shared_prompt='yes'"):
         make(FusedGRPOTrainer, tmp_path, shared_prompt="yes")
-    monkeypatch.setattr(integration.importlib.metadata, "version", lambda name: "1.17.0")
+    monkeypatch.setattr(integration.host, "package_version", lambda name: "1.17.0")
     with pytest.raises(ImportError, match=r"tested with TRL 1.16, this is 1.17.0.*pip install"):
         integration._import_trl()
 
@@ -151,3 +154,29 @@ def test_a_router_of_an_unknown_kind_takes_trls_forward_for_all_log_probs(
     assert fused._packed_forward(fused.model) is None
     fused.train()
     assert fused.state.log_history[0]["aux_loss"] > 0
+
+
+def test_an_operator_without_a_backward_pass_ends_the_run(tmp_path):
+    model = forward_only.put_into(tiny.model("Llama", scale=6.0))
+    before = [p.clone() for p in model.parameters()]
+    fused = make(FusedGRPOTrainer, tmp_path, model=model)
+    with pytest.raises(ModelError, match=r"fusedgrpo_tests::forward_only has no backward pass"):
+        fused.train()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_layers_of_4_bits_keep_their_backward_pass(tmp_path, monkeypatch):
+    """bitsandbytes would repack them while TRL samples, on a CPU with bfloat16 instructions."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
+    directory = tiny.save(tmp_path / "model", tiny.model("Llama", **sizes))
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, device_map="cpu",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+    )  # fmt: skip
+    adapter = LoraConfig(target_modules="all-linear", r=2)
+    fused = make(FusedGRPOTrainer, tmp_path, model=model, peft_config=adapter, max_steps=1)
+    fused.train()
+    layer = fused.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)

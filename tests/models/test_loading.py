@@ -13,6 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from fusedgrpo import host
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models.loading import (
@@ -148,16 +149,16 @@ def test_gradient_checkpointing_can_be_off() -> None:
 
 
 def test_the_dtype_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedgrpo.models import precision
-
     assert weights_dtype(config("x"), CPU) == torch.float32
     assert weights_dtype(config("x", dtype="bfloat16"), CPU) == torch.bfloat16
     assert weights_dtype(config("x", finetuning_type="full"), CPU) == torch.float32
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device_type: True)
+    monkeypatch.setattr(host, "has_bfloat16", lambda device: True)
     native = GRPOConfig(model_name_or_path="x", use_cpu=True)
     assert weights_dtype(native, CPU) == "auto"
     full = GRPOConfig(model_name_or_path="x", use_cpu=True, finetuning_type="full")
     assert weights_dtype(full, CPU) == torch.float32
+    half = GRPOConfig(model_name_or_path="x", fp16=True)
+    assert weights_dtype(half, torch.device("cuda")) == torch.float16
 
 
 # --- four bits -----------------------------------------------------------------------------------
