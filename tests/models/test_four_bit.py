@@ -33,9 +33,7 @@ def repacks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def config(**options: Any) -> GRPOConfig:
-    return GRPOConfig(
-        **{"load_in_4bit": True, "bf16": False, "use_cpu": True, "lora_r": 4} | options
-    )
+    return GRPOConfig(**{"bf16": False, "use_cpu": True} | options)
 
 
 def loaded_by_hand(saved: Path, nested: bool = True) -> Any:
@@ -51,7 +49,7 @@ def loaded_by_hand(saved: Path, nested: bool = True) -> Any:
 
 
 def by_name(saved: Path) -> Policy:
-    return Policy.load(config(model_name_or_path=str(saved)))
+    return Policy.load(config(model_name_or_path=str(saved), load_in_4bit=True, lora_r=4))
 
 
 def as_an_object(saved: Path) -> Policy:
