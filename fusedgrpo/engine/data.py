@@ -24,6 +24,7 @@ from fusedgrpo.engine.data_formats import (
 from fusedgrpo.engine.data_media import media_reason
 from fusedgrpo.engine.data_sources import Row, Source, read_source
 from fusedgrpo.engine.fingerprint import joined, row_digest
+from fusedgrpo.engine.input_files import exists
 from fusedgrpo.engine.prompt_encoder import PromptEncoder
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import DataError
@@ -171,7 +172,7 @@ def load_prompts(
 
 def _read_all(source: Any, config: GRPOConfig, split: str) -> tuple[str, list[tuple[Row, Layout]]]:
     """The name of the source, or of all in a comma-separated list, and their rows in order."""
-    several = isinstance(source, str) and "," in source and not Path(source).exists()
+    several = isinstance(source, str) and "," in source and not exists(Path(source))
     names: list[str] = []
     rows: list[tuple[Row, Layout]] = []
     for one in source.split(",") if several else [source]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusedgrpo.errors import DataError, did_you_mean
+from fusedgrpo.errors import DataError, brief, did_you_mean
 
 Messages = list[dict[str, Any]]
 
@@ -81,7 +81,10 @@ class AlpacaLayout:
         system = row.get(self.system) if self.system else None
         if system:
             messages.append({"role": "system", "content": _text(system, str(self.system))})
-        for turn in (row.get(self.history) if self.history else None) or ():
+        history = (row.get(self.history) if self.history else None) or []
+        if not isinstance(history, (list, tuple)):
+            raise BadRowError(f"{self.history!r} is {kind_of(history)}, expected a list of pairs")
+        for turn in history:
             if not isinstance(turn, (list, tuple)) or len(turn) != 2:
                 raise BadRowError(f"{self.history!r} must hold [question, answer] pairs")
             for role, content in zip(("user", "assistant"), turn, strict=True):
@@ -111,9 +114,9 @@ class ConversationLayout:
         messages: Messages = []
         for turn in turns:
             role = turn.get(self.role_tag) if isinstance(turn, Mapping) else None
-            if role not in self.roles:
+            if not isinstance(role, str) or role not in self.roles:
                 known = ", ".join(self.roles)
-                raise BadRowError(f"{self.column!r} has the role {role!r}, expected {known}")
+                raise BadRowError(f"{self.column!r} has the role {brief(role)}, expected {known}")
             content = _text(turn.get(self.content_tag), self.content_tag)
             messages.append({"role": self.roles[role], "content": content})
         system = row.get(self.system) if self.system else None
@@ -174,4 +177,7 @@ def _messages(value: Any, column: str) -> Messages:
 
 
 def kind_of(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    if value is None:
+        return "null"
+    text = value if isinstance(value, str) else brief(value)
+    return f"{type(value).__name__} {text[:40]!r}"

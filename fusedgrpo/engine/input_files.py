@@ -31,7 +31,7 @@ def read_bytes(path: Path, error: type[FusedGRPOError]) -> bytes:
     try:
         kind = _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
         if kind is not None:
-            raise error(f"{path}: is {kind}, expected a regular file.")
+            raise error(f"{path}: is no regular file but {kind}; give a file.")
         return path.read_bytes()
     except MemoryError as failure:
         raise error(f"{path}: is larger than the memory of this machine.") from failure
