@@ -53,7 +53,7 @@ def by_name(saved: Path) -> Policy:
 
 
 def as_an_object(saved: Path) -> Policy:
-    return Policy.load(config(), loaded_by_hand(saved))
+    return Policy.load(config(lora_r=4), loaded_by_hand(saved))
 
 
 def under_an_adapter(saved: Path) -> Policy:
