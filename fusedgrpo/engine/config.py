@@ -7,6 +7,7 @@ Names and defaults are TRL's where TRL has the option (the deliberate difference
 # ruff: noqa: RUF009  (option() is dataclasses.field with our metadata)
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from fusedgrpo.engine.config_file import parse_override, read_config_file
 from fusedgrpo.engine.config_from_pretrained import settle
 from fusedgrpo.engine.config_refused import REFUSED
 from fusedgrpo.engine.config_rules import broken_rules
+from fusedgrpo.engine.config_surface import TrainingArgumentsSurface
 from fusedgrpo.engine.config_values import (
     check_text,
     limits_of,
@@ -49,9 +51,11 @@ Scheduler = Literal[
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class GRPOConfig:
-    """The options of a run. Immutable: ``dataclasses.replace(config, beta=0.04)`` makes another.
+@dataclass(kw_only=True, repr=False)
+class GRPOConfig(TrainingArgumentsSurface):
+    """The options of a run. ``dataclasses.replace(config, beta=0.04)`` makes another; an option
+    that is set is checked like one that is given, and a trainer that was made before says that it
+    keeps what it has.
 
     Raises ConfigError with all violations at once: unknown names, names of options that other
     trainers have and this one has not, wrong types, values out of range, contradictions.
@@ -233,7 +237,11 @@ class GRPOConfig:
 
     if not TYPE_CHECKING:  # type checkers and editors see the generated signature
 
-        def __init__(self, /, **given: Any):
+        def __init__(self, /, *output_dir: Any, **given: Any):
+            if len(output_dir) > 1 or (output_dir and "output_dir" in given):
+                raise ConfigError("Options are given by name, and output_dir once.")
+            if output_dir:
+                given["output_dir"] = output_dir[0]
             values, problems = _resolve(given)
             for spec in fields(self):
                 object.__setattr__(self, spec.name, values.get(spec.name, spec.default))
@@ -241,6 +249,37 @@ class GRPOConfig:
             problems += _left_out(values)
             problems += broken_rules(self, skip={name for name, _ in problems})
             _raise_all(problems)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name.startswith("_") or (name not in _HINTS and name in _own_fields(self)):
+                object.__setattr__(self, name, value)  # private, or of a derived class
+                return
+            values, problems = _resolve({name: value})
+            before = {option: getattr(self, option) for option in values}
+            for option, read in values.items():
+                object.__setattr__(self, option, read)
+            problems += broken_rules(self, skip={option for option, _ in problems})
+            if problems:
+                for option, read in before.items():
+                    object.__setattr__(self, option, read)
+                _raise_all(problems)
+            changed = [option for option in values if values[option] != before[option]]
+            if changed and vars(self).get("_used"):
+                log.warning(
+                    "%s was changed after a trainer was made from this configuration: what that "
+                    "trainer has built already stays as it is.",
+                    ", ".join(changed),
+                )
+
+        def __getattr__(self, name: str) -> Any:
+            # Only for what is no option: those of other trainers are as they would be there.
+            if name in REFUSED:
+                return next(iter(REFUSED[name].inert), None)
+            if name in ALIASES and ALIASES[name].convert is None:
+                return getattr(self, ALIASES[name].option)
+            if name in ALIASES:
+                raise AttributeError(f"{name} is read from {ALIASES[name].option} here.")
+            raise AttributeError(f"GRPOConfig has no option {name!r}.{did_you_mean(name, _HINTS)}")
 
     def __repr__(self) -> str:
         return f"GRPOConfig(**{self.to_record()!r})"
@@ -279,12 +318,18 @@ class GRPOConfig:
         return redacted(self.to_dict())
 
 
+def _own_fields(config: GRPOConfig) -> set[str]:
+    return {spec.name for spec in fields(config)}
+
+
 _HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
 _LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
 
 # Everywhere else an empty text is a mistake, often a variable of a shell that is not set; as a
 # path it would mean the working directory.
 _MAY_BE_EMPTY = ("system_prompt",)
+
+log = logging.getLogger("fusedgrpo")
 
 # A violation: the option (or unknown key) that it is about, and the line to print.
 Problem = tuple[str, str]

@@ -171,3 +171,25 @@ def broken_rules(config: GRPOConfig, skip: set[str]) -> list[tuple[str, str]]:
     """``(option, message)`` of each broken rule that involves none of the options in ``skip``."""
     texts = [(names, rule(config)) for names, rule in _RULES if not skip.intersection(names)]
     return [(names[0], text) for names, text in texts if text]
+
+
+def doubtful(config: GRPOConfig) -> list[str]:
+    """Combinations that run and are seldom meant, as TRL warns of them."""
+    level, loss = config.importance_sampling_level, config.loss_type
+    said = []
+    if level == "sequence" and loss in ("bnpo", "dr_grpo", "dapo", "cispo"):
+        said.append(
+            f"importance_sampling_level: sequence with loss_type: {loss}, which sums over tokens: "
+            "a completion weighs as much as it is long. GSPO is loss_type: grpo."
+        )
+    if level == "token" and loss == "luspo":
+        said.append(
+            "loss_type: luspo with importance_sampling_level: token; LUSPO is with the level of "
+            "the sequence."
+        )
+    if level == "sequence" and loss == "vespo":
+        said.append(
+            "loss_type: vespo with importance_sampling_level: sequence; VESPO weighs sequences "
+            "itself, and is with the level of the token."
+        )
+    return said

@@ -16,6 +16,7 @@ from fusedgrpo.engine import trainer_state
 from fusedgrpo.engine.checkpoint import prune
 from fusedgrpo.engine.completions_log import completion_records
 from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.engine.config_rules import doubtful
 from fusedgrpo.engine.data import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.evaluation import evaluate
 from fusedgrpo.engine.memory_guard import MemoryGuard
@@ -39,6 +40,7 @@ from fusedgrpo.engine.signals import Interrupted, StopSignals
 from fusedgrpo.engine.sinks import tracker_classes
 from fusedgrpo.engine.step_clock import StepClock
 from fusedgrpo.engine.trainer_state import Progress
+from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
 from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
@@ -60,7 +62,7 @@ log = logging.getLogger("fusedgrpo")
 TOKENS_PER_MICROBATCH = {"cuda": 8192, "cpu": 4096}
 
 
-class GRPOTrainer:
+class GRPOTrainer(TRLSurface):
     """Trains a causal language model with GRPO. Arguments and behaviour follow ``trl.GRPOTrainer``.
 
     model: a name or path, a transformers model, or a peft model; None for
@@ -70,7 +72,8 @@ class GRPOTrainer:
     train_dataset, eval_dataset: a ``datasets.Dataset``, a list of dicts, or a name or path; None
         for those of ``args``. processing_class, or tokenizer: the tokenizer, or a Processor that
         has one, if not the model's.
-    peft_config: a peft configuration instead of the one that ``args`` describes.
+    quantization_config, peft_config: of bitsandbytes and peft, instead of what ``args`` describes.
+    callbacks, optimizers, tools, rollout_func, environment_factory: TRL's, refused with a remedy.
     sampler: another ``Sampler`` than transformers' generate. search_paths: folders where
         ``file.py:function`` rewards are looked for, beside the working directory.
 
@@ -87,15 +90,32 @@ class GRPOTrainer:
         eval_dataset: Any = None,
         processing_class: Any = None,
         reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         *,
         tokenizer: Any = None,
-        peft_config: Any = None,
         sampler: Sampler | None = None,
         search_paths: Sequence[str | Path] = (),
     ):
-        self.args = args = _with_model_name(args or GRPOConfig(), model)
+        refuse_arguments(
+            {
+                "callbacks": callbacks,
+                "optimizers": optimizers,
+                "tools": tools,
+                "rollout_func": rollout_func,
+                "environment_factory": environment_factory,
+            }
+        )
+        self.args = args = _own_options(args, model, quantization_config)
         self.processes = Processes.start(args.use_cpu)
         self.processes.in_main(lambda: RunDir.probe(args.output_dir))
+        for text in doubtful(args):
+            log.warning(text)
         # A launcher passes on the signal that the terminal has sent to everybody already.
         self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
         tracker_classes(args.report_to)
@@ -252,13 +272,21 @@ class GRPOTrainer:
         if self.eval_dataset is not None:
             self.eval_dataset = self.eval_dataset.encoded_again()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> SimpleNamespace:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> SimpleNamespace:
         """Run to the end, or from a checkpoint on; returns the last step's ``metrics``.
+        ignore_keys_for_eval: TRL's; there is nothing to ignore.
 
         SIGINT and SIGTERM save a checkpoint and raise SystemExit with code 130 or 143, and any
         error saves one before it goes on its way: the run continues with
         ``resume_from_checkpoint``.
         """
+        if trial is not None:
+            raise ConfigError(f"trial: {METHODS['hyperparameter_search']}.")
         args = self.args
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else (
             resume_from_checkpoint
@@ -299,7 +327,7 @@ class GRPOTrainer:
             if self.memory_plan is not None and measured:
                 table = plan_table(self.memory_plan, measured)
                 outputs.display.note(f"Memory, planned and measured:\n{table}")
-            outputs.finish(self.save_model)
+            outputs.finish(self._save_into)
         return SimpleNamespace(
             global_step=self.progress.step, training_loss=row.get("loss"), metrics=row
         )
@@ -476,15 +504,29 @@ class GRPOTrainer:
         self.window.done += 1
         self.progress.step += 1
 
-    def evaluate(self) -> dict[str, Any]:
-        """Sample and score the evaluation prompts; metrics with the prefix ``eval_``.
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, Any]:
+        """Sample and score the evaluation prompts, or those of ``eval_dataset``; metrics with the
+        prefix ``eval_``. ignore_keys: TRL's; there is nothing to ignore.
 
         Always from the same seeds, so that two evaluations differ by the policy alone.
         """
-        if self.eval_dataset is None:
+        held_out = self.eval_dataset
+        if eval_dataset is not None:
+            limits: dict[str, Any] = model_limits(self.args, self.policy.causal_lm) or {}
+            held_out = load_prompts(
+                eval_dataset,
+                self.args,
+                self.processing_class,
+                split="test",
+                clock=self.clock,
+                **limits,
+            )
+        if held_out is None:
             raise ConfigError("There is no eval_dataset.")
-        return evaluate(
-            self.eval_dataset,
+        metrics = evaluate(
+            held_out,
             self.sampler,
             self.reward_funcs,
             n=self.args.num_generations_eval or self.args.num_generations,
@@ -494,15 +536,30 @@ class GRPOTrainer:
             state=self._reward_state(),
             processes=self.processes,
         )
+        return {
+            f"{metric_key_prefix}_{name.removeprefix('eval_')}": value
+            for name, value in metrics.items()
+        }
 
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Write ``adapter/`` (or ``model/``) under ``output_dir``; returns its path.
+    def save_model(
+        self, output_dir: str | Path | None = None, _internal_call: bool = False
+    ) -> Path:
+        """Write the adapter, or the model, into ``output_dir``, as TRL does, or without one into
+        ``adapter/`` or ``model/`` of the run's directory; returns where.
 
         In a run of several processes, process 0 writes and the others do nothing.
         """
-        directory = Path(self.args.output_dir if output_dir is None else output_dir)
+        if output_dir is not None:
+            into = Path(output_dir).expanduser()
+            if self.processes.is_main:
+                trainer_state.write_weights(self.policy, self.processing_class, into)
+            return into
+        directory = Path(self.args.output_dir)
         if not self.processes.is_main:
             return directory
+        return trainer_state.save_weights(self.policy, self.processing_class, directory)
+
+    def _save_into(self, directory: Path) -> Path:
         return trainer_state.save_weights(self.policy, self.processing_class, directory)
 
     def _save(self, outputs: RunOutputs) -> Path | None:
@@ -556,12 +613,30 @@ class GRPOTrainer:
         return line + (f"; {self.processes.size} processes" if self.processes.size > 1 else "")
 
 
-def _with_model_name(args: GRPOConfig, model: Any) -> GRPOConfig:
-    """The configuration with the name of the model that was passed, for the record."""
+def _own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
+    """A copy of the configuration with the name of the model that was passed, for the record, and
+    with what ``quantization_config`` describes."""
+    if args is not None and not isinstance(args, GRPOConfig):
+        raise ConfigError(
+            f"args: expected a fusedgrpo.GRPOConfig, got {type(args).__module__}."
+            f"{type(args).__qualname__}. from fusedgrpo import GRPOConfig: the names are TRL's."
+        )
+    args = args or GRPOConfig()
+    object.__setattr__(args, "_used", True)
     config = getattr(model, "config", None)
     by_name = isinstance(model, (str, os.PathLike))
     name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
-    return dataclasses.replace(args, model_name_or_path=name) if name else args
+    own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
+    if quantization_config is not None:
+        if not by_name and model is not None:
+            raise ConfigError(
+                "quantization_config: the model is loaded already; give its name, or load it in "
+                "4 bits yourself."
+            )
+        given = {**(own.model_init_kwargs or {}), "quantization_config": quantization_config}
+        own.model_init_kwargs = given
+    object.__setattr__(own, "_used", True)
+    return own
 
 
 def _bits(model: Any) -> str:

@@ -61,12 +61,17 @@ class Progress:
 def save_weights(policy: Policy, tokenizer: Any, directory: Path) -> Path:
     """Write ``adapter/`` or ``model/`` with the tokenizer; returns its path."""
     path = directory / ("model" if policy.adapters is None else "adapter")
+    write_weights(policy, tokenizer, path)
+    return path
+
+
+def write_weights(policy: Policy, tokenizer: Any, path: Path) -> None:
+    """Write the adapter, or the whole model, with the tokenizer into ``path`` itself."""
     if policy.adapters is None:
         _save_full(policy.model, path)
     else:
         policy.adapters.save(path)
     tokenizer.save_pretrained(path)
-    return path
 
 
 def _save_full(model: Any, path: Path) -> None:

@@ -146,6 +146,8 @@ class Updater:
         merged = merge_metrics(parts, skipped, self.options)
         merged["frac_rows_skipped"] = len(skipped) / max(len(samples), 1)
         merged["num_forwarded_tokens"] = sum(part.forwarded for part in parts)
+        if self.entropy_coef:
+            merged["entropy_coef"] = self.entropy_coef
         if self.policy.router is not None:
             merged["aux_loss"] = math.fsum(part.aux_loss for part in parts)
         if "sampling/dropped_tokens" in merged:  # those of rows that were not forwarded, too

@@ -180,10 +180,8 @@ def test_a_wrong_override_and_a_wrong_line_are_reported_together(tmp_path: Path)
     assert len(caught.value.problems) == 2
 
 
-def test_a_configuration_cannot_be_changed_but_replaced() -> None:
+def test_a_configuration_can_be_replaced() -> None:
     config = GRPOConfig(reward_funcs="format")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.beta = 1.0  # type: ignore[misc]
     assert dataclasses.replace(config, beta=0.1).beta == 0.1
     with pytest.raises(ConfigError, match="beta"):
         dataclasses.replace(config, beta=-1)
