@@ -38,6 +38,7 @@ from fusedgrpo.engine.plan_batch import resolve_batch
 from fusedgrpo.engine.samples import Sample
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.engine.update import Updater
+from fusedgrpo.models import decoding
 from fusedgrpo.models.offload import OffloadActivations
 from fusedgrpo.models.packing import micro_batches
 from fusedgrpo.models.policy import Policy
@@ -145,7 +146,7 @@ def _rollout(
     ):
         ids = torch.zeros(groups, P, dtype=torch.int64)
         copies = torch.zeros(rows, dtype=torch.int64)
-        cache = sampling.GenerateSampler._prefill(model, ids, torch.ones_like(ids), copies)
+        cache = decoding.prefill(model, ids, torch.ones_like(ids), copies)
         length = P + C - 1
         with tracker.labelled("KV cache"):
             for layer in cache.layers:

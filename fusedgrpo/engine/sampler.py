@@ -8,9 +8,8 @@ flight, and not on when somebody else used the global generator.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.rollout import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
+from fusedgrpo.models import decoding
 from fusedgrpo.models.policy import Policy
 
 
@@ -70,6 +70,8 @@ class GenerateSampler:
     many completions are decoded together, and shrinks where memory runs out. poll: called before
     each token, so that a signal need not wait for the end of a rollout. skip_special_tokens: in
     the text of the completions.
+
+    Raises ModelError for a model whose generate is another policy than the one that trains.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class GenerateSampler:
         self.text = CompletionText(tokenizer, eos_ids, skip_special_tokens=skip_special_tokens)
         self.guard = guard or MemoryGuard(tokens=0)
         self.poll = poll
+        self.route = decoding.choose_route(policy)
 
     def sample(
         self,
@@ -102,21 +105,27 @@ class GenerateSampler:
         """See ``Sampler``. Deterministic in (weights, prompt, seed, position of the prompt)."""
         rows = range(len(prompt_ids)) if rows is None else rows
         asked = [(i, sample) for i in range(len(prompt_ids)) for sample in range(n)]
+        if not self.route.padded:
+            asked.sort(key=lambda which: len(prompt_ids[which[0]]))  # stable: groups stay whole
         done: list[Completion] = []
 
         def wave() -> list[Completion]:
             # Whole groups if they fit, so that no prompt is prefilled twice.
-            size = self.guard.in_flight or len(asked)
+            size = 1 if self.route.alone else self.guard.in_flight or len(asked)
             ahead = asked[len(done) : len(done) + (size - size % n or size)]
+            if not self.route.padded:
+                width = len(prompt_ids[ahead[0][0]])
+                ahead = [which for which in ahead if len(prompt_ids[which[0]]) == width]
             seeds = [derive(seed, first + i, sample) for i, sample in ahead]
-            start = ahead[0][0]
-            prompts = prompt_ids[start : ahead[-1][0] + 1]
-            return self._wave(prompts, [i - start for i, _ in ahead], params, seeds)
+            own = list(dict.fromkeys(i for i, _ in ahead))
+            prompts = [prompt_ids[i] for i in own]
+            return self._wave(prompts, [own.index(i) for i, _ in ahead], params, seeds)
 
         while len(done) < len(asked):
             done += self.guard.sample(wave, len(asked) - len(done))
+        by_place = dict(zip(asked, done, strict=True))
         return [
-            Group(rows[i], tuple(prompt), tuple(done[i * n : (i + 1) * n]))
+            Group(rows[i], tuple(prompt), tuple(by_place[i, sample] for sample in range(n)))
             for i, prompt in enumerate(prompt_ids)
         ]
 
@@ -124,10 +133,12 @@ class GenerateSampler:
         """Hold the memory that the last token of completions of the greatest length takes: as many
         of ``n`` for each prompt as are decoded together."""
         prompts = sorted(prompt_ids, key=len, reverse=True)
+        if not self.route.padded:  # the worst case of prompts of one length
+            prompts = [[*p, *p[-1:] * (len(prompts[0]) - len(p))] for p in prompts]
         asked = [(i, sample) for i in range(len(prompts)) for sample in range(n)]
 
         def last_tokens() -> None:
-            ahead = asked[: self.guard.in_flight or len(asked)]
+            ahead = asked[: 1 if self.route.alone else self.guard.in_flight or len(asked)]
             own = prompts[: ahead[-1][0] + 1]
             few = dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, 2))
             seeds = [derive(0, *which) for which in ahead]
@@ -149,41 +160,17 @@ class GenerateSampler:
         skipped: positions of the cache that are there and hold nothing, as if so many tokens had
         been decoded already.
         """
-        model = self.policy.causal_lm
-        device = self.policy.device
-        ids, attention_mask = _left_padded(prompts, device)
-        chooser = _Chooser(params, seeds, device, self.poll)
-        copies = torch.tensor(prompt_of, device=device)
-        with self.policy.scoring(), self.policy.autocast(), _own_generation_config(model):
-            cache = self._prefill(model, ids, attention_mask, copies)
-            if skipped:
-                ids, attention_mask = _lengthened(cache, ids, attention_mask, skipped)
-            output = model.generate(
-                input_ids=ids[copies],
-                attention_mask=attention_mask[copies],
-                past_key_values=cache,
-                generation_config=self._generation_config(params),
-                logits_processor=_processors(params, chooser),
-            )
-        return self._cut(output[:, ids.shape[1] :], torch.stack(chooser.logp, 1).cpu())
-
-    @staticmethod
-    def _prefill(model: Any, ids: Tensor, attention_mask: Tensor, copies: Tensor) -> Any:
-        """Keys and values of all but the prompts' last tokens, computed once and then copied."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=model.config)
-        if ids.shape[1] > 1:
-            mask = attention_mask[:, :-1]
-            model.get_decoder()(
-                input_ids=ids[:, :-1],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache.batch_select_indices(copies)
-        return cache
+        chooser = _Chooser(params, seeds, self.policy.device, self.poll)
+        tokens = decoding.decode(
+            self.policy,
+            self.route,
+            prompts,
+            prompt_of,
+            self._generation_config(params),
+            _processors(params, chooser),
+            skipped,
+        )
+        return self._cut(tokens, torch.stack(chooser.logp, 1).cpu())
 
     def _generation_config(self, params: SamplingParams) -> Any:
         from transformers import GenerationConfig
@@ -238,43 +225,6 @@ class SharedSampler:
             )
 
         return [group for part in self.processes.together(sample) for group in part]
-
-
-@contextlib.contextmanager
-def _own_generation_config(model: Any) -> Iterator[None]:
-    """Put the model's generation_config aside: generate() fills what ours leaves open from it, and
-    its repetition penalty or suppressed tokens would silently change the policy."""
-    from transformers import GenerationConfig
-
-    original, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = original
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Padded with each prompt's own first token: hidden by the mask, and to a repetition penalty,
-    which sees ids alone, nothing new."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
-
-
-def _lengthened(
-    cache: Any, ids: Tensor, attention_mask: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """Add ``count`` positions to a prefilled cache; returns the ids and the mask to go with it."""
-    for index, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is not None and values is not None:  # a state of fixed size grows no more
-            shape, other = list(keys.shape), list(values.shape)
-            shape[-2] = other[-2] = count
-            cache.update(keys.new_zeros(shape), values.new_zeros(other), index)
-    between = ids[:, :1].expand(-1, count)
-    longer = torch.cat([ids[:, :-1], between, ids[:, -1:]], 1)
-    return longer, torch.nn.functional.pad(attention_mask, (0, count), value=1)
 
 
 def _processors(params: SamplingParams, chooser: _Chooser) -> Any:

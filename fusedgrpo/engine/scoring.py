@@ -171,11 +171,14 @@ def make_window(
     window = RolloutWindow(rollout, advantages, steps, config.num_iterations, metrics=metrics)
     options, truncated = loss_options(config), config.mask_truncated_completions
 
-    def logprobs() -> Tensor:
+    def trains(sample: Sample) -> bool:
+        return policy.whole or has_gradient(sample, options, config.entropy_coef)
+
+    def logprobs(needs: Callable[[Sample], bool] = trains) -> Tensor:
         return rollout_logprobs(
             policy,
             window,
-            lambda sample: policy.whole or has_gradient(sample, options, config.entropy_coef),
+            needs,
             mask_truncated=truncated,
             guard=guard,
             processes=processes,
@@ -192,6 +195,12 @@ def make_window(
             metrics |= weight_metrics(weight)
             # Where nothing was scored nothing has a gradient: the tokens count, whatever weight.
             window.sampler_weight = torch.where(window.old_logp.isnan(), 1.0, weight)
+    samples = [s for k in range(steps) for s in window.part(k, mask_truncated=truncated)[0]]
+    if samples and not any(map(trains, samples)):
+        # Nothing will be forwarded: that the sampler is the policy is still asked of one of them.
+        shortest = min(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
+        sampled = sampler_logp(list(rollout.completions()))
+        metrics |= mismatch_metrics(sampled, logprobs(lambda s: s.pair == shortest.pair))
     if config.beta:
         with policy.reference():
             window.ref_logp = logprobs()

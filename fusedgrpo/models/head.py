@@ -37,7 +37,20 @@ def find_head(model: Any) -> Head:
             "linear layer in floating point. Exclude it from quantisation."
         )
     settings = vars(config)
-    return Head(weight, layer.bias, _logit_scale(settings), settings.get("final_logit_softcapping"))
+    return Head(weight, layer.bias, _logit_scale(settings), _softcap(settings))
+
+
+def logits(head: Head, hidden: Tensor) -> Tensor:
+    """``[..., V]`` of ``hidden [..., H]``, as the log-prob operation computes them."""
+    scores = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    scores = scores * head.logit_scale
+    return scores if head.softcap is None else head.softcap * torch.tanh(scores / head.softcap)
+
+
+def _softcap(settings: dict[str, Any]) -> float | None:
+    """Gemma, RecurrentGemma and xLSTM each have a name for it."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((settings[name] for name in names if settings.get(name) is not None), None)
 
 
 def head_layer(model: Any) -> Any:
@@ -97,10 +110,7 @@ def check_head(model: Any) -> None:
     ids = torch.arange(min(8, vocabulary_size(model)), device=head.weight.device)[None]
     own = model(input_ids=ids, use_cache=False).logits[0].float()
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-    ours = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    ours = ours * head.logit_scale
-    if head.softcap is not None:
-        ours = head.softcap * torch.tanh(ours / head.softcap)
+    ours = logits(head, hidden)
     error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
     if not error < 0.02:
         raise ModelError(

@@ -20,6 +20,7 @@ from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrappe
 from fusedgrpo.models.device import pick_compute_dtype, pick_device
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import check_head, find_head, vocabulary_size
+from fusedgrpo.models.lora_targets import all_linear
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.router import find_router
 
@@ -350,7 +351,7 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             r=config.lora_r,
             lora_alpha=config.lora_alpha or 2 * config.lora_r,
             lora_dropout=config.lora_dropout,
-            target_modules=targets if targets == "all-linear" else list(targets),
+            target_modules=all_linear(model) if targets == "all-linear" else list(targets),
             use_rslora=config.use_rslora,
             task_type="CAUSAL_LM",
             revision=config.model_revision,
