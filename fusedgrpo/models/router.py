@@ -114,9 +114,13 @@ def find_router(
     mask[0, 9:] = 0
     asking = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     with torch.no_grad(), autocast():
-        own = getattr(model(**asking, output_router_logits=True), "aux_loss", None)
         outputs = model.get_decoder()(**asking, output_router_logits=True)
         logits = getattr(outputs, "router_logits", None)
+        if logits == () and coef is None:
+            return None  # a family with experts, of which this model has none (Granite 4.0 H)
+        own = None
+        if logits:
+            own = getattr(model(**asking, output_router_logits=True), "aux_loss", None)
         top_k = _top_k(model)
         if not logits or top_k is None or not all(_known(layer, mask) for layer in logits):
             raise ModelError(

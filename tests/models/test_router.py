@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import hybrids
 import pytest
 import tiny
 import torch
@@ -128,3 +129,7 @@ def test_another_loss_than_the_usual_one_is_refused_with_the_way_on(monkeypatch)
     monkeypatch.setattr(model, "forward", lambda **_: None)
     with pytest.raises(ModelError, match=r"no load-balancing loss that fusedgrpo knows\. router_a"):
         find_router(model, 0.1)
+
+
+def test_a_model_without_experts_of_a_family_that_has_some_is_dense() -> None:
+    assert find_router(hybrids.model("Granite-4-H"), None) is None
