@@ -175,10 +175,12 @@ class GenerateSampler:
     def _generation_config(self, params: SamplingParams) -> Any:
         from transformers import GenerationConfig
 
+        # Follows a completion that has ended; any token will do that the model can read.
+        pad = self.tokenizer.pad_token_id or 0
         return GenerationConfig(
             max_new_tokens=params.max_new_tokens,
             eos_token_id=self.eos_ids,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
+            pad_token_id=pad if pad < self.policy.vocabulary_size else 0,
             do_sample=False,
             use_cache=True,
         )

@@ -46,6 +46,7 @@ from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.device import pick_device
+from fusedgrpo.models.kinds import accepted
 from fusedgrpo.models.loading import (
     check_tokenizer,
     eos_ids,
@@ -151,7 +152,8 @@ class GRPOTrainer(TRLSurface):
         sampler: Sampler | None,
     ) -> None:
         args = self.args
-        model = None if isinstance(model, (str, os.PathLike)) else model
+        named = model is None or isinstance(model, (str, os.PathLike))
+        model = None if named else accepted(model)
         # Data errors come before gigabytes are loaded, where the model's limits are known by then.
         limits = model_limits(args, model)
         if limits is None:

@@ -20,6 +20,7 @@ from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrappe
 from fusedgrpo.models.device import pick_compute_dtype, pick_device
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import check_head, find_head, vocabulary_size
+from fusedgrpo.models.kinds import auto_class, check_causal
 from fusedgrpo.models.lora_targets import all_linear
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.router import find_router
@@ -56,23 +57,28 @@ def load_tokenizer(config: GRPOConfig) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Refuse a tokenizer whose ids the model does not have; choose a pad token and say so.
+    """Say which ids of the tokenizer the model does not have; choose a pad token and say so.
 
-    Padding never decides anything here (masks come from lengths), so any token will do.
-    Raises ModelError.
+    Rows with such an id are refused one by one (Gemma 3 has one, for pictures). Padding never
+    decides anything here (masks come from lengths), so any token will do. Raises ModelError.
     """
     size = vocabulary_size(model)
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= size:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise ModelError(
-            f"The tokenizer has token {token!r} with id {largest}, but the model only knows ids "
-            f"below {size}. Do tokenizer_name_or_path and model_name_or_path belong together?"
+    beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= size)
+    if beyond:
+        log.warning(
+            "The tokenizer has %d tokens with ids from %d on, such as %r, but the model only knows "
+            "ids below %d: rows that contain one cannot be used. Do tokenizer_name_or_path and "
+            "model_name_or_path belong together?",
+            len(beyond),
+            beyond[0],
+            tokenizer.convert_ids_to_tokens(beyond[0]),
+            size,
         )
-    if tokenizer.eos_token_id is None and not eos_ids(model, tokenizer):
+    if not eos_ids(model, tokenizer):
         raise ModelError(
             "Neither the tokenizer nor the model's generation_config names an end-of-sequence "
-            "token, so no completion could ever end. Set tokenizer.eos_token."
+            f"token below {size}, the number of the model's tokens, so no completion could ever "
+            "end. Set tokenizer.eos_token."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -80,12 +86,14 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the generation config's, and the tokenizer's."""
+    """Every id that ends a completion: the generation config's, and the tokenizer's; none that
+    the model cannot say."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)
-    return ids
+    size = vocabulary_size(model)
+    return [i for i in ids if i < size]
 
 
 def model_settings(config: GRPOConfig) -> Any:
@@ -113,6 +121,7 @@ def model_settings(config: GRPOConfig) -> Any:
             f"model_init_kwargs.{name}: neither from_pretrained nor {type(settings).__name__} "
             f"knows it.{did_you_mean(name, known)}"
         )
+    auto_class(settings, source)
     return settings
 
 
@@ -166,9 +175,10 @@ def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None]
     else:
         settings = model.config
     text = settings.get_text_config()
+    size = getattr(text, "vocab_size", None) if model is None else vocabulary_size(unwrapped(model))
     adapter = find_adapter(config) if model is None else None
     return {
-        "vocab_size": (adapter and adapter.vocabulary()) or getattr(text, "vocab_size", None),
+        "vocab_size": (adapter and adapter.vocabulary()) or size,
         "context_length": getattr(text, "max_position_embeddings", None),
     }
 
@@ -222,6 +232,7 @@ def load_policy(
     # After the adapters, which may be on the head. A family that is not understood fails here and
     # not in the first update.
     check_head(causal_lm)
+    check_causal(causal_lm)
     if config.gradient_checkpointing:
         _enable_checkpointing(causal_lm)
     model.train()
@@ -289,13 +300,17 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
             source,
             config.model_revision or "main",
         )
+    settings = model_settings(config)
+    auto: Any = transformers.AutoModelForCausalLM
+    if settings is not None:
+        auto = auto_class(settings, source)
     if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):
         # Else it depends on what is installed whether the weights stay in blocks of 4 bits.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if config.load_in_4bit:
         arguments["quantization_config"] = _four_bit(config, device)
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             source,
             dtype=weights_dtype(config, device),
             device_map={"": device},
