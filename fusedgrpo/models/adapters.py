@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -280,7 +282,7 @@ def _below(layer: Any, name: str) -> list[nn.Parameter]:
 def _copy_into(own: Mapping[str, Tensor], embeddings: Mapping[str, Tensor], file: Path) -> None:
     try:
         saved = load_file(file)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}.") from error
     target = {**embeddings, **own}
     unknown = saved.keys() - target.keys()
@@ -317,7 +319,7 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 def absolute(name: str) -> str:
     """The name of a model as it can be used from any working directory."""
     path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    return str(path.absolute()) if os.path.exists(path) else name
 
 
 def _own_layer(layer: Any) -> Any:
@@ -346,7 +348,7 @@ def _base_vocabulary(base: str, kind: Any) -> int | None:
 def only_gguf(directory: str) -> str | None:
     """The GGUF file that a directory is there for, if that is plain to see."""
     path = Path(directory)
-    if not path.is_dir() or (path / "config.json").exists():
+    if not os.path.isdir(path) or (path / "config.json").exists():
         return None
     files = sorted(file.name for file in path.glob("*.gguf"))
     return files[0] if len(files) == 1 else None

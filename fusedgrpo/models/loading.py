@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from fusedgrpo.engine.config_from_pretrained import PLACES, READING
-from fusedgrpo.errors import ConfigError, ModelError, did_you_mean
+from fusedgrpo.errors import ConfigError, FusedGRPOError, ModelError, brief, did_you_mean, reason
 from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter, put_onto
 from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrapped
 from fusedgrpo.models.device import pick_compute_dtype, pick_device
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from fusedgrpo.models.adapter_files import AdapterFiles
 
 log = logging.getLogger("fusedgrpo")
-
-# What from_pretrained raises for files that are missing, damaged, foreign or of another shape.
-LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_tokenizer(config: GRPOConfig) -> Any:
@@ -51,8 +47,11 @@ def load_tokenizer(config: GRPOConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **places, **arguments
         )
-    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
-        raise ModelError(f"No tokenizer could be loaded from {source!r}: {error}") from error
+        tokenizer.get_vocab(), tokenizer.eos_token_id, tokenizer.pad_token_id
+    except Exception as error:  # foreign code reads foreign files: there is nothing it cannot raise
+        raise ModelError(
+            f"No tokenizer could be loaded from {source!r}: {reason(error)}"
+        ) from error
     return tokenizer
 
 
@@ -89,11 +88,15 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a completion: the generation config's, and the tokenizer's; none that
     the model cannot say."""
     ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    if not all(type(i) is int for i in ids):
+        raise ModelError(
+            f"generation_config.json: eos_token_id is {brief(ids)}, expected token ids. Correct it."
+        )
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)
     size = vocabulary_size(model)
-    return [i for i in ids if i < size]
+    return [i for i in ids if 0 <= i < size]
 
 
 def model_settings(config: GRPOConfig) -> Any:
@@ -111,10 +114,8 @@ def model_settings(config: GRPOConfig) -> Any:
             return_unused_kwargs=True,
             **_settled(config) | arguments,
         )
-    except LOADING_ERRORS as error:
+    except Exception as error:  # as for tokenizers
         raise _no_model(config, source, error) from error
-    except (TypeError, AttributeError) as error:
-        raise _bad_arguments(config, error) from error
     for name in unknown.keys() & _settled(config).keys() - {*PLACES, *READING}:
         known = [*PLACES, *READING, *vars(settings)]
         raise ConfigError(
@@ -128,13 +129,6 @@ def model_settings(config: GRPOConfig) -> Any:
 def _settled(config: GRPOConfig) -> dict[str, Any]:
     """What is left of ``model_init_kwargs`` beside our options."""
     return dict(config.model_init_kwargs or {})
-
-
-def _bad_arguments(config: GRPOConfig, error: Exception) -> Exception:
-    if not config.model_init_kwargs:
-        return error
-    names = ", ".join(config.model_init_kwargs)
-    return ConfigError(f"model_init_kwargs ({names}): {error}")
 
 
 def _check_device_map(given: dict[str, Any] | None, device: torch.device) -> None:
@@ -154,15 +148,18 @@ def _check_device_map(given: dict[str, Any] | None, device: torch.device) -> Non
         )
 
 
-def _no_model(config: GRPOConfig, source: str, error: Exception) -> ModelError:
+def _no_model(config: GRPOConfig, source: str, error: Exception) -> FusedGRPOError:
+    if config.model_init_kwargs and isinstance(error, (TypeError, AttributeError)):
+        names = ", ".join(config.model_init_kwargs)
+        return ConfigError(f"model_init_kwargs ({names}): {reason(error)}")
     adapter = find_adapter(config)
     if adapter is not None and adapter.base == source:
         return ModelError(
             f"The adapter {adapter.name!r} belongs to the model {source!r}, which could not be "
-            f"loaded: {error} If it is elsewhere, give that as model_name_or_path and the adapter "
-            "as adapter_name_or_path."
+            f"loaded: {reason(error)} If it is elsewhere, give that as model_name_or_path and the "
+            "adapter as adapter_name_or_path."
         )
-    return ModelError(f"No model could be loaded from {source!r}: {error}")
+    return ModelError(f"No model could be loaded from {source!r}: {reason(error)}")
 
 
 def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None] | None:
@@ -177,10 +174,17 @@ def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None]
     text = settings.get_text_config()
     size = getattr(text, "vocab_size", None) if model is None else vocabulary_size(unwrapped(model))
     adapter = find_adapter(config) if model is None else None
-    return {
+    limits = {
         "vocab_size": (adapter and adapter.vocabulary()) or size,
         "context_length": getattr(text, "max_position_embeddings", None),
     }
+    for name, value in limits.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ModelError(
+                f"config.json of {config.model_name_or_path!r}: the {name} is {brief(value)}, "
+                "expected an integer >= 1."
+            )
+    return limits
 
 
 def load_policy(
@@ -318,10 +322,8 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
             output_loading_info=True,
             **arguments,
         )
-    except LOADING_ERRORS as error:
+    except Exception as error:  # as for tokenizers
         raise _no_model(config, source, error) from error
-    except (TypeError, AttributeError) as error:
-        raise _bad_arguments(config, error) from error
     model, report = loaded
     if "gguf_file" in arguments:
         _forget_gguf(model)
@@ -386,9 +388,11 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             # peft asks transformers under a name that transformers has deprecated since.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-    except ValueError as error:
-        blamed = f"lora_target_modules={config.lora_target_modules!r}" if ours else "peft_config"
-        raise ModelError(f"{blamed}: {error}") from error
+    except Exception as error:  # also memory that is not there, for an adapter of such a rank
+        blamed = "peft_config"
+        if ours:
+            blamed = f"lora_target_modules={brief(config.lora_target_modules)}, r={config.lora_r}"
+        raise ModelError(f"{blamed}: {reason(error)}") from error
     return model
 
 
@@ -469,7 +473,7 @@ def _source(config: GRPOConfig) -> tuple[str, dict[str, Any]]:
     path = Path(name)
     if config.gguf_file:
         arguments["gguf_file"] = config.gguf_file
-    elif path.suffix == ".gguf" and path.is_file():
+    elif path.suffix == ".gguf" and os.path.isfile(path):
         name, arguments["gguf_file"] = str(path.parent), path.name
     elif file := only_gguf(name):
         arguments["gguf_file"] = file

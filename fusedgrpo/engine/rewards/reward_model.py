@@ -11,7 +11,7 @@ import torch
 
 from fusedgrpo.engine.rewards.call import Batch, Reply
 from fusedgrpo.engine.run_clock import RunClock
-from fusedgrpo.errors import RewardError
+from fusedgrpo.errors import RewardError, reason
 
 ROWS_PER_FORWARD = 8
 
@@ -28,8 +28,8 @@ def load_reward_model(target: str, model_kwargs: Mapping[str, Any] | None = None
         model, report = AutoModelForSequenceClassification.from_pretrained(
             target, num_labels=1, output_loading_info=True, **dict(model_kwargs or {})
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise RewardError(f"cannot load the reward model {target!r}: {error}") from error
+    except Exception as error:  # foreign code reads foreign files
+        raise RewardError(f"cannot load the reward model {target!r}: {reason(error)}") from error
     fresh = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if fresh:
         raise RewardError(
@@ -94,8 +94,8 @@ class RewardModel:
         problem += "reward_processing_classes"
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-        except (OSError, ValueError) as error:
-            raise RewardError(f"{problem} ({error})") from error
+        except Exception as error:  # as for the model
+            raise RewardError(f"{problem} ({reason(error)})") from error
         # Without tokenizer files, transformers makes an empty one from the model's type.
         if not tokenizer("reward", add_special_tokens=False)["input_ids"]:
             raise RewardError(problem)
