@@ -83,6 +83,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     lora_alpha: int | None = option(None, "scale of the adapter; null: 2 * lora_r", low=1)
     lora_dropout: float = option(0.0, "dropout in the adapter while training", low=0, below=1)
     lora_target_modules: str | list[str] = option("all-linear", "module names, or all-linear")
+    disable_dropout: bool = option(True, "no dropout of the model's own while it trains")
     use_rslora: bool = option(False, "scale the adapter by alpha / sqrt(r)")
     load_in_4bit: bool = option(False, "load the frozen weights in 4 bits (QLoRA)")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit number format")

@@ -225,10 +225,6 @@ _GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
-        "dropout is off while sampling and scoring; set lora_dropout: 0 for none at all",
-        {"disable_dropout": False},
-    ),
-    (
         "gradient_checkpointing is the only switch",
         {
             "gradient_checkpointing_kwargs": (None, {"use_reentrant": False}),

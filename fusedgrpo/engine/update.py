@@ -220,7 +220,10 @@ class Updater:
             self.poll()
             batch = [samples[i] for i in members]
             # Dropout, if there is any, repeats itself when the step is run again after a resume.
-            with seeded(self.processes.derive(self.seed, "update", step, index)):
+            with (
+                seeded(self.processes.derive(self.seed, "update", step, index)),
+                self.policy.dropout(),  # as a whole: checkpointing forwards again in the backward
+            ):
                 loss, metrics = self._loss(batch, num_items, num_sequences, load)
                 with missing_backward.refused():
                     self.scaler.scale(loss).backward()

@@ -17,6 +17,7 @@ from fusedgrpo.errors import ConfigError, FusedGRPOError, ModelError, brief, did
 from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter, put_onto
 from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrapped
 from fusedgrpo.models.device import pick_compute_dtype, pick_device
+from fusedgrpo.models.dropout import computes_otherwise_in_training, greatest, own_dropout
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import check_head, find_head, vocabulary_size
 from fusedgrpo.models.kinds import auto_class, check_causal
@@ -240,6 +241,7 @@ def load_policy(
     if config.gradient_checkpointing:
         _enable_checkpointing(causal_lm)
     model.train()
+    _say_what_training_changes(model, causal_lm, config)
     return Policy(
         model,
         compute_dtype=compute_dtype,
@@ -247,7 +249,27 @@ def load_policy(
         keep_reference=keep if config.beta else None,
         shared_prompt=config.shared_prompt,
         router=router,
+        disable_dropout=config.disable_dropout,
     )
+
+
+def _say_what_training_changes(model: Any, causal_lm: Any, config: GRPOConfig) -> None:
+    """Where ratio and KL of the first step will not be 1 and 0."""
+    kind = type(causal_lm).__name__
+    if not config.disable_dropout and (places := own_dropout(model)):
+        log.warning(
+            "disable_dropout: false, and %s drops up to %g of its values while it trains: ratio "
+            "and KL compare it with itself without dropout, and are not 1 and 0 on the first step.",
+            kind,
+            greatest(places),
+        )
+    elif computes_otherwise_in_training(model, causal_lm.get_decoder()):
+        log.warning(
+            "%s computes something else while it trains than while it samples, dropout aside (some "
+            "mixtures of experts draw their experts): ratio and KL are not exactly 1 and 0 on the "
+            "first step.",
+            kind,
+        )
 
 
 def _say_what_a_given_model_decides(config: GRPOConfig) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fusedgrpo.kernels import LogProbs, linear_logprob
 from fusedgrpo.models import attention
 from fusedgrpo.models.adapters import Adapters, has_adapters, unwrapped
+from fusedgrpo.models.dropout import own_dropout, switched_off
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import Head, find_head, head_layer, vocabulary_size
 from fusedgrpo.models.layout import SharedPrompt, choose_layout
@@ -50,12 +51,14 @@ class Policy:
         keep_reference: Literal["adapter", "model"] | None = None,
         shared_prompt: SharedPrompt = "auto",
         router: RouterLoss | None = None,
+        disable_dropout: bool = False,
     ):
         keep_differentiable(model)
         self.model: Any = model
         self.compute_dtype = compute_dtype
         self.temperature = temperature
         self.router = router
+        self.disable_dropout = disable_dropout
         self._said_positions = False
         self.adapters = Adapters(model) if has_adapters(model) else None
         self.layout: Layout = choose_layout(self, shared_prompt)
@@ -216,6 +219,12 @@ class Policy:
                 longest,
                 limit,
             )
+
+    def dropout(self) -> contextlib.AbstractContextManager[Any]:
+        """To be entered around a forward pass that trains, and its backward pass."""
+        if not self.disable_dropout:
+            return contextlib.nullcontext()
+        return switched_off(own_dropout(self.model))
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ DIFFERENT = {
     "model_revision": "null and main are the same revision",
     "lora_alpha": "null is 2 * lora_r: TRL's 32 at its rank of 16",
     "lora_dropout": "dropout between sampling and scoring makes the ratio wrong",
+    "disable_dropout": "dropout in the update alone makes ratio and KL wrong from step 1 on",
     "lora_target_modules": "all linear layers instead of the query and value projections",
     "use_bnb_nested_quant": "0.4 bits per weight less at the same speed",
 }
