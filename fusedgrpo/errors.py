@@ -66,7 +66,7 @@ class PlanError(FusedGRPOError, RuntimeError):
 
 
 class NonFiniteError(FusedGRPOError, ArithmeticError):
-    """A loss or a gradient is NaN or infinite. The weights were not touched."""
+    """Weights, logits, a loss or a gradient are NaN or infinite. No such weights are saved."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

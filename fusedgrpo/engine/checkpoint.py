@@ -7,13 +7,14 @@ that was saved, bit for bit. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fusedgrpo.engine.earlier_run import numbered, remove
 from fusedgrpo.errors import CheckpointError
 
 log = logging.getLogger("fusedgrpo")
@@ -63,22 +65,31 @@ def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) 
         _sync(unfinished / MANIFEST)
         for path in [p for p in unfinished.rglob("*") if p.is_dir()] + [unfinished]:
             _sync(path)
-        if final.exists():
+        if os.path.lexists(final):
             # The same step saved again. Out of the way it is still a checkpoint, see
             # ``checkpoints``, so that not even a kill between these lines leaves none.
-            shutil.rmtree(replaced, ignore_errors=True)
+            _discard(replaced)
             final.rename(replaced)
         unfinished.rename(final)
         _sync(directory)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    _discard(replaced)
     return final
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file is as it was saved. Raises CheckpointError."""
+def _discard(path: Path) -> None:
+    """Delete a checkpoint if that can be done; of one that was put elsewhere the link alone."""
+    with contextlib.suppress(OSError):
+        remove(path)
+
+
+def verify(path: Path, needs: Callable[[Collection[str]], str | None] | None = None) -> Any:
+    """The manifest of a checkpoint whose every file is as it was saved. Raises CheckpointError.
+
+    needs: told the names of the files, it says which one is missing that has to be there.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = [(name, f["size"], f["sha256"]) for name, f in manifest["files"].items()]
@@ -89,6 +100,11 @@ def verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}.") from error
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version}: this version reads format {FORMAT}.")
+    missing = needs(manifest["files"]) if needs is not None else None
+    if missing or not files:
+        raise CheckpointError(
+            f"{path} is damaged: its {MANIFEST} lists {missing or 'no files at all'}."
+        )
     for name, size, digest in files:
         file = path / name
         if not file.is_file():
@@ -111,16 +127,20 @@ def checkpoints(directory: Path) -> list[Path]:
 
     ``step-000006.old`` is left by a run that was killed while it replaced ``step-000006``.
     """
-    named = [(NAME.fullmatch(p.name), p) for p in directory.glob("step-*") if p.is_dir()]
+    named = [
+        (NAME.fullmatch(path.name), path) for path in directory.glob("step-*") if path.is_dir()
+    ]
     found = [(int(match[1]), match[2] is None, p) for match, p in named if match]
     return [p for _, _, p in sorted(found)]
 
 
-def newest_valid(directory: Path) -> Path | None:
+def newest_valid(
+    directory: Path, needs: Callable[[Collection[str]], str | None] | None = None
+) -> Path | None:
     """The newest checkpoint that verifies; a damaged one is passed over loudly."""
     for path in reversed(checkpoints(directory)):
         try:
-            verify(path)
+            verify(path, needs)
         except CheckpointError as error:
             log.warning("%s The checkpoint before it is tried.", error)
         else:
@@ -128,13 +148,44 @@ def newest_valid(directory: Path) -> Path | None:
     return None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest ``keep``; the newest that verifies always stays."""
-    all_of_them = checkpoints(directory)
-    doomed = all_of_them[: max(len(all_of_them) - keep, 0)]
+def prune(directory: Path, keep: int, written: Path | None = None) -> None:
+    """Delete all but the newest ``keep``. What was just ``written`` and the newest that verifies
+    always stay, and so do checkpoints that were put elsewhere and left as a link."""
+    all_of_them = [path for path in checkpoints(directory) if not path.is_symlink()]
+    doomed = [path for path in all_of_them[: max(len(all_of_them) - keep, 0)] if path != written]
     if doomed and newest_valid(directory) not in doomed:
         for path in doomed:
             shutil.rmtree(path)
+
+
+def abandon_after(directory: Path, step: int) -> str | None:
+    """Put the checkpoints of later steps aside, into a folder of their own: a run that goes on from
+    ``step`` is another one from there on. Returns what there is to say."""
+    later = [p for p in checkpoints(directory) if int(NAME.fullmatch(p.name)[1]) > step]  # type: ignore[index]
+    if not later:
+        return None
+    aside = numbered(directory, "abandoned")
+    aside.mkdir()
+    for path in reversed(later):  # the newest first: in between, what is left is one run as well
+        if path.is_symlink():
+            (aside / path.name).symlink_to(os.path.realpath(path))
+            path.unlink()
+        else:
+            path.rename(aside / path.name)
+    _sync(directory)
+    return (
+        f"Going on from step {step}: {len(later)} checkpoints of the steps after it were moved to "
+        f"{aside}; nothing looks for them there, and they may be deleted."
+    )
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """What the disk said, if ``error`` comes from there: safetensors and tokenizers have errors of
+    their own for it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"([^:(]*)\(os error \d+\)", str(error))
+    return found[1].strip() if found else None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedgrpo.engine.earlier_run import numbered
 from fusedgrpo.engine.metrics import read_jsonl, to_json_line
 from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rollout import Rollout
@@ -76,20 +77,37 @@ class CompletionsLog:
         self.directory = Path(directory)
 
     def write(self, step: int, records: Sequence[Mapping[str, Any]]) -> Path:
-        """Write the records of one rollout; the file is complete or not there."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Write the records of one rollout; the file is complete or not there. Raises OSError."""
+        self.directory.mkdir(exist_ok=True)
         path = self.directory / f"step-{step:06d}.jsonl"
         unfinished = path.with_name(f".{path.name}.tmp")
         # A prompt may hold half a surrogate pair, which UTF-8 cannot; it becomes "?".
         with unfinished.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(to_json_line({"step": step, **record}) for record in records)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
         return path
+
+    def drop_after(self, step: int) -> str | None:
+        """Put the files of later steps, which a resumed run is going to sample again, into a folder
+        beside; returns what there is to say."""
+        later = [path for path in self.directory.glob("step-*.jsonl") if _step_of(path) > step]
+        if not later:
+            return None
+        aside = numbered(self.directory, "dropped")
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        return f"Completions of {len(later)} rollouts after step {step} were moved to {aside}."
+
+
+def _step_of(path: Path) -> int:
+    number = path.stem.partition("-")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def first_and_last(directory: str | Path) -> list[list[dict[str, Any]]]:
     """The records of the first and the last rollout in ``directory`` (none, one or two lists)."""
-    paths = sorted(
-        Path(directory).glob("step-*.jsonl"), key=lambda path: int(path.stem.partition("-")[2])
-    )
+    paths = sorted(Path(directory).glob("step-*.jsonl"), key=_step_of)
     return [read_jsonl(path) for path in (paths if len(paths) < 2 else (paths[0], paths[-1]))]

@@ -5,11 +5,12 @@ Trackers, plots and the report are drawn from these rows. Names are TRL's where 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, variance
@@ -19,6 +20,29 @@ from typing import Any
 logger = logging.getLogger("fusedgrpo")
 
 Row = Mapping[str, Any]
+
+
+# The names of the run's own metrics, which nobody else's may take.
+OWN_METRICS = frozenset({
+    "step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "reward_std",
+    "frac_reward_zero_std", "rewards_dropped", "skipped_update", "step_time", "tokens_per_second",
+    "entropy", "kl", "policy_loss", "aux_loss", "frac_rows_skipped", "num_forwarded_tokens",
+})  # fmt: skip
+OWN_PREFIXES = (
+    "rewards/", "completions/", "time/", "memory/", "sampling/", "clip_ratio/", "cispo_", "vespo/",
+    "log_ratio_", "sapo/", "router", "eval_", "log_metric/",
+)  # fmt: skip
+USER_METRIC = "log_metric/"
+
+
+def is_own_metric(name: str) -> bool:
+    """Whether the run itself logs, or may log, something under this name."""
+    return name in OWN_METRICS or name.startswith(OWN_PREFIXES)
+
+
+def merged(own: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """``own`` with ``others`` added, which cannot take a name that is taken."""
+    return own | {USER_METRIC + key if key in own else key: value for key, value in others.items()}
 
 
 def finite(value: Any) -> float | None:
@@ -84,35 +108,129 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends rows to ``path``; every row is on disk, as far as the process goes, on return."""
+    """Appends rows to ``path``; every row is with the system when ``append`` returns, and on the
+    disk after ``sync``. A row that could not be written whole is taken back, to be tried again.
+
+    unsynced: the rows since the last ``sync``.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self.unsynced: list[Row] = []
+        self._open()
+
+    def _open(self) -> None:
+        self._real = Path(os.path.realpath(self.path))  # a link stays one when it is replaced
+        self._file = self._real.open("ab", buffering=0)
+        self._end = self._file.seek(0, os.SEEK_END)
 
     def append(self, row: Row) -> None:
-        """Write one row; it must have ``step``. NaN and infinities become null."""
+        """Write one row; it must have ``step``. NaN and infinities become null. Raises OSError."""
         if "step" not in row:
             raise KeyError(f"a row of metrics needs 'step'; it has {sorted(row)}")
-        self._file.write(to_json_line(row))
-        self._file.flush()
+        self._find_again()
+        if os.fstat(self._file.fileno()).st_size > self._end:
+            self._file.truncate(self._end)  # what a failed write has left
+        left = memoryview(to_json_line(row).encode("utf-8", errors="replace"))
+        while left:
+            left = left[self._file.write(left) :]
+        self._end = self._file.seek(0, os.SEEK_END)
+        self.unsynced.append(row)
 
-    def truncate_after(self, step: int) -> int:
-        """Drop the rows of later steps, which a resumed run is going to write again.
+    def sync(self) -> None:
+        """Wait until all rows are on the disk. Raises OSError."""
+        os.fsync(self._file.fileno())
+        self.unsynced.clear()
 
-        They are kept in ``metrics.dropped.jsonl`` beside the file. Returns how many there were.
-        """
-        rows = read_metrics(self.path)
-        dropped = [row for row in rows if row["step"] > step]
-        with self.path.with_name("metrics.dropped.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(map(to_json_line, dropped))
-        kept = self.path.with_name(f".{self.path.name}.tmp")
-        with kept.open("w", encoding="utf-8") as file:
-            file.writelines(to_json_line(row) for row in rows if row["step"] <= step)
+    def _find_again(self) -> None:
+        """Make the file anew if it was deleted behind our back."""
+        own = os.fstat(self._file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            there = self._real.stat()
+            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                return
+        logger.warning("%s was deleted or replaced: its earlier rows are missing.", self.path)
         self._file.close()
-        os.replace(kept, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        return len(dropped)
+        self._open()
+
+    def resume(self, step: int, again: Iterable[Row] = ()) -> list[str]:
+        """Make the file that of a run which has done ``step`` steps; returns what there is to say.
+
+        Rows of later steps, which are going to be written again, and whatever else has no place in
+        the file are kept in ``metrics.dropped.jsonl`` beside it. again: rows that the checkpoint
+        holds, in the place of those of the same step.
+        """
+        said = []
+        rows, dropped, torn = self._sorted_out()
+        later: list[Row] = [row for row in rows if not 0 < row["step"] <= step]
+        if later:
+            said.append(
+                f"{self.path.name} had {len(later)} rows of steps after step {step}: they are in "
+                "metrics.dropped.jsonl now."
+            )
+        if torn:
+            said.append(
+                f"{torn} lines of {self.path.name} are no rows; they are in metrics.dropped.jsonl "
+                "now."
+            )
+        kept: dict[int, Row] = {}
+        repeated = []
+        for row in rows:
+            if row["step"] in kept:
+                dropped.append(kept[row["step"]])
+                repeated.append(row["step"])
+            if 0 < row["step"] <= step:
+                kept[row["step"]] = row
+        if repeated:
+            said.append(
+                f"{self.path.name} had more than one row of {steps_in_words(repeated)}: the last "
+                "of each is kept, the others are in metrics.dropped.jsonl now."
+            )
+        order = list(kept)
+        if order != sorted(order):
+            said.append(f"The rows of {self.path.name} were not in order; they are now.")
+        kept |= {row["step"]: row for row in again}
+        missing = [number for number in range(1, step + 1) if number not in kept]
+        if missing:
+            said.append(
+                f"{self.path.name} has no row of {steps_in_words(missing)}, though "
+                f"{'it was' if len(missing) == 1 else 'they were'} done: plots and report go "
+                "without."
+            )
+        self._rewrite([kept[number] for number in sorted(kept)], dropped + later)
+        return said
+
+    def _sorted_out(self) -> tuple[list[dict[str, Any]], list[Row], int]:
+        """The rows of the file; what else it holds, so that it can be kept; how much that is."""
+        rows: list[dict[str, Any]] = []
+        other: list[Row] = []
+        with self._real.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    rows.append(row)
+                elif line.strip("\0 \n"):
+                    other.append({"line": line})
+        return rows, other, len(other)
+
+    def _rewrite(self, rows: Sequence[Row], dropped: Sequence[Row]) -> None:
+        if dropped:
+            beside = self.path.with_name("metrics.dropped.jsonl")
+            with beside.open("a", encoding="utf-8", errors="replace") as file:
+                file.writelines(map(to_json_line, dropped))
+                file.flush()
+                os.fsync(file.fileno())
+        kept = self._real.with_name(f".{self._real.name}.tmp")
+        with kept.open("w", encoding="utf-8", errors="replace") as file:
+            file.writelines(map(to_json_line, rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self._file.close()
+        os.replace(kept, self._real)
+        self._open()
 
     def close(self) -> None:
         self._file.close()
@@ -127,6 +245,18 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def steps_in_words(steps: Iterable[int]) -> str:
+    """``step 3`` or ``steps 1-4, 7``."""
+    runs: list[list[int]] = []
+    for step in sorted(set(steps)):
+        if runs and runs[-1][1] == step - 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    words = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"step {words}" if len(runs) == 1 and runs[0][0] == runs[0][1] else f"steps {words}"
 
 
 @dataclass(frozen=True, slots=True)

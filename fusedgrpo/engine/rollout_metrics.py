@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.metrics import merged
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rollout import Rollout
@@ -56,7 +57,7 @@ def reward_metrics(
     row["frac_reward_zero_std"] = flat / max(len(group_ids), 1)
     if rewards.dropped:
         row["rewards_dropped"] = rewards.dropped
-    return row | rewards.metrics
+    return merged(row, rewards.metrics)
 
 
 def mismatch_metrics(sampler_logp: Tensor, policy_logp: Tensor) -> dict[str, float]:

@@ -3,60 +3,69 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import logging
-import os
-import shutil
-import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from fusedgrpo.engine.earlier_run import clear
 from fusedgrpo.engine.plain_log import LOG_FORMAT, PlainFormatter
+from fusedgrpo.engine.run_lock import Heartbeat, give_lock_back, holder_of, take_lock
 from fusedgrpo.errors import FusedGRPOError, OutputDirError, reason
 
 logger = logging.getLogger("fusedgrpo")
 
-LOCK_NAME = "run.lock"
-
-# What a run writes. A fresh run moves (or, with overwrite, deletes) these and touches nothing else.
-RUN_ENTRIES = (
-    "config.resolved.yaml",
-    "metrics.jsonl",
-    "metrics.dropped.jsonl",
-    "skipped_rows.jsonl",
-    "run.log",
-    "report.html",
-    "completions",
-    "plots",
-    "trackers",
-    "checkpoints",
-    "adapter",
-)
+# What a run writes: attribute of ``RunDir`` -> name. A fresh run moves (or, with overwrite,
+# deletes) these and touches nothing else; whoever writes something new adds it here.
+FILES = {
+    "config": "config.resolved.yaml",
+    "metrics": "metrics.jsonl",
+    "dropped": "metrics.dropped.jsonl",
+    "skipped_rows": "skipped_rows.jsonl",
+    "log": "run.log",
+    "report": "report.html",
+}
+DIRECTORIES = {
+    "completions": "completions",
+    "plots": "plots",
+    "trackers": "trackers",
+    "checkpoints": "checkpoints",
+    "adapter": "adapter",
+    "model": "model",
+    "nonfinite": "nonfinite",
+}
+RUN_ENTRIES = (*FILES.values(), *DIRECTORIES.values())
 
 
 class RunDir:
     """An output directory that this process holds. Made by :meth:`open`, given back by ``close``.
 
-    Attributes: ``path`` (the directory) and, inside it, ``config``, ``metrics``, ``skipped_rows``,
-    ``log``, ``report`` (files), ``completions``, ``plots``, ``trackers``, ``checkpoints``,
-    ``adapter`` (directories, made by whoever first writes to them).
+    Attributes: ``path`` (the directory) and, inside it, those of ``FILES`` and ``DIRECTORIES``,
+    each made by whoever first writes to it.
     """
+
+    config: Path
+    metrics: Path
+    dropped: Path
+    skipped_rows: Path
+    log: Path
+    report: Path
+    completions: Path
+    plots: Path
+    trackers: Path
+    checkpoints: Path
+    adapter: Path
+    model: Path
+    nonfinite: Path
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = path / "config.resolved.yaml"
-        self.metrics = path / "metrics.jsonl"
-        self.skipped_rows = path / "skipped_rows.jsonl"
-        self.log = path / "run.log"
-        self.report = path / "report.html"
-        self.completions = path / "completions"
-        self.plots = path / "plots"
-        self.trackers = path / "trackers"
-        self.checkpoints = path / "checkpoints"
-        self.adapter = path / "adapter"
+        for attribute, name in (FILES | DIRECTORIES).items():
+            setattr(self, attribute, path / name)
         self._log_handlers: list[logging.Handler] = []
+        self._heartbeat: Heartbeat | None = None
+        self._inode: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> RunDir:
@@ -71,9 +80,11 @@ class RunDir:
         run = cls(Path(path).expanduser().absolute())
         with run._closed_on_failure():
             run.path.mkdir(parents=True, exist_ok=True)
-            said = _take_lock(run.path)
+            said = take_lock(run.path)
+            run._inode = _inode(run.path)
+            run._heartbeat = Heartbeat(run.path)
             if not resume:
-                said += _clear(run.path, overwrite=overwrite)
+                said += clear(run.path, RUN_ENTRIES, overwrite=overwrite)
             run._start_log()
         for message in said:
             logger.warning(message)
@@ -85,7 +96,7 @@ class RunDir:
         run = cls(Path(path).expanduser().absolute())
         with run._closed_on_failure():
             run.path.mkdir(parents=True, exist_ok=True)
-            said = _take_lock(run.path)
+            said = take_lock(run.path)
         run.close()
         for message in said:
             logger.warning(message)
@@ -104,7 +115,7 @@ class RunDir:
             ) from error
 
     def _start_log(self) -> None:
-        file = logging.FileHandler(self.log, encoding="utf-8")
+        file = _LogFile(self.log, encoding="utf-8")
         file.setFormatter(PlainFormatter(LOG_FORMAT))
         self._log_handlers.append(file)
         if logging.lastResort and not logger.hasHandlers():
@@ -116,15 +127,34 @@ class RunDir:
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)  # else the root's WARNING keeps the log all but empty
 
+    def check(self) -> None:
+        """Raise OutputDirError if the directory is no longer the one that this process holds."""
+        try:
+            found = _inode(self.path)
+        except FileNotFoundError:
+            found = None
+        if found != self._inode:
+            raise OutputDirError(
+                f"output_dir {str(self.path)!r} was deleted or replaced while the run was writing "
+                "there."
+            )
+        taken_by = holder_of(self.path)
+        if taken_by is not None:
+            raise OutputDirError(
+                f"output_dir {str(self.path)!r} was taken over by {taken_by} while this run was "
+                "writing there: two runs cannot share it."
+            )
+
     def close(self) -> None:
         """Stop the log and give the lock back. May be called twice."""
         for handler in self._log_handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take
+                handler.close()
         self._log_handlers.clear()
-        lock = self.path / LOCK_NAME
-        if _read_lock(lock) == _identity():
-            lock.unlink(missing_ok=True)
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        give_lock_back(self.path)
 
     def __enter__(self) -> RunDir:
         return self
@@ -151,97 +181,20 @@ class RunDir:
                 handler.handle(record)
 
 
-def _start_time(pid: int) -> str | None:
-    """When ``pid`` started, in ticks since boot; tells it from a later process of that number."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]
+class _LogFile(logging.FileHandler):
+    """run.log. What it cannot write is said once, on stderr, and no traceback."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and not self._said:
+            self._said = True
+            sys.stderr.write(f"{self.baseFilename} cannot be written: {error.strerror or error}\n")
+        elif not isinstance(error, OSError):
+            super().handleError(record)
 
 
-def _identity() -> dict[str, object]:
-    pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "started": _start_time(pid)}
-
-
-def _read_lock(lock: Path) -> dict[str, object] | None:
-    try:
-        holder = json.loads(lock.read_text())
-    except (OSError, ValueError):  # none there, or torn; one we may not read we cannot write either
-        return None
-    return holder if isinstance(holder, dict) else None
-
-
-def _is_alive(holder: dict[str, object]) -> bool:
-    """Whether the process that wrote the lock lives; on another host it is taken to."""
-    if holder.get("host") != socket.gethostname():
-        return True
-    pid = holder.get("pid")
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it lives, under another user
-    started = _start_time(pid)
-    return None in (started, holder.get("started")) or started == holder["started"]
-
-
-@contextlib.contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Let one process at a time look at the lock file and replace it.
-
-    The directory carries this short lock because, unlike the lock file, it is never unlinked.
-    """
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems know no flock
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _take_lock(directory: Path) -> list[str]:
-    """Write our lock, or raise if a living run has one; returns what there is to say."""
-    lock = directory / LOCK_NAME
-    said = []
-    with _one_at_a_time(directory):
-        holder = _read_lock(lock)
-        if holder is not None:
-            who = f"process {holder.get('pid')} on {holder.get('host')}"
-            if _is_alive(holder):
-                raise OutputDirError(
-                    f"output_dir {str(directory)!r} is in use by {who}. Give another output_dir, "
-                    f"or end that run; if it is gone for certain, delete {str(lock)!r}."
-                )
-            said.append(f"Taking over {directory}: {who} left its lock there and is gone.")
-        # Also the probe: a directory that cannot be written fails here, before any model loads.
-        with lock.open("w") as file:
-            json.dump(_identity(), file)
-    return said
-
-
-def _clear(directory: Path, *, overwrite: bool) -> list[str]:
-    """Put an earlier run's files out of the way; returns what there is to say."""
-    found = [directory / name for name in RUN_ENTRIES if os.path.lexists(directory / name)]
-    if not found:
-        return []
-    # Without its log this is no run of ours, so nothing is deleted however firmly it was asked for.
-    if overwrite and (directory / "run.log").exists():
-        for entry in found:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        return [f"Deleted the earlier run in {directory} (overwrite_output_dir)."]
-    previous = directory / "previous"
-    taken = [int(child.name) for child in previous.glob("*") if child.name.isdecimal()]
-    target = previous / f"{max(taken, default=0) + 1:03d}"
-    target.mkdir(parents=True)
-    for entry in found:
-        entry.rename(target / entry.name)
-    return [f"Moved the earlier run in {directory} to {target}."]
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino

@@ -21,6 +21,7 @@ from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.processes import Processes
 from fusedgrpo.engine.rollout import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
+from fusedgrpo.errors import NonFiniteError
 from fusedgrpo.models import decoding
 from fusedgrpo.models.policy import Policy
 
@@ -122,7 +123,10 @@ class GenerateSampler:
             return self._wave(prompts, [own.index(i) for i, _ in ahead], params, seeds)
 
         while len(done) < len(asked):
-            done += self.guard.sample(wave, len(asked) - len(done))
+            new = self.guard.sample(wave, len(asked) - len(done))
+            for (i, _), completion in zip(asked[len(done) :], new, strict=False):
+                _check_finite(completion, rows[i])
+            done += new
         by_place = dict(zip(asked, done, strict=True))
         return [
             Group(rows[i], tuple(prompt), tuple(by_place[i, sample] for sample in range(n)))
@@ -195,6 +199,18 @@ class GenerateSampler:
             reason: FinishReason = "length" if end is None else "stop"
             completions.append(Completion(ids, text, reason, row_logp[: len(ids)].clone()))
         return completions
+
+
+def _check_finite(completion: Completion, row: int) -> None:
+    """A token was drawn from NaN or infinite logits: then it means nothing."""
+    assert completion.logp is not None
+    bad = ~completion.logp.isfinite()
+    if bad.any():
+        raise NonFiniteError(
+            f"While sampling for data row {row}, token {int(bad.nonzero()[0]) + 1} of a completion "
+            "had logits that are no distribution (NaN or infinity): the weights, or what the model "
+            "computes from this prompt, are not finite."
+        )
 
 
 class SharedSampler:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from fusedgrpo.engine.rollout_metrics import (
 from fusedgrpo.engine.samples import Sample, has_gradient
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.engine.window import RolloutWindow, sampler_logp
+from fusedgrpo.errors import NonFiniteError
 from fusedgrpo.kernels import LossOptions, group_advantages
 from fusedgrpo.models.packing import Pair, longest, micro_batches, shares
 from fusedgrpo.models.policy import Policy
@@ -135,6 +137,13 @@ def rollout_logprobs(
                 functools.partial(longest, pairs, whole=policy.whole),
                 "scoring",
             )
+            for i in chosen:
+                if not logp[places[i]].isfinite().all():
+                    raise NonFiniteError(
+                        f"The log-probs of completion {i} of part {part} (data row "
+                        f"{window.row_at(places[i].start)}) are not finite: NaN or infinity in the "
+                        "weights or in what the model computes from this text."
+                    )
         return logp
 
     with policy.scoring():
@@ -155,6 +164,7 @@ def make_window(
     guard: MemoryGuard,
     processes: Processes,
     poll: Callable[[], None] = lambda: None,
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> RolloutWindow:
     """Advantages, and the log-probs that the loss will compare with, of a scored rollout."""
     group_ids = torch.tensor(rollout.group_ids)
@@ -202,7 +212,8 @@ def make_window(
         sampled = sampler_logp(list(rollout.completions()))
         metrics |= mismatch_metrics(sampled, logprobs(lambda s: s.pair == shortest.pair))
     if config.beta:
-        with policy.reference():
+        # Weights may be swapped for it: held, they come back whatever signal there is.
+        with hold(), policy.reference():
             window.ref_logp = logprobs()
     return window
 

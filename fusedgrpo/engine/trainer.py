@@ -5,23 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fusedgrpo.engine import trainer_state
-from fusedgrpo.engine.checkpoint import prune
 from fusedgrpo.engine.completions_log import completion_records
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.config_rules import doubtful
 from fusedgrpo.engine.data import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.evaluation import evaluate
+from fusedgrpo.engine.keeper import Keeper
 from fusedgrpo.engine.memory_guard import MemoryGuard
 from fusedgrpo.engine.memory_plan import MemoryPlan, card_bytes, plan_memory
 from fusedgrpo.engine.memory_table import measured_phases, plan_table
+from fusedgrpo.engine.metrics import merged
 from fusedgrpo.engine.optim import build_optimizer, build_scheduler
 from fusedgrpo.engine.outputs import NoOutputs, RunOutputs
 from fusedgrpo.engine.plan_batch import resolve_batch
@@ -36,16 +37,18 @@ from fusedgrpo.engine.sampler import GenerateSampler, Sampler, SamplingParams, S
 from fusedgrpo.engine.samples import Sample
 from fusedgrpo.engine.scoring import loss_options, make_window, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive
-from fusedgrpo.engine.signals import Interrupted, StopSignals
+from fusedgrpo.engine.signals import StopSignals
 from fusedgrpo.engine.sinks import tracker_classes
 from fusedgrpo.engine.step_clock import StepClock
 from fusedgrpo.engine.trainer_state import Progress
 from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
+from fusedgrpo.engine.unwritten import Unwritten
 from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.device import pick_device
+from fusedgrpo.models.finite import check_loaded, not_finite
 from fusedgrpo.models.kinds import accepted
 from fusedgrpo.models.loading import (
     check_tokenizer,
@@ -118,6 +121,7 @@ class GRPOTrainer(TRLSurface):
         for text in doubtful(args):
             log.warning(text)
         # A launcher passes on the signal that the terminal has sent to everybody already.
+        self.keeper = Keeper(self)
         self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
         tracker_classes(args.report_to)
         given = tokenizer if processing_class is None else processing_class
@@ -172,6 +176,7 @@ class GRPOTrainer(TRLSurface):
             {"the training data": self.train_dataset.fingerprint, "the evaluation data": held_out}
             | {name: value for name, value in args.to_record().items() if name != "output_dir"}
         )
+        check_loaded(self.policy.model)
         self.processes.agree_on_weights(self.policy.model)
         self.plan = resolve_batch(args, len(self.train_dataset), self.processes.size)
         self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
@@ -196,6 +201,7 @@ class GRPOTrainer(TRLSurface):
             poll=self.signals.check,
             processes=self.processes,
             offload=OffloadActivations(self.policy.device) if offloads else None,
+            changing=self.keeper.begins,
         )
         self.sampler = sampler or GenerateSampler(
             self.policy,
@@ -216,6 +222,7 @@ class GRPOTrainer(TRLSurface):
             repetition_penalty=args.repetition_penalty,
         )
         self.progress = Progress()
+        self.unwritten = Unwritten()
         self.window: RolloutWindow | None = None
         self.memory_peaks: dict[str, float] = {}
 
@@ -296,24 +303,30 @@ class GRPOTrainer(TRLSurface):
         if 0 < self.plan.total_steps <= self.progress.step:
             raise ConfigError("This trainer has finished its run. Make a new one to train again.")
         checkpoints = Path(args.output_dir).expanduser().absolute() / "checkpoints"
-        found = self.processes.in_main(lambda: trainer_state.find(resume, checkpoints))
-        if found is not None:
-            trainer_state.restore(self, found)
+        with ExitStack() as stack:
+            stack.enter_context(self.signals)
+            with self.signals.at_once():
+                found = self.processes.in_main(lambda: trainer_state.find(resume, checkpoints))
+                if found is not None:
+                    trainer_state.restore(self, found)
+                self.keeper.check_whole()
             self.stream.cursor = self.progress.cursor
             self.updater.scheduler = build_scheduler(
                 args, self.updater.optimizer, self.plan.total_steps, self.progress.step
             )
-        with (
-            (RunOutputs if self.processes.is_main else NoOutputs).opened(
-                args,
-                resume=self.progress.step > 0,
-                total_steps=self.plan.total_steps,
-                done=self.progress.step,
-                plan_line=self._plan_line(),
-                eos_ids=self.eos_ids,
-            ) as outputs,
-            self.signals,
-        ):
+            outputs = stack.enter_context(
+                (RunOutputs if self.processes.is_main else NoOutputs).opened(
+                    args,
+                    resume=self.progress.step > 0,
+                    total_steps=self.plan.total_steps,
+                    done=self.progress.step,
+                    plan_line=self._plan_line(),
+                    eos_ids=self.eos_ids,
+                    unwritten=self.unwritten,
+                    branch=found is not None,
+                    sampled_ahead=self.window is not None and self.window.done == 0,
+                )
+            )
             if found is not None:
                 outputs.display.note(f"Resumed from {found} after step {self.progress.step}.")
             outputs.skipped_rows(self.train_dataset.skipped)
@@ -322,9 +335,16 @@ class GRPOTrainer(TRLSurface):
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
                 outputs.display.note(self.rehearse())
             row: dict[str, Any] = {}
-            with self._saved_if_it_ends(outputs), missing_backward.refused():
+            with self.keeper.saved_if_it_ends(outputs), missing_backward.refused():
+                outputs.write(self.unwritten, self.progress.step)
+                if self.unwritten.evaluation_due:
+                    row = self._finish_row(outputs)
+                elif found is not None and found.resolve().parent != checkpoints.resolve():
+                    # The run's own checkpoints are of another run, if there are any.
+                    self.keeper.save_if_due(outputs, args.save_strategy != "no")
                 while self.progress.step < self.plan.total_steps:
                     row = self.step(outputs)
+                self.keeper.settle(outputs)
             measured = measured_phases(self.memory_peaks)
             if self.memory_plan is not None and measured:
                 table = plan_table(self.memory_plan, measured)
@@ -379,28 +399,27 @@ class GRPOTrainer(TRLSurface):
                     guard=self.guard,
                     processes=self.processes,
                     poll=self.signals.check,
+                    hold=self.signals.held,
                 )
-            self._take(window)
-            self._log_completions(rollout, rewards, examples, outputs)
+            records = self._records(window, rewards, examples)
+            self._take(window, records)
+            outputs.write(self.unwritten, self.progress.step + 1)
+            outputs.completions(self.progress.step + 1, records)
         assert self.window is not None
         samples = self.window.next_samples(mask_truncated=args.mask_truncated_completions)
         learning_rate = self.updater.learning_rate
-        with clock.phase("update"):
-            result = self.updater.step(samples, self.progress.step)
-        self._accept(result, samples, outputs)
-        tokens = sum(len(sample.completion_ids) for sample in samples)
-        row = {
-            "step": self.progress.step,
-            "epoch": self.stream.epoch,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": learning_rate,
-            "num_tokens": self.progress.num_tokens,
-            **self.window.metrics,
-            **result.metrics,
-            **({} if result.applied else {"skipped_update": 1}),
-            **clock.metrics(tokens),
-        }
+        with self.keeper.one_change(f"the update of step {self.progress.step + 1}"):
+            with clock.phase("update"):
+                result = self.updater.step(samples, self.progress.step)
+            self._accept(result, samples, outputs, learning_rate, clock)
+        self._measure(self.unwritten.rows[-1])
+        row = self._finish_row(outputs)
+        self.keeper.save_if_due(outputs, self._is_due(args.save_strategy, args.save_steps))
+        self.processes.together(self.signals.check)
+        return row
+
+    def _measure(self, row: dict[str, Any]) -> None:
+        """Add to a row what all processes together took."""
         for name in [name for name in row if name.startswith("memory/")]:
             row[name] = max(self.processes.gather(row[name]))
             self.memory_peaks[name] = max(self.memory_peaks.get(name, 0), row[name])
@@ -408,13 +427,16 @@ class GRPOTrainer(TRLSurface):
             row["memory/planned"] = self.memory_plan.peak
         if retries := sum(self.processes.gather(self.guard.take_retries())):
             row["memory/retries"] = retries
-        if self._is_due(args.eval_strategy, args.eval_steps or args.logging_steps):
+
+    def _finish_row(self, outputs: RunOutputs) -> dict[str, Any]:
+        """Evaluate if the row of the last step waits for that, then write and show it."""
+        row = self.unwritten.rows[-1]
+        if self.unwritten.evaluation_due:
             outputs.display.phase("evaluate")
             row |= self.evaluate()
+            self.unwritten.evaluation_due = False
+        outputs.write(self.unwritten, self.progress.step)
         outputs.row(row)
-        if self._is_due(args.save_strategy, args.save_steps):
-            self._save(outputs)
-        self.processes.together(self.signals.check)
         return row
 
     def _next_prompts(self) -> list[Example]:
@@ -446,38 +468,50 @@ class GRPOTrainer(TRLSurface):
             processes=self.processes,
         )
 
-    def _take(self, window: RolloutWindow) -> None:
+    def _take(self, window: RolloutWindow, records: list[dict[str, Any]]) -> None:
         """The rollout is whole: from here on its prompts are used and its tokens counted."""
-        self.window = window
         groups = window.rollout.groups
-        self.stream.cursor += len(groups)
-        self.progress.cursor = self.stream.cursor
-        self.progress.rollouts += 1
-        self.progress.num_tokens += sum(
+        tokens = sum(
             len(group.prompt_ids) + len(c.ids) for group in groups for c in group.completions
         )
+        with self.signals.held():
+            self.window = window
+            self.unwritten.completions[self.progress.step + 1] = records
+            self.stream.cursor += len(groups)
+            self.progress.cursor = self.stream.cursor
+            self.progress.rollouts += 1
+            self.progress.num_tokens += tokens
 
-    def _log_completions(
-        self,
-        rollout: Rollout,
-        rewards: RewardBatch,
-        examples: Sequence[Example],
-        outputs: RunOutputs,
-    ) -> None:
-        assert self.window is not None
-        records = completion_records(
+    def _records(
+        self, window: RolloutWindow, rewards: RewardBatch, examples: Sequence[Example]
+    ) -> list[dict[str, Any]]:
+        """What the log of completions will say of a rollout."""
+        rollout = window.rollout
+        return completion_records(
             rollout,
             prompts=[example.prompt for example in per_completion(rollout, examples)],
             names=self.reward_funcs.names,
             rewards=rewards.values,
             total=rewards.total,
-            advantages=self.window.advantages,
+            advantages=window.advantages,
             extra=rewards.extra,
         )
-        outputs.completions(self.progress.step + 1, records)
 
-    def _accept(self, result: UpdateResult, samples: Sequence[Sample], outputs: RunOutputs) -> None:
-        """Count a step; halt on one that is not finite, before anything is lost."""
+    def _accept(
+        self,
+        result: UpdateResult,
+        samples: Sequence[Sample],
+        outputs: RunOutputs,
+        learning_rate: float,
+        clock: StepClock,
+    ) -> None:
+        """Count a step and make its row; halt on one that is not finite."""
+        if result.largest_weight is not None and not result.largest_weight.isfinite():
+            raise NonFiniteError(
+                f"Step {self.progress.step + 1}: {not_finite(self.policy.trainable())}. Loss "
+                f"{result.loss} and gradient norm {result.grad_norm} were those of the update; a "
+                "lower learning_rate or a larger adam_epsilon is the usual remedy."
+            )
         if result.applied:
             self.progress.nonfinite_in_a_row = 0
         else:
@@ -503,8 +537,25 @@ class GRPOTrainer(TRLSurface):
                     "max_nonfinite_steps: N skips up to N such updates in a row."
                 )
         assert self.window is not None
-        self.window.done += 1
-        self.progress.step += 1
+        tokens = sum(len(sample.completion_ids) for sample in samples)
+        with self.signals.held():
+            self.window.done += 1
+            self.progress.step += 1
+            row = {
+                "step": self.progress.step,
+                "epoch": self.stream.epoch,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "learning_rate": learning_rate,
+                "num_tokens": self.progress.num_tokens,
+                **result.metrics,
+                **({} if result.applied else {"skipped_update": 1}),
+                **clock.metrics(tokens),
+            }
+            self.unwritten.rows.append(merged(row, self.window.metrics))
+            self.unwritten.evaluation_due = self._is_due(
+                self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps
+            )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -554,42 +605,23 @@ class GRPOTrainer(TRLSurface):
         if output_dir is not None:
             into = Path(output_dir).expanduser()
             if self.processes.is_main:
+                self._check_savable()
                 trainer_state.write_weights(self.policy, self.processing_class, into)
             return into
         directory = Path(self.args.output_dir)
         if not self.processes.is_main:
             return directory
-        return trainer_state.save_weights(self.policy, self.processing_class, directory)
+        return self._save_into(directory)
 
     def _save_into(self, directory: Path) -> Path:
+        self._check_savable()
         return trainer_state.save_weights(self.policy, self.processing_class, directory)
 
-    def _save(self, outputs: RunOutputs) -> Path | None:
-        if not self.processes.is_main:
-            return None
-        path = trainer_state.save(self, outputs.run.checkpoints)
-        log.info("Checkpoint: %s", path)
-        if self.args.save_total_limit:
-            prune(outputs.run.checkpoints, self.args.save_total_limit)
-        return path
-
-    @contextmanager
-    def _saved_if_it_ends(self, outputs: RunOutputs) -> Iterator[None]:
-        """Whatever ends the run early, its last completed step is saved first."""
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, Interrupted):
-                error.said = True
-            if not self.progress.step:
-                outputs.display.note(f"{_reason(error)} before the first step was done.")
-            else:
-                path = self._save(outputs)
-                outputs.display.note(
-                    f"{_reason(error)} after step {self.progress.step}. Saved {path}; go on with "
-                    "resume_from_checkpoint: auto."
-                )
-            raise
+    def _check_savable(self) -> None:
+        """Raise CheckpointError or NonFiniteError where the weights are nobody's wish."""
+        self.keeper.check_whole()
+        if problem := not_finite(self.policy.trainable()):
+            raise NonFiniteError(f"The weights are not saved: {problem}.")
 
     def _is_due(self, strategy: str, every: int) -> bool:
         return strategy == "steps" and self.progress.step % every == 0
@@ -645,9 +677,3 @@ def _bits(model: Any) -> str:
     if getattr(model, "is_loaded_in_4bit", False):
         return "4-bit"
     return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, Interrupted):
-        return f"Stopped by {error.signal_name}"
-    return f"{type(error).__name__}: {error}".split("\n")[0]

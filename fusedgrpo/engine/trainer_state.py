@@ -10,7 +10,7 @@ manifest.json          sizes and hashes of all of these
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,10 +22,13 @@ from torch import nn
 from fusedgrpo.engine import checkpoint
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import PromptDataset
+from fusedgrpo.engine.metrics import Row
 from fusedgrpo.engine.plan_batch import BatchPlan
 from fusedgrpo.engine.redaction import redacted
+from fusedgrpo.engine.unwritten import Unwritten
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import CheckpointError, brief
+from fusedgrpo.models.finite import not_finite
 
 if TYPE_CHECKING:
     from fusedgrpo.engine.trainer import GRPOTrainer
@@ -115,8 +118,12 @@ def _load_full(model: nn.Module, saved: dict[str, torch.Tensor], directory: Path
         raise CheckpointError(f"{directory} holds the weights of another model: {name}.")
 
 
-def save(trainer: GRPOTrainer, directory: Path) -> Path:
-    """Write a checkpoint of the trainer's last completed step under ``directory``."""
+def save(trainer: GRPOTrainer, directory: Path, unsynced: Sequence[Row] = ()) -> Path:
+    """Write a checkpoint of the trainer's last completed step under ``directory``.
+
+    unsynced: rows of metrics that are written, and would be lost if the machine stopped now.
+    """
+    window = trainer.window if trainer.window and not trainer.window.finished else None
 
     def write(path: Path) -> None:
         save_weights(trainer.policy, trainer.processing_class, path)
@@ -131,10 +138,12 @@ def save(trainer: GRPOTrainer, directory: Path) -> Path:
             "prompt_ids": trainer.train_dataset.ids_fingerprint,
             "started": trainer.clock.started.isoformat(),
             "groups": groups_of(trainer.plan),
+            "unwritten": trainer.unwritten.state(unsynced),
+            "window": window is not None,
         }
         checkpoint.write_json(path / "state.json", state)
-        if trainer.window is not None and not trainer.window.finished:
-            tensors, values = trainer.window.state()
+        if window is not None:
+            tensors, values = window.state()
             checkpoint.write_tensors(path / "window.safetensors", tensors)
             checkpoint.write_json(path / "window.json", values)
 
@@ -156,9 +165,9 @@ def find(resume: str | bool | None, directory: Path) -> Path | None:
         return None
     if resume not in (True, "auto"):
         path = Path(str(resume)).expanduser()
-        checkpoint.verify(path)
+        checkpoint.verify(path, missing_file)
         return path
-    path_or_none = checkpoint.newest_valid(directory)
+    path_or_none = checkpoint.newest_valid(directory, missing_file)
     if path_or_none is None and (resume is True or checkpoint.checkpoints(directory)):
         raise CheckpointError(
             f"There is no usable checkpoint in {directory}. Leave out resume_from_checkpoint to "
@@ -167,26 +176,50 @@ def find(resume: str | bool | None, directory: Path) -> Path | None:
     return path_or_none
 
 
+def missing_file(names: Collection[str]) -> str | None:
+    """What a checkpoint with files of these names lacks."""
+    for needed in ("state.json", "optimizer.safetensors"):
+        if needed not in names:
+            return f"no {needed}"
+    if not any(n.startswith(("adapter/", "model/")) and n.endswith(".safetensors") for n in names):
+        return "no weights in adapter/ or model/"
+    if ("window.json" in names) != ("window.safetensors" in names):
+        return "half of a rollout window"
+    return None
+
+
 def restore(trainer: GRPOTrainer, path: Path) -> None:
     """Make the trainer what it was when ``path`` was saved. Raises CheckpointError."""
     state = checkpoint.read_json(path / "state.json")
+    manifest = checkpoint.read_json(path / checkpoint.MANIFEST)
+    has_window = "window.json" in manifest["files"]
+    if manifest["step"] != state["progress"]["step"] or has_window != state.get(
+        "window", has_window
+    ):
+        raise CheckpointError(f"{path} is damaged: {checkpoint.MANIFEST} and state.json disagree.")
     if "started" in state:  # else it is of version 0.1
         trainer.set_clock(datetime.fromisoformat(state["started"]))
     _check_same_run(trainer, state, path)
-    load_weights(trainer.policy, path)
-    checkpoint.load_optimizer_state(
-        trainer.updater.optimizer,
-        checkpoint.read_tensors(path / "optimizer.safetensors"),
-        state["optimizer"],
-    )
-    trainer.updater.scaler.load_state_dict(state["scaler"])
-    trainer.progress = Progress(**state["progress"])
-    trainer.window = None
-    if (path / "window.json").exists():
-        trainer.window = RolloutWindow.from_state(
-            checkpoint.read_tensors(path / "window.safetensors"),
-            checkpoint.read_json(path / "window.json"),
+    with trainer.keeper.loading(path):
+        load_weights(trainer.policy, path)
+        if problem := not_finite(trainer.policy.trainable()):
+            raise CheckpointError(f"{path} is of a run that had diverged: {problem}.")
+        checkpoint.load_optimizer_state(
+            trainer.updater.optimizer,
+            checkpoint.read_tensors(path / "optimizer.safetensors"),
+            state["optimizer"],
         )
+        trainer.updater.scaler.load_state_dict(state["scaler"])
+        trainer.progress = Progress(**state["progress"])
+        trainer.unwritten = Unwritten()
+        if "unwritten" in state:  # else it is of version 0.1
+            trainer.unwritten = Unwritten.from_state(state["unwritten"])
+        trainer.window = None
+        if has_window:
+            trainer.window = RolloutWindow.from_state(
+                checkpoint.read_tensors(path / "window.safetensors"),
+                checkpoint.read_json(path / "window.json"),
+            )
 
 
 def _other_data(data: PromptDataset, state: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from fusedgrpo.engine.samples import Sample, concatenated, has_gradient, loss_ma
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
 from fusedgrpo.models import missing_backward
+from fusedgrpo.models.finite import largest
 from fusedgrpo.models.packed import PackedBatch
 from fusedgrpo.models.packing import forwarded_tokens, longest, micro_batches, shares
 from fusedgrpo.models.policy import Policy
@@ -29,12 +30,15 @@ MISMATCH_MAX = "sampling/sampling_logp_difference/max"
 
 @dataclass(slots=True)
 class UpdateResult:
-    """``applied``: False if loss or gradient was not finite and the weights were left alone."""
+    """applied: False if loss or gradient was not finite and the weights were left alone.
+    largest_weight: in absolute value, of those that train, on their device and not waited for; not
+    finite if any of them is not."""
 
     applied: bool
     loss: float
     grad_norm: float
     metrics: dict[str, float] = field(default_factory=dict)
+    largest_weight: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -58,7 +62,7 @@ class Updater:
 
     poll: called between micro-batches, so that a signal does not wait for a long step.
     processes: each forwards its share of the samples, and gradients are summed. offload: entered
-    around the forward pass.
+    around the forward pass. changing: called before anything of weights or optimizer changes.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Updater:
         poll: Callable[[], None] = lambda: None,
         processes: Processes | None = None,
         offload: AbstractContextManager[Any] | None = None,
+        changing: Callable[[], None] = lambda: None,
     ):
         self.policy = policy
         self.optimizer = optimizer
@@ -87,6 +92,7 @@ class Updater:
         self.poll = poll
         self.processes = processes or Processes()
         self.offload = offload or nullcontext()
+        self.changing = changing
         self.scaler = torch.amp.GradScaler(
             policy.device.type, enabled=policy.compute_dtype == torch.float16
         )
@@ -115,10 +121,12 @@ class Updater:
             if result.applied:
                 if self.max_grad_norm > 0:
                     torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+                self.changing()
                 self.scaler.step(self.optimizer)
             self.scaler.update()
             # A skipped update still is a step of the schedule, which is a function of the step.
             self.scheduler.step()
+            result.largest_weight = largest(parameters)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         return result

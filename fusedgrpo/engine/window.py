@@ -74,6 +74,15 @@ class RolloutWindow:
             )
         return samples, places
 
+    def row_at(self, token: int) -> int:
+        """The data row of the completion that has this token of ``[N]``."""
+        end = 0
+        for group in self.rollout.groups:
+            end += sum(len(completion.ids) for completion in group.completions)
+            if token < end:
+                return group.row
+        raise IndexError(f"token {token} of {end}")
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as tensors for safetensors and values for JSON."""
         completions = list(self.rollout.completions())

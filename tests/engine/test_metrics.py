@@ -37,7 +37,8 @@ def test_truncate_drops_later_rows_keeps_them_beside_and_goes_on(tmp_path):
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         for step in range(1, 6):
             log.append({"step": step})
-        assert log.truncate_after(3) == 2
+        (said,) = log.resume(3)
+        assert "2 rows" in said and "metrics.dropped.jsonl" in said
         log.append({"step": 4, "again": True})
     assert [row["step"] for row in read_metrics(log.path)] == [1, 2, 3, 4]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.dropped.jsonl")] == [4, 5]
@@ -54,7 +55,7 @@ def test_truncating_mends_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "rew')
     with MetricsLog(path) as log:
-        log.truncate_after(1)
+        log.resume(1)
         log.append({"step": 2})
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fusedgrpo.engine.metrics import USER_METRIC, is_own_metric
 from fusedgrpo.engine.redaction import hide_known
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
 from fusedgrpo.engine.rewards.inline import Concurrent, EventLoop, Inline
@@ -101,6 +102,7 @@ class RewardFunctions:
         self._drop = on_error == "drop"
         self._failed_batches = [0] * len(self._scorers)
         self._said_unscored = False
+        self._renamed: set[str] = set()
 
     def score(
         self,
@@ -205,6 +207,19 @@ class RewardFunctions:
             *(who, len(lost), count, batch.rows[i], reason),
         )
 
+    def _free_name(self, metric: str) -> str:
+        """The name under which a metric of a function's own is logged: not one of the run's."""
+        if not is_own_metric(metric):
+            return metric
+        if metric not in self._renamed:
+            self._renamed.add(metric)
+            logger.warning(
+                "log_metric(%r, ...): that is a metric of the run itself; the reward function's "
+                "is logged as %s",
+                *(metric, USER_METRIC + metric),
+            )
+        return USER_METRIC + metric
+
     def _collect(self, batch: Batch, replies: list[Reply], dropped: int) -> RewardBatch:
         values = torch.tensor([reply.values for reply in replies], dtype=torch.float32).T
         unscored = values.isnan().all(dim=1)
@@ -225,7 +240,9 @@ class RewardFunctions:
             extra.update(hide_known(reply.extra))
             for metric, numbers in reply.metrics.items():
                 logged.setdefault(metric, []).extend(numbers)
-        metrics = {name: sum(numbers) / len(numbers) for name, numbers in logged.items()}
+        metrics = {
+            self._free_name(name): sum(numbers) / len(numbers) for name, numbers in logged.items()
+        }
         return RewardBatch(values.contiguous(), total, seconds, extra, metrics, dropped)
 
 

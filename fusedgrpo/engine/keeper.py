@@ -1,0 +1,145 @@
+"""When the state of a trainer is whole, and how it gets to the disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusedgrpo.engine import checkpoint, trainer_state
+from fusedgrpo.engine.outputs import RunOutputs
+from fusedgrpo.engine.signals import Interrupted
+from fusedgrpo.errors import CheckpointError, NonFiniteError, OutputDirError
+from fusedgrpo.models.finite import not_finite
+
+if TYPE_CHECKING:
+    from fusedgrpo.engine.trainer import GRPOTrainer
+
+log = logging.getLogger("fusedgrpo")
+
+
+class Keeper:
+    """Saves the checkpoints of a trainer, and never one of half a step.
+
+    torn: in what an error has left the trainer's state half changed; None while it is that of a
+    completed step.
+    """
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+        self.torn: str | None = None
+        self._overdue = False
+        self._change: ExitStack | None = None
+
+    @contextmanager
+    def one_change(self, what: str) -> Iterator[None]:
+        """Around something that, once it ``begins``, must be done whole: signals wait for its end,
+        and after an error in it there is no state to save."""
+        with ExitStack() as self._change:
+            self._what = what
+            yield
+            self.torn = None
+
+    def begins(self) -> None:
+        """From here to the end of ``one_change`` the state is half changed."""
+        assert self._change is not None
+        self._change.enter_context(self.trainer.signals.held())
+        self.torn = self._what
+
+    @contextmanager
+    def loading(self, path: Path) -> Iterator[None]:
+        """Around the loading of a checkpoint: after an error in it the trainer is no one's."""
+        self.torn = f"the loading of {path}"
+        yield
+        self.torn = None
+
+    def check_whole(self) -> None:
+        """Raise CheckpointError if there is no state to go on from."""
+        if self.torn is not None:
+            raise CheckpointError(
+                f"An error in {self.torn} has left this trainer with half a change. Give "
+                "resume_from_checkpoint, or make a new trainer."
+            )
+
+    def save(self, outputs: RunOutputs, *, prune: bool = True) -> Path | None:
+        """Write a checkpoint of the last completed step. Raises what the disk says, CheckpointError
+        and NonFiniteError."""
+        trainer = self.trainer
+        if not trainer.processes.is_main:
+            return None
+        self.check_whole()
+        outputs.run.check()
+        if problem := not_finite(trainer.policy.trainable()):
+            raise NonFiniteError(f"The weights after step {trainer.progress.step}: {problem}.")
+        path = trainer_state.save(trainer, outputs.run.checkpoints, outputs.unsynced_rows())
+        self._overdue = False
+        log.info("Checkpoint: %s", path)
+        if prune and trainer.args.save_total_limit:
+            checkpoint.prune(outputs.run.checkpoints, trainer.args.save_total_limit, path)
+        return path
+
+    def save_if_due(self, outputs: RunOutputs, due: bool, *, insist: bool = False) -> None:
+        """Save if it is ``due``, or if the disk would not take it the last time."""
+        self._overdue |= due
+        if self._overdue and self.trainer.processes.is_main:
+            outputs.writing(
+                "the checkpoint",
+                self.trainer.progress.step,
+                lambda: self.save(outputs),
+                insist=insist,
+            )
+
+    def settle(self, outputs: RunOutputs) -> None:
+        """The run is at its end: what the disk would not take before, it has to take now."""
+        outputs.write(self.trainer.unwritten, self.trainer.progress.step, insist=True)
+        self.save_if_due(outputs, False, insist=True)
+
+    @contextmanager
+    def saved_if_it_ends(self, outputs: RunOutputs) -> Iterator[None]:
+        """Whatever ends the run early, its last completed step is saved first, if it is whole."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Interrupted):
+                error.said = True
+            said = self._save_at_the_end(error, outputs)
+            outputs.display.note(f"{_reason(error)} {said}")
+            if isinstance(error, NonFiniteError):
+                raise NonFiniteError(f"{error} {said}") from error
+            raise
+
+    def _save_at_the_end(self, error: BaseException, outputs: RunOutputs) -> str:
+        """Save; returns what became of it."""
+        trainer = self.trainer
+        step = trainer.progress.step
+        if self.torn is not None:
+            return (
+                f"in {self.torn}, after step {step}: half a step is nothing to go on from and was "
+                f"not saved. {self._last_good(outputs)}"
+            )
+        if not step:
+            return "before the first step was done: there is nothing to go on from."
+        with suppress(OutputDirError):  # then it is in the checkpoint, or that says why not
+            outputs.write(trainer.unwritten, step)
+        try:
+            # The weights may be what is wrong: the ones before them must not make room.
+            path = self.save(outputs, prune=not isinstance(error, NonFiniteError))
+        except Exception as failure:  # noqa: BLE001  said, beside the error that ends the run
+            return f"after step {step}, not saved: {_reason(failure)}. {self._last_good(outputs)}"
+        return f"after step {step}. Saved {path}; go on with resume_from_checkpoint: auto."
+
+    def _last_good(self, outputs: RunOutputs) -> str:
+        if not self.trainer.processes.is_main:
+            return ""
+        path = checkpoint.newest_valid(outputs.run.checkpoints, trainer_state.missing_file)
+        if path is None:
+            return "There is no checkpoint to go on from."
+        return f"The last good checkpoint is {path}; go on with resume_from_checkpoint: auto."
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Interrupted):
+        return f"Stopped by {error.signal_name}"
+    return f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".")
