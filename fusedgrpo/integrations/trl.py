@@ -30,6 +30,7 @@ from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.integrations.packed_forward import PackedForward, install, probe_router
 from fusedgrpo.integrations.trl_loss import compute_loss, refuse_uncovered
 from fusedgrpo.models import missing_backward
+from fusedgrpo.models.adapter_kinds import acts_outside
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.layout import SharedPrompt
 from fusedgrpo.models.packed import Layout, PackedBatch
@@ -170,8 +171,8 @@ class FusedLogProbs:
         if type(causal_lm).__name__.endswith("ForConditionalGeneration"):
             return "the model takes more than text"
         for adapter in getattr(model, "peft_config", {}).values():
-            if adapter.is_prompt_learning:
-                return f"{type(adapter).__name__} learns a prompt outside the model"
+            if (outside := acts_outside(adapter)) is not None:
+                return outside
         if self._router_coef and not self._sharded:
             try:
                 probe_router(causal_lm, self._router_coef)

@@ -15,6 +15,7 @@ from torch import nn
 from fusedgrpo.engine.config_from_pretrained import PLACES, READING
 from fusedgrpo.errors import ConfigError, FusedGRPOError, ModelError, brief, did_you_mean, reason
 from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter, put_onto
+from fusedgrpo.models.adapter_kinds import acts_outside
 from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrapped
 from fusedgrpo.models.device import pick_compute_dtype, pick_device
 from fusedgrpo.models.dropout import computes_otherwise_in_training, greatest, own_dropout
@@ -231,7 +232,8 @@ def load_policy(
     else:
         _prepare_full(model, given)
         keep = "model"
-    _refuse_prompt_learning(model)
+    for settings in getattr(model, "peft_config", {}).values():
+        _check_kind(settings)
     if keep != "model":
         prepare(model, compute_dtype)
     # After the adapters, which may be on the head. A family that is not understood fails here and
@@ -400,6 +402,7 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
             f"peft_config: expected a configuration of peft such as LoraConfig, got "
             f"{type(peft_config).__name__}."
         )
+    _check_kind(peft_config)
     # A note of an adapter that was taken out again would count as one of several.
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -418,14 +421,20 @@ def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> n
     return model
 
 
-def _refuse_prompt_learning(model: Any) -> None:
-    """Virtual tokens live outside the causal LM that is run here: they would never be seen."""
-    for adapter in getattr(model, "peft_config", {}).values():
-        if adapter.is_prompt_learning:
-            raise ModelError(
-                f"peft_config: {type(adapter).__name__} learns a prompt, which is not supported; "
-                "use LoRA or another adapter inside the model."
-            )
+def _check_kind(settings: Any) -> None:
+    """Refuse adapters that the forward pass here would not see."""
+    outside = acts_outside(settings)
+    if outside is not None:
+        raise ModelError(
+            f"peft_config: {outside}, and is not supported. Use LoRA or another adapter inside the "
+            "model; or TRL's forward pass, which fusedgrpo.integrations.trl.FusedGRPOTrainer takes "
+            "for it."
+        )
+    if settings.peft_type == "ADALORA":
+        log.warning(
+            "%s: ranks stay as they begin, as in TRL: nothing calls update_and_allocate.",
+            type(settings).__name__,
+        )
 
 
 def _store_in_float16(model: nn.Module) -> None:

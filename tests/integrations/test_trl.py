@@ -15,8 +15,9 @@ pytest.importorskip("trl")
 pytestmark = pytest.mark.peer
 
 from conformance import configure, hand_made, step  # noqa: E402
+from peft import PromptEncoderConfig, PromptTuningConfig  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
-from trl_runs import make  # noqa: E402
+from trl_runs import assert_same_runs, make, trained  # noqa: E402
 
 from fusedgrpo.errors import ConfigError, ModelError  # noqa: E402
 from fusedgrpo.integrations import trl as integration  # noqa: E402
@@ -180,3 +181,24 @@ def test_layers_of_4_bits_keep_their_backward_pass(tmp_path, monkeypatch):
     fused.train()
     layer = fused.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
+PROMPTS_THAT_LEARN = {
+    "PromptTuningConfig": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "PromptEncoderConfig": PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS_THAT_LEARN)
+def test_adapters_that_learn_a_prompt_train_as_with_trl(tmp_path, caplog, kind):
+    """They are around the model, so all log-probs take TRL's forward, which is said."""
+    runs = []
+    for cls in (GRPOTrainer, FusedGRPOTrainer):
+        own = {} if cls is GRPOTrainer else {"group_rows": False}
+        options = {"peft_config": PROMPTS_THAT_LEARN[kind], "beta": 0.1, "num_iterations": 2}
+        torch.manual_seed(0)
+        runs.append(trained(cls, tmp_path / cls.__name__, max_steps=2, **options, **own))
+    assert f"TRL's own forward pass is used: {kind} learns a prompt" in caplog.text
+    assert_same_runs(*runs)
