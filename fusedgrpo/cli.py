@@ -63,6 +63,7 @@ def plan(
     from fusedgrpo.engine.memory_plan import card_bytes, plan_memory
     from fusedgrpo.engine.memory_table import plan_table
     from fusedgrpo.errors import ConfigError
+    from fusedgrpo.models.adapter_files import planned_options
     from fusedgrpo.models.loading import model_settings
 
     overrides = _overrides(context.args) | ({"gpu_memory": gpu} if gpu else {})
@@ -77,7 +78,7 @@ def plan(
             "the name of the model it was made of."
         )
     found = plan_memory(
-        options,
+        planned_options(options),
         settings,
         gpu_bytes=card,
         activation_offloading=options.activation_offloading,

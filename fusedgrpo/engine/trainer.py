@@ -47,6 +47,7 @@ from fusedgrpo.engine.update import Updater, UpdateResult
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
 from fusedgrpo.models import missing_backward
+from fusedgrpo.models.adapter_files import planned_options
 from fusedgrpo.models.device import pick_device
 from fusedgrpo.models.finite import check_loaded, not_finite
 from fusedgrpo.models.kinds import accepted
@@ -69,9 +70,9 @@ TOKENS_PER_MICROBATCH = {"cuda": 8192, "cpu": 4096}
 class GRPOTrainer(TRLSurface):
     """Trains a causal language model with GRPO. Arguments and behaviour follow ``trl.GRPOTrainer``.
 
-    model: a name or path, a transformers model, or a peft model; None for
-        ``args.model_name_or_path``. Unless it has adapters already, LoRA is added
-        (``finetuning_type: full`` trains all weights). reward_funcs: names, callables, reward
+    model: a name or path, of a model or of an adapter; a transformers model; or a peft model; None
+        for ``args.model_name_or_path``. An adapter that is there is trained further, else LoRA is
+        added (``finetuning_type: full`` trains all weights). reward_funcs: names, callables, reward
         models, or a list of these; None for ``args.reward_funcs``. args: a ``GRPOConfig``.
     train_dataset, eval_dataset: a ``datasets.Dataset``, a list of dicts, or a name or path; None
         for those of ``args``. processing_class, or tokenizer: the tokenizer, or a Processor that
@@ -234,7 +235,7 @@ class GRPOTrainer(TRLSurface):
             return None
         try:
             return plan_memory(
-                args,
+                planned_options(args),
                 model_settings(args) if policy is None else policy.causal_lm.config,
                 gpu_bytes=card,
                 prompt_tokens=max(len(e.prompt_ids) for e in self._examples()),

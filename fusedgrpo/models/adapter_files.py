@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fusedgrpo.errors import ModelError, reason
+from fusedgrpo.errors import ModelError, PlanError, reason
 from fusedgrpo.models.adapters import SETTINGS, WEIGHTS
 
 if TYPE_CHECKING:
@@ -158,8 +158,36 @@ def check_options(config: GRPOConfig, settings: Any, whose: str) -> None:
         )
 
 
+def planned_options(config: GRPOConfig) -> GRPOConfig:
+    """``config`` with the shape of the adapter that is trained further, for a plan of its memory.
+    Raises PlanError, ModelError."""
+    adapter = find_adapter(config)
+    if adapter is None:
+        return config
+    settings = adapter.settings
+    plain = settings.peft_type.value == "LORA" and not any(
+        getattr(settings, name, None)
+        for name in ("modules_to_save", "trainable_token_indices", "rank_pattern", "use_dora")
+    )
+    targets = settings.target_modules if plain else None
+    if not targets or (isinstance(targets, str) and targets != "all-linear"):
+        raise PlanError(
+            f"The memory of the adapter {adapter.name!r} is not planned: only that of plain LoRA "
+            "with a list of modules is."
+        )
+    return replace(
+        config,
+        lora_r=settings.r,
+        lora_dropout=settings.lora_dropout,
+        lora_target_modules=targets if isinstance(targets, str) else sorted(_comparable(targets)),
+    )
+
+
 def _comparable(value: Any) -> Any:
-    return set(value) if isinstance(value, (list, tuple, set)) else value
+    """Names of modules as a set of their last parts: peft writes some whole, of every layer."""
+    if isinstance(value, (list, tuple, set)):
+        return {str(name).rpartition(".")[2] for name in value}
+    return value
 
 
 def _read(name: str, revision: str | None) -> AdapterFiles | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fusedgrpo.errors import CheckpointError, ModelError
-
-log = logging.getLogger("fusedgrpo")
+from fusedgrpo.errors import CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
@@ -41,10 +38,10 @@ def unwrapped(model: Any) -> Any:
 
 def has_adapters(model: Any) -> bool:
     """Whether there is anything of peft's in ``model`` or around it."""
-    return hasattr(model, "disable_adapter") or bool(_layers(model))
+    return hasattr(model, "disable_adapter") or bool(adapter_layers(model))
 
 
-def _layers(model: nn.Module) -> list[Any]:
+def adapter_layers(model: nn.Module) -> list[Any]:
     """peft's layers, and its wrappers of modules that are trained whole or by tokens."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -72,15 +69,15 @@ class Adapters:
     def active(self) -> list[str]:
         """In the order of peft."""
         names: dict[str, None] = {}
-        for layer in _layers(self.model):
+        for layer in adapter_layers(self.model):
             if not layer.disable_adapters:
                 names |= dict.fromkeys(layer.active_adapters)
         return [name for name in names if name in self.configs]
 
     @cached_property
     def trained(self) -> list[str]:
-        trains = {_storage(p) for p in self.model.parameters() if p.requires_grad}
-        return [n for n in self.active if trains & {_storage(t) for t in self.tensors(n).values()}]
+        trains = {storage(p) for p in self.model.parameters() if p.requires_grad}
+        return [n for n in self.active if trains & {storage(t) for t in self.tensors(n).values()}]
 
     @cached_property
     def saves_embeddings(self) -> bool:
@@ -119,7 +116,7 @@ class Adapters:
         first, *rest = [*self.trained, *(n for n in self.active if n not in self.trained)]
         self._save_one(first, path, embeddings=self.saves_embeddings)
         for name in rest:
-            self._save_one(name, path / _folder(name), embeddings=False)
+            self._save_one(name, path / folder_of(name), embeddings=False)
         if hasattr(self.model, "create_or_update_model_card"):
             self.model.create_or_update_model_card(path)
 
@@ -138,7 +135,7 @@ class Adapters:
     def restore(self, path: Path) -> None:
         """Put back what ``save`` has written, bit for bit. Raises CheckpointError."""
         for index, name in enumerate(self.trained):
-            own = path / _folder(name)  # also where earlier versions put any but "default"
+            own = path / folder_of(name)  # also where earlier versions put any but "default"
             folder = own if (own / WEIGHTS).exists() or index else path
             _copy_into(self.tensors(name), self.embeddings(), folder / WEIGHTS)
 
@@ -146,7 +143,7 @@ class Adapters:
     def off(self) -> Iterator[None]:
         """Inside, the model is the base. Unlike peft's own switch, this one leaves alone which
         weights require gradients."""
-        layers = [layer for layer in _layers(self.model) if not layer.disable_adapters]
+        layers = [layer for layer in adapter_layers(self.model) if not layer.disable_adapters]
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         for layer in layers:
             layer.enable_adapters(False)
@@ -167,116 +164,6 @@ class Adapters:
             rank = f" r={settings.r}" if hasattr(settings, "r") else ""
             texts.append(f"{kind}{rank}" + ("" if name == "default" else f" ({name})"))
         return " and ".join(texts)
-
-
-def prepare(model: Any, compute_dtype: torch.dtype | None) -> Adapters:
-    """Check that the adapters of ``model`` can train here and that all that trains will be saved.
-
-    Weights that train become float32: in bfloat16 they would lose GRPO's small updates. Raises
-    ModelError.
-    """
-    adapters = Adapters(model)
-    if any(getattr(layer, "merged", False) for layer in _layers(model)):
-        raise ModelError(
-            "The adapter is merged into the weights, so that it has no gradient: call "
-            "model.unmerge_adapter() first."
-        )
-    trained = adapters.trained
-    if not trained:
-        raise ModelError(_nothing_trains(adapters))
-    saved = {_storage(t) for name in trained for t in adapters.tensors(name).values()}
-    idle = {
-        _storage(t)
-        for name in adapters.configs
-        if name not in adapters.active
-        for t in adapters.tensors(name).values()
-    }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or _storage(parameter) in saved:
-            continue
-        if _storage(parameter) not in idle:
-            raise ModelError(
-                f"{name} requires gradients but belongs to no active adapter: it would train and "
-                "not be saved. Name its module in modules_to_save of the adapter, or freeze it "
-                "with requires_grad_(False)."
-            )
-        parameter.requires_grad_(False)  # it acts on nothing, so it has no gradient either
-    _to_float32(adapters, compute_dtype)
-    for name in adapters.active:
-        if name not in trained:
-            log.info("The adapter %r stays frozen; it is saved in adapter/%s.", name, _folder(name))
-    if not adapters.base:
-        log.info("The model has no name that it could be loaded by: adapter/ will name no base.")
-    return adapters
-
-
-def _nothing_trains(adapters: Adapters) -> str:
-    active = adapters.active or list(adapters.configs)
-    idle = [
-        name
-        for name in adapters.configs
-        if name not in active and any(p.requires_grad for p in _parameters(adapters, name))
-    ]
-    names = ", ".join(repr(name) for name in active)
-    if idle:
-        return (
-            f"The adapter {idle[0]!r} requires gradients, but active is {names}, which does not. "
-            f"Call model.set_adapter({idle[0]!r}) first."
-        )
-    return (
-        f"No weight of the adapter {names} requires gradients: it was loaded for inference. Load "
-        "it with is_trainable=True, as in PeftModel.from_pretrained(model, folder, "
-        f"is_trainable=True), or call model.set_adapter({active[0]!r}); a folder or Hub id can "
-        "also be given as model itself or as adapter_name_or_path."
-    )
-
-
-def _parameters(adapters: Adapters, name: str) -> list[nn.Parameter]:
-    own = {_storage(t) for t in adapters.tensors(name).values()}
-    return [p for p in adapters.model.parameters() if _storage(p) in own]
-
-
-def _to_float32(adapters: Adapters, compute_dtype: torch.dtype | None) -> None:
-    """Without autocast a module that is trained whole must keep the dtype of its neighbours; the
-    layers of an adapter convert by themselves."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    dtype = adapters.causal_lm.dtype
-    converts = {
-        id(parameter)
-        for layer in adapters.model.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for names in layer.adapter_layer_names
-        for parameter in _below(layer, names)
-    }
-    raised, kept = 0, 0
-    for parameter in adapters.model.parameters():
-        if not parameter.requires_grad or parameter.dtype == torch.float32:
-            continue
-        if compute_dtype is not None or dtype == torch.float32 or id(parameter) in converts:
-            parameter.data = parameter.data.float()
-            raised += 1
-        else:
-            kept += 1
-    if raised:
-        log.info(
-            "%d tensors of the adapter that were in 16 bits train, and are saved, in float32.",
-            raised,
-        )
-    if kept:
-        log.warning(
-            "%d tensors train in %s: updates below 1/256 of a weight are lost. Load the model with "
-            "dtype=torch.float32, or compute with bf16: true.",
-            kept,
-            str(dtype).removeprefix("torch."),
-        )
-
-
-def _below(layer: Any, name: str) -> list[nn.Parameter]:
-    holder: Any = layer
-    for part in name.split("."):
-        holder = getattr(holder, part, None)
-    return list(holder.parameters()) if isinstance(holder, nn.Module) else []
 
 
 def _copy_into(own: Mapping[str, Tensor], embeddings: Mapping[str, Tensor], file: Path) -> None:
@@ -308,11 +195,11 @@ def _file_key(key: str) -> str:
     return key if inner == key and key.startswith("base_model.") else PREFIX + inner
 
 
-def _folder(name: str) -> str:
+def folder_of(name: str) -> str:
     return re.sub(r"[^\w-]", "_", name)
 
 
-def _storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+def storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     return tensor.device, tensor.data_ptr(), tensor.numel()
 
 

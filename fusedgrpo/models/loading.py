@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,9 +15,10 @@ from torch import nn
 
 from fusedgrpo.engine.config_from_pretrained import PLACES, READING
 from fusedgrpo.errors import ConfigError, FusedGRPOError, ModelError, brief, did_you_mean, reason
+from fusedgrpo.models.adapter_checks import prepare
 from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter, put_onto
 from fusedgrpo.models.adapter_kinds import acts_outside
-from fusedgrpo.models.adapters import has_adapters, only_gguf, prepare, unwrapped
+from fusedgrpo.models.adapters import has_adapters, only_gguf, unwrapped
 from fusedgrpo.models.device import pick_compute_dtype, pick_device
 from fusedgrpo.models.dropout import computes_otherwise_in_training, greatest, own_dropout
 from fusedgrpo.models.four_bit import keep_differentiable
@@ -201,6 +203,10 @@ def load_policy(
     given = model is not None
     if given:
         _say_what_a_given_model_decides(config)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not None)
+
     if model is None:
         model = load_model(config, device)
     elif getattr(model, "hf_device_map", None) is None and not _is_quantized(model):
@@ -211,11 +217,7 @@ def load_policy(
     model.eval()
     causal_lm = unwrapped(model)
     find_head(causal_lm)  # a tower of another kind, or a model without a head, fails here
-    router = find_router(
-        causal_lm,
-        config.router_aux_loss_coef,
-        lambda: torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not None),
-    )
+    router = find_router(causal_lm, config.router_aux_loss_coef, autocast)
     saved = find_adapter(config) if not given or config.adapter_name_or_path else None
     keep: Literal["adapter", "model"] | None = None
     if saved is not None or has_adapters(model):
@@ -238,8 +240,9 @@ def load_policy(
         prepare(model, compute_dtype)
     # After the adapters, which may be on the head. A family that is not understood fails here and
     # not in the first update.
-    check_head(causal_lm)
-    check_causal(causal_lm)
+    with autocast() if keep != "model" else contextlib.nullcontext():
+        check_head(causal_lm)
+        check_causal(causal_lm)
     if config.gradient_checkpointing:
         _enable_checkpointing(causal_lm)
     model.train()

@@ -19,6 +19,7 @@ from fusedgrpo import GRPOConfig
 from fusedgrpo.engine.optim import build_optimizer
 from fusedgrpo.engine.trainer_state import load_weights, save_weights
 from fusedgrpo.errors import CheckpointError, ModelError
+from fusedgrpo.models import precision
 from fusedgrpo.models.adapters import Adapters
 from fusedgrpo.models.loading import load_tokenizer, model_limits
 from fusedgrpo.models.packed import PackedBatch
@@ -160,6 +161,10 @@ def dora(base: Path, _: Path) -> Any:
     return get_peft_model(load(base), lora(use_dora=True))
 
 
+def pissa(base: Path, _: Path) -> Any:
+    return get_peft_model(load(base), lora(init_lora_weights="pissa"))
+
+
 def biases(base: Path, _: Path) -> Any:
     return get_peft_model(load(base), lora(bias="all"))
 
@@ -196,7 +201,8 @@ WAYS: list[Callable[[Path, Path], Any]] = [
     loaded_to_train, wrapped_by_an_earlier_trainer, wrapped_twice, head_trained_whole,
     embeddings_trained_whole, embeddings_and_head_trained_whole, embeddings_trained_and_still_tied,
     head_trained_whole_by_transformers, some_tokens_trained, adapter_on_the_embeddings, dora,
-    biases, sixteen_bits, resized, resized_and_some_tokens_trained, resized_without_an_adapter,
+    pissa, biases, sixteen_bits, resized, resized_and_some_tokens_trained,
+    resized_without_an_adapter,
 ]  # fmt: skip
 
 
@@ -219,6 +225,18 @@ def train(policy: Policy) -> None:
         (-policy.logprobs(PACKED).logp.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def own_logp(policy: Policy) -> torch.Tensor:
+    """Those of ``PACKED``, from the model's own logits."""
+    found = policy.model(input_ids=IDS).logits[0, 2:-1].float().log_softmax(-1)
+    return found.gather(1, IDS[0, 3:, None])[:, 0]
+
+
+def gradients(policy: Policy, loss: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    policy.model.zero_grad()
+    loss().backward()
+    return {name: p.grad.clone() for name, p in policy.trainable() if p.grad is not None}
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -267,9 +285,12 @@ def test_it_starts_as_given_trains_and_is_saved_and_restored(
         scored = policy.logprobs(PACKED).logp
         with policy.reference():
             assert torch.equal(policy.logprobs(PACKED).logp, first)
-    expected = after[0, 2:-1].log_softmax(-1).gather(1, IDS[0, 3:, None])[:, 0]
-    assert same(scored, expected), "our reading of the head is the model's"
+        assert same(scored, own_logp(policy)), "our reading of the head is the model's"
     assert {name for name, _ in policy.trainable()} == trained
+    ours = gradients(policy, lambda: policy.logprobs(PACKED).logp.sum())
+    its_own = gradients(policy, lambda: own_logp(policy).sum())
+    for name, gradient in its_own.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
     path = save_weights(policy, tiny.tokenizer(), tmp_path / "run")
     monkeypatch.chdir(tmp_path)
@@ -295,6 +316,30 @@ def test_it_starts_as_given_trains_and_is_saved_and_restored(
         again.model.named_parameters(), policy.model.named_parameters(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "in-the-weights-dtype"])
+@pytest.mark.parametrize(
+    "way",
+    [head_trained_whole, embeddings_trained_and_still_tied, some_tokens_trained, biases, dora],
+    ids=lambda way: way.__name__,
+)
+def test_a_model_in_bfloat16(
+    way: Callable[[Path, Path], Any],
+    bf16: bool,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device_type: True)
+    policy = Policy.load(config(bf16=bf16), way(folders["Qwen2"], Path()).bfloat16())
+    with policy.scoring():
+        first = policy.logprobs(PACKED).logp
+        with policy.reference():
+            assert torch.equal(policy.logprobs(PACKED).logp, first)
+    train(policy)
+    with policy.scoring(), policy.autocast():
+        assert torch.allclose(policy.logprobs(PACKED).logp, own_logp(policy), rtol=0, atol=0.05)
+        policy.causal_lm.generate(input_ids=IDS, max_new_tokens=2, do_sample=False)
 
 
 # --- what cannot work is refused, with a remedy that works ----------------------------------------
@@ -328,6 +373,15 @@ def test_weights_that_would_train_and_not_be_saved_are_refused(folders: dict[str
     refused(r"embed_tokens\.weight requires gradients .* modules_to_save", model)
     model.get_input_embeddings().weight.requires_grad_(False)
     assert Policy.load(config(), model).trainable()
+
+
+def test_a_start_that_cannot_be_had_again_from_the_file_is_refused(
+    folders: dict[str, Path],
+) -> None:
+    again = lora(init_lora_weights="pissa_niter_4")
+    refused("'pissa_niter_4'.*'pissa' or 'olora'", load(folders["Llama"]), again)
+    again.init_lora_weights = "pissa"
+    assert Policy.load(config(), load(folders["Llama"]), again).trainable()
 
 
 def test_a_merged_adapter_is_refused(folders: dict[str, Path]) -> None:
