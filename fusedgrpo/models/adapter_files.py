@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fusedgrpo.engine.config_from_pretrained import PLACES
 from fusedgrpo.errors import ModelError, PlanError, reason
 from fusedgrpo.models.adapters import SETTINGS, WEIGHTS
 
@@ -31,13 +33,23 @@ class AdapterFiles:
     name: str
     revision: str | None
     settings: Any
+    places: Mapping[str, Any]  # where Hub files are kept, and with which token
 
     @property
     def base(self) -> str | None:
         return self.settings.base_model_name_or_path or None
 
     def file(self, name: str) -> str | None:
-        return _file(self.name, name, self.revision)
+        return _file(self.name, name, self.revision, self.places)
+
+    def folder(self) -> str:
+        """Where its files are on this machine. Raises ModelError."""
+        weights = self.file(WEIGHTS) or self.file("adapter_model.bin")
+        if weights is None:
+            raise ModelError(
+                f"The adapter {self.name!r} has no weights: expected {WEIGHTS} beside {SETTINGS}."
+            )
+        return os.path.dirname(weights)
 
     def vocabulary(self) -> int | None:
         """Rows of the embeddings that are in its file; None if there are none."""
@@ -67,7 +79,7 @@ def find_adapter(config: GRPOConfig) -> AdapterFiles | None:
         and not model.endswith(".gguf")
         and not os.path.exists(os.path.join(model, "config.json"))
     ):
-        on_top = _read(model, config.model_revision)
+        on_top = _read(model, config.model_revision, config)
     if not config.adapter_name_or_path:
         return on_top
     name = os.path.expanduser(config.adapter_name_or_path)
@@ -77,7 +89,7 @@ def find_adapter(config: GRPOConfig) -> AdapterFiles | None:
             f"{name!r}; one is trained. Give the base {on_top.base!r} as the model, or merge the "
             "first one into it."
         )
-    found = _read(name, None)
+    found = _read(name, None, config)
     if found is None:
         inside = Path(name, "adapter")
         hint = f" Is {inside} meant?" if os.path.exists(inside / SETTINGS) else ""
@@ -111,6 +123,7 @@ def put_onto(model: nn.Module, adapter: AdapterFiles, config: GRPOConfig, device
 
     check_options(config, adapter.settings, repr(adapter.name))
     causal_lm: Any = model
+    folder = adapter.folder()
     rows = adapter.vocabulary()
     if rows is not None and rows != causal_lm.get_input_embeddings().weight.shape[0]:
         causal_lm.resize_token_embeddings(rows, mean_resizing=False)
@@ -121,9 +134,8 @@ def put_onto(model: nn.Module, adapter: AdapterFiles, config: GRPOConfig, device
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             wrapped = PeftModel.from_pretrained(
                 causal_lm,
-                adapter.name,
+                folder,
                 is_trainable=not adapter.settings.is_prompt_learning,
-                revision=adapter.revision,
                 torch_device=str(device),
             )
     except Exception as error:  # foreign code reads foreign files: it may raise anything
@@ -190,8 +202,10 @@ def _comparable(value: Any) -> Any:
     return value
 
 
-def _read(name: str, revision: str | None) -> AdapterFiles | None:
-    file = _file(name, SETTINGS, revision)
+def _read(name: str, revision: str | None, config: GRPOConfig) -> AdapterFiles | None:
+    given = config.model_init_kwargs or {}
+    places = {key: value for key, value in given.items() if key in PLACES}
+    file = _file(name, SETTINGS, revision, places)
     if file is None:
         return None
     from peft import PeftConfig
@@ -200,10 +214,10 @@ def _read(name: str, revision: str | None) -> AdapterFiles | None:
         settings = PeftConfig.from_pretrained(os.path.dirname(file))
     except Exception as error:  # as above
         raise ModelError(f"{file} is no configuration of an adapter: {reason(error)}") from error
-    return AdapterFiles(name, revision, settings)
+    return AdapterFiles(name, revision, settings, places)
 
 
-def _file(name: str, file: str, revision: str | None) -> str | None:
+def _file(name: str, file: str, revision: str | None, places: Mapping[str, Any]) -> str | None:
     from transformers.utils import cached_file
 
     if os.path.isabs(name) and not os.path.isdir(name):
@@ -216,6 +230,7 @@ def _file(name: str, file: str, revision: str | None) -> str | None:
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
+            **places,
         )
     except (OSError, ValueError):
         return None  # no such repository: said by from_pretrained, which looks for it next

@@ -240,13 +240,15 @@ def load_policy(
         prepare(model, compute_dtype)
     # After the adapters, which may be on the head. A family that is not understood fails here and
     # not in the first update.
-    with autocast() if keep != "model" else contextlib.nullcontext():
+    mixed = keep != "model"  # of bfloat16 and the float32 of what trains
+    with autocast() if mixed else contextlib.nullcontext():
         check_head(causal_lm)
         check_causal(causal_lm)
     if config.gradient_checkpointing:
         _enable_checkpointing(causal_lm)
     model.train()
-    _say_what_training_changes(model, causal_lm, config)
+    with autocast() if mixed else contextlib.nullcontext():
+        _say_what_training_changes(model, causal_lm, config)
     return Policy(
         model,
         compute_dtype=compute_dtype,

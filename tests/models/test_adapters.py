@@ -15,11 +15,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fusedgrpo import GRPOConfig
+from fusedgrpo import GRPOConfig, host
 from fusedgrpo.engine.optim import build_optimizer
 from fusedgrpo.engine.trainer_state import load_weights, save_weights
 from fusedgrpo.errors import CheckpointError, ModelError
-from fusedgrpo.models import precision
 from fusedgrpo.models.adapters import Adapters
 from fusedgrpo.models.loading import load_tokenizer, model_limits
 from fusedgrpo.models.packed import PackedBatch
@@ -330,7 +329,7 @@ def test_a_model_in_bfloat16(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device_type: True)
+    monkeypatch.setattr(host, "has_bfloat16", lambda device: True)
     policy = Policy.load(config(bf16=bf16), way(folders["Qwen2"], Path()).bfloat16())
     with policy.scoring():
         first = policy.logprobs(PACKED).logp
