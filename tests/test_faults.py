@@ -38,6 +38,7 @@ def config(tmp_path, **changes):
         "learning_rate": 1e-2,
         "gradient_checkpointing": False,
         "save_strategy": "no",
+        "bf16": False,
     }
     return GRPOConfig(**options | changes)
 

@@ -174,7 +174,11 @@ class GRPOTrainer(TRLSurface):
         self.eos_ids = eos_ids(self.policy.causal_lm, self.tokenizer)
         held_out = self.eval_dataset and self.eval_dataset.fingerprint
         self.processes.agree(
-            {"the training data": self.train_dataset.fingerprint, "the evaluation data": held_out}
+            {
+                "the training data": self.train_dataset.fingerprint,
+                "the evaluation data": held_out,
+                "the precision": self.policy.precision,
+            }
             | {name: value for name, value in args.to_record().items() if name != "output_dir"}
         )
         check_loaded(self.policy.model)
@@ -640,10 +644,9 @@ class GRPOTrainer(TRLSurface):
         if self.policy.adapters is not None:
             adapter = self.policy.adapters.describe()
             what = f"{adapter} on {_bits(self.policy.causal_lm)} weights"
-        dtype = self.policy.compute_dtype or self.policy.head.weight.dtype
         line = (
             f"{self.plan.describe()}; {what}, {trained / 1e6:.3g}M trained, computing in "
-            f"{str(dtype).removeprefix('torch.')} on {self.policy.device.type}"
+            f"{self.policy.precision} on {self.policy.device.type}"
         )
         return line + (f"; {self.processes.size} processes" if self.processes.size > 1 else "")
 

@@ -44,6 +44,8 @@ FREE_TO_CHANGE = {
     "activation_offloading", "gpu_memory",
 }  # fmt: skip
 
+# What the precision follows from, together with the machine.
+PRECISION = {"bf16", "fp16", "dtype"}
 
 # Before the hash of the rows; without it, the hash is that of version 0.1.
 _DATA_TAG = "rows:"
@@ -134,6 +136,7 @@ def save(trainer: GRPOTrainer, directory: Path, unsynced: Sequence[Row] = ()) ->
             "optimizer": values,
             "scaler": trainer.updater.scaler.state_dict(),
             "config": trainer.args.to_record(),
+            "precision": trainer.policy.precision,
             "data": _DATA_TAG + trainer.train_dataset.fingerprint,
             "prompt_ids": trainer.train_dataset.ids_fingerprint,
             "started": trainer.clock.started.isoformat(),
@@ -247,6 +250,13 @@ def _check_same_run(trainer: GRPOTrainer, state: Mapping[str, Any], path: Path) 
         for name, value in now.items()
         if name not in FREE_TO_CHANGE | allowed and then[name] != value
     ]
+    precision = trainer.policy.precision
+    if not allowed & PRECISION and state.get("precision", precision) != precision:
+        changed.append(
+            f"the precision: {state['precision']} -> {precision}, which is what this machine "
+            "computes in unless told otherwise (bf16 in allow_change lets it, or with bf16: false "
+            "goes on in float32)"
+        )
     if "dataset" not in allowed and (problem := _other_data(trainer.train_dataset, state)):
         changed.append(f"dataset: {problem}")
     if not changed and not allowed and state["groups"] != groups_of(trainer.plan):

@@ -110,6 +110,11 @@ class Policy:
             return torch.get_autocast_dtype(device_type)
         return head_layer(self.causal_lm).weight.dtype
 
+    @property
+    def precision(self) -> str:
+        """The name of ``dtype``: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that sampling, scoring and update share."""
         if self.compute_dtype == "inherit":

@@ -51,10 +51,10 @@ def rows(directory: Path) -> list[dict]:
     ]
 
 
-def assert_same_rows(got: Path, want: Path) -> None:
+def assert_same_rows(got: Path, want: Path, rel: float = 1e-5, abs: float = 1e-6) -> None:
     assert len(rows(got)) == len(rows(want)) > 0
     for ours, theirs in zip(rows(got), rows(want), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True)
+        assert ours == pytest.approx(theirs, rel=rel, abs=abs, nan_ok=True)
 
 
 class Stop(Exception):
@@ -87,12 +87,17 @@ def two(tmp_path_factory):
 def test_two_processes_give_the_run_of_one(two, tmp_path, name):
     alone = make(tmp_path / "one", **RUNS[name])
     alone.train()
-    assert_same_rows(two / name, tmp_path / "one")
+    tolerance = {"rel": 1e-5, "abs": 1e-6}
+    if alone.policy.precision == "bfloat16":  # in other micro-batches products round otherwise
+        tolerance = {"rel": 4 * 2**-8, "abs": 1e-4}
+    assert_same_rows(two / name, tmp_path / "one", **tolerance)
     assert any(row["grad_norm"] > 0 for row in rows(two / name))
     saved = [torch.load(two / name / f"weights{rank}.pt") for rank in (0, 1)]
     for key, value in alone.policy.trainable():
         assert torch.equal(saved[0][key], saved[1][key]), f"{key} differs between the processes"
-        torch.testing.assert_close(saved[0][key], value.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            saved[0][key], value.detach(), rtol=tolerance["rel"], atol=tolerance["abs"]
+        )
 
 
 @pytest.mark.slow

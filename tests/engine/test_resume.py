@@ -44,6 +44,7 @@ def make(directory: Path, **changes):
         "save_strategy": "no",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
+        "bf16": False,
     }
     full = changes.get("finetuning_type") == "full"
     return GRPOTrainer(
@@ -95,6 +96,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, changes, after):
     expected_rows, expected_weights = state(whole)
     assert rows == expected_rows
     assert torch.equal(weights, expected_weights)
+
+
+@pytest.mark.parametrize("in_a_window", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one_in_bfloat16(tmp_path, pretended, in_a_window):
+    pretended(bfloat16=True)
+    changes = {"bf16": None, "max_steps": 6}
+    if in_a_window:
+        changes |= {"num_iterations": 2, "steps_per_generation": 2}
+    whole = make(tmp_path / "whole", **changes)
+    whole.train()
+    assert whole.policy.precision == "bfloat16"
+    interrupt_after(make(tmp_path / "cut", **changes), 3)
+    resumed = make(tmp_path / "cut", **changes)
+    resumed.train(resume_from_checkpoint=True)
+    (rows, weights), (expected_rows, expected_weights) = state(resumed), state(whole)
+    assert rows == expected_rows
+    assert torch.equal(weights, expected_weights)
+
+
+def test_a_machine_of_another_precision_does_not_go_on_unless_it_is_asked_to(tmp_path, pretended):
+    pretended(bfloat16=False)
+    interrupt_after(make(tmp_path / "run", bf16=None, max_steps=3), 2)
+    pretended(bfloat16=True)
+    with pytest.raises(CheckpointError, match=r"the precision: float32 -> bfloat16, .*bf16: false"):
+        make(tmp_path / "run", bf16=None, max_steps=3).train(True)
+    same = make(tmp_path / "run", bf16=False, max_steps=3, allow_change=["bf16"])
+    same.train(True)
+    assert same.policy.precision == "float32" and len(state(same)[0]) == 3
 
 
 def test_the_reference_of_a_full_run_is_still_the_initial_model(tmp_path):
@@ -150,7 +179,7 @@ GRPOTrainer(
     args=GRPOConfig(
         output_dir={out!r}, num_generations=4, prompts_per_step=1, max_completion_length=5,
         max_steps={steps}, learning_rate=1e-2, lora_r=4, gradient_checkpointing=False,
-        save_strategy="no", resume_from_checkpoint="auto",
+        save_strategy="no", resume_from_checkpoint="auto", bf16=False,
     ),
     train_dataset=[{{"prompt": f"w{{4 + i}} w{{5 + i}}"}} for i in range(7)],
 ).train()
