@@ -51,10 +51,10 @@ def rows(directory: Path) -> list[dict]:
     ]
 
 
-def assert_same_rows(got: Path, want: Path, rel: float = 1e-5, abs: float = 1e-6) -> None:
+def assert_same_rows(got: Path, want: Path) -> None:
     assert len(rows(got)) == len(rows(want)) > 0
     for ours, theirs in zip(rows(got), rows(want), strict=True):
-        assert ours == pytest.approx(theirs, rel=rel, abs=abs, nan_ok=True)
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
 class Stop(Exception):
@@ -90,7 +90,12 @@ def test_two_processes_give_the_run_of_one(two, tmp_path, name):
     tolerance = {"rel": 1e-5, "abs": 1e-6}
     if alone.policy.precision == "bfloat16":  # in other micro-batches products round otherwise
         tolerance = {"rel": 4 * 2**-8, "abs": 1e-4}
-    assert_same_rows(two / name, tmp_path / "one", **tolerance)
+    for pair in zip(rows(two / name), rows(tmp_path / "one"), strict=True):
+        if alone.policy.precision == "bfloat16":  # a sum of such roundings and nothing else
+            for row in pair:
+                assert row.pop("sampling/sampling_logp_difference/max") < 8 * 2**-8
+                assert row.pop("sampling/sampling_logp_difference/mean") < 2**-8
+        assert pair[0] == pytest.approx(pair[1], **tolerance, nan_ok=True)
     assert any(row["grad_norm"] > 0 for row in rows(two / name))
     saved = [torch.load(two / name / f"weights{rank}.pt") for rank in (0, 1)]
     for key, value in alone.policy.trainable():
