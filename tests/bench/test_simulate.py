@@ -13,6 +13,7 @@ from fusedgrpo import host
 from fusedgrpo.engine.config import GRPOConfig
 
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.slow
 BENCH = Path(__file__).parents[2] / "bench"
 P, C = 96, 160
 

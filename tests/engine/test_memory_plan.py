@@ -175,6 +175,7 @@ def test_prompts_are_as_long_as_the_options_say() -> None:
     assert plan(config(256, max_prompt_length=300), prompt_tokens=128).longest == 384
 
 
+@pytest.mark.slow
 def test_more_memory_is_used_for_more_tokens_at_once() -> None:
     options = config(256, num_generations=16, per_device_train_batch_size=64)
     roomy = plan(options, settings=DEEP)
@@ -195,6 +196,7 @@ def test_no_more_tokens_than_a_step_has() -> None:
     assert given.totals == found.totals
 
 
+@pytest.mark.slow
 def test_fewer_completions_are_in_flight_where_their_cache_does_not_fit() -> None:
     options = config(16000, per_device_train_batch_size=64, lora_r=16)
     all_of_them = plan(options, 80)
@@ -211,6 +213,7 @@ def test_fewer_completions_are_in_flight_where_their_cache_does_not_fit() -> Non
     assert plan(dataclasses.replace(options, max_in_flight=20), 80).max_in_flight == 16
 
 
+@pytest.mark.slow
 def test_activations_are_offloaded_only_where_it_is_needed() -> None:
     options = config(8000, num_generations=2, per_device_train_batch_size=2, lora_r=16)
     options = dataclasses.replace(options, tokens_per_microbatch=8128)
@@ -240,6 +243,7 @@ def test_a_plan_that_does_not_fit_names_the_nearest_change_that_does() -> None:
     assert plan(followed, gib, settings=DEEP, activation_offloading=False).fits
 
 
+@pytest.mark.slow
 def test_what_no_change_mends_needs_a_larger_card() -> None:
     (text,) = plan(config(256), 0.5).advice
     assert "optim: paged_adamw_8bit and max_completion_length: 128" in text
@@ -286,6 +290,7 @@ def test_a_model_that_cannot_be_planned_is_said_to_be_one() -> None:
         plan_memory(GRPOConfig(bf16=True), settings, gpu_bytes=8 * GIB)
 
 
+@pytest.mark.slow
 def test_where_the_prompts_dominate_a_small_card_still_gets_an_answer() -> None:
     options = GRPOConfig(
         max_prompt_length=2048, max_completion_length=64, num_generations=4, prompts_per_step=1

@@ -17,7 +17,7 @@ import torch
 from patience import HUNG
 
 pytest.importorskip("trl")
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
 from accelerate.commands.config.config_args import load_config_from_file  # noqa: E402
 from accelerate.commands.launch import launch_command_parser  # noqa: E402
