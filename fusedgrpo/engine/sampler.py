@@ -138,7 +138,7 @@ class GenerateSampler:
         of ``n`` for each prompt as are decoded together."""
         prompts = sorted(prompt_ids, key=len, reverse=True)
         if not self.route.padded:  # the worst case of prompts of one length
-            prompts = [[*p, *p[-1:] * (len(prompts[0]) - len(p))] for p in prompts]
+            prompts = [[*p, *[p[-1]] * (len(prompts[0]) - len(p))] for p in prompts]
         asked = [(i, sample) for i in range(len(prompts)) for sample in range(n)]
 
         def last_tokens() -> None:

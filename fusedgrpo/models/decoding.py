@@ -134,7 +134,7 @@ def decode(
     with policy.scoring(), policy.autocast(), _own_generation_config(model):
         _forget(model, device)
         if not route.forked:
-            rows = [[*prompts[i], *prompts[i][-1:] * skipped] for i in prompt_of]
+            rows = [[*prompts[i], *[prompts[i][-1]] * skipped] for i in prompt_of]
             ids = torch.tensor(rows, device=device)
             config.use_cache = route.cached
             output = model.generate(
@@ -199,7 +199,7 @@ def _forked(cache: Any, copies: Tensor) -> Any:
         return [tensor.index_select(0, copies) for tensor in cache]
     if type(cache) is DynamicCache:
         # batch_select_indices leaves out the states of layers that are no attention.
-        cache.reorder_cache(copies)
+        cache.reorder_cache(copies)  # type: ignore[arg-type]  # int64, as it asks
     elif hasattr(cache, "batch_select_indices"):
         cache.batch_select_indices(copies)
     elif isinstance(getattr(cache, "rnn_state", None), dict):  # xLSTM
