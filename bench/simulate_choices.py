@@ -54,7 +54,10 @@ def cuda_choices() -> Iterator[None]:
         patch(bnb.nn.modules, "has_avx512bf16", lambda: False)
         # Loading: the number formats of a GPU; checks that need numbers are left out.
         patch(loading, "pick_compute_dtype", _of_a_gpu)
+        # Comparisons of numbers, of which there are none here.
         patch(loading, "check_head", lambda model: None)
+        patch(loading, "check_causal", lambda model: None)
+        patch(loading, "computes_otherwise_in_training", lambda model, decoder: False)
         # Moving a fake parameter fails, and all of them are where and what they have to be.
         patch(torch.nn.Module, "to", lambda module, *args, **kwargs: module)
         patch(policy, "choose_layout", _layout)

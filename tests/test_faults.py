@@ -139,9 +139,12 @@ def test_every_eos_id_ends_a_completion(tmp_path):  # 11
         assert json.loads(line)["finish_reason"] == "stop"
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):  # 12
-    with pytest.raises(ModelError, match=r"id 59.*below 40.*belong together"):
-        trainer(tmp_path, tokenizer=tiny.tokenizer(vocab=60))
+def test_of_a_tokenizer_of_another_model_only_the_rows_that_fit_are_used(tmp_path, caplog):  # 12
+    other = tiny.tokenizer(vocab=60)
+    with pytest.raises(DataError, match=r"row 1.*45"):
+        trainer(tmp_path, tokenizer=other, data=[{"prompt": "w4"}, {"prompt": "w45 w6"}])
+    trainer(tmp_path, tokenizer=other)
+    assert "20 tokens with ids from 40 on" in caplog.text and "belong together" in caplog.text
 
 
 def test_a_tokenizer_without_pad_token_gets_one_and_it_is_said(tmp_path, caplog):  # 13
@@ -216,13 +219,15 @@ def test_numbers_of_every_kind_are_rewards(tmp_path):  # 18
     assert rows_of(tmp_path)[0]["reward"] == pytest.approx(2.75 / 4)
 
 
-def test_none_and_nan_are_left_out(tmp_path):  # 19
+def test_none_is_left_out_and_nan_is_a_failure_that_is_counted(tmp_path):  # 19
     def gaps(completions, **kwargs):
         return [None, float("nan"), 1.0, 0.0]
 
-    trainer(tmp_path, reward_funcs=gaps).train()
+    with pytest.raises(RewardError, match=r"'gaps' failed on completion 1 .*nan"):
+        trainer(tmp_path, reward_funcs=gaps).train()
+    trainer(tmp_path, reward_funcs=gaps, on_reward_error="drop").train()
     row = rows_of(tmp_path)[0]
-    assert row["reward"] == 0.5
+    assert row["reward"] == 0.5 and row["rewards_dropped"] == 1
     lines = [json.loads(line) for line in (tmp_path / "run/completions/step-000001.jsonl").open()]
     assert [line["advantage"] for line in lines[:2]] == [0, 0]
     assert lines[2]["advantage"] == -lines[3]["advantage"] > 0

@@ -398,13 +398,13 @@ def test_an_operator_without_a_backward_pass_ends_the_run(tmp_path):
 def test_a_non_finite_step_never_reaches_the_weights(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     before = weights(run).clone()
-    logprobs = run.policy.logprobs
+    logprobs = run.policy.logprobs_and_router
 
     def broken(packed, **kwargs):
-        out = logprobs(packed, **kwargs)
-        return out._replace(logp=out.logp * torch.nan)
+        out, routed = logprobs(packed, **kwargs)
+        return out._replace(logp=out.logp * torch.nan), routed
 
-    monkeypatch.setattr(run.policy, "logprobs", broken)
+    monkeypatch.setattr(run.policy, "logprobs_and_router", broken)
     with pytest.raises(NonFiniteError, match=r"Step 1: loss nan.*step-000001.json"):
         run.train()
     assert torch.equal(weights(run), before)
@@ -531,6 +531,7 @@ def test_rows_without_gradient_are_not_forwarded_and_change_nothing(
 
 def test_a_rollout_with_nothing_to_learn_costs_no_forward(tmp_path):
     run = trainer(tmp_path, reward_funcs=lambda completions, **k: [1.0] * len(completions))
-    run.policy.logprobs = None  # would fail
+    run.updater._loss = None  # would fail
     run.train()
-    assert all(row["frac_rows_skipped"] == 1 and row["loss"] == 0 for row in rows_of(run))
+    for row in rows_of(run):
+        assert row["frac_rows_skipped"] == 1 and row["loss"] == row["num_forwarded_tokens"] == 0
