@@ -229,7 +229,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     save_total_limit: int | None = option(None, "checkpoints to keep; null: all", low=1)
     eval_strategy: Literal["no", "steps"] = option("no", "when to evaluate")
     eval_steps: int | None = option(None, "steps between evaluations; null: logging_steps", low=1)
-    resume_from_checkpoint: str | bool | None = option(None, "a path; true or auto: the newest")
+    resume_from_checkpoint: str | None = option(None, "a path; true or auto: the newest")
     allow_change: tuple[str, ...] = option((), "options that may differ from the checkpoint's")
     report_to: str | list[str] = option("none", "trackers beside metrics.jsonl")
     run_name: str | None = option(None, "name of the run in the trackers")
@@ -324,6 +324,9 @@ def _own_fields(config: GRPOConfig) -> set[str]:
 
 
 _HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
+# As in transformers it is annotated without the truth values: HfArgumentParser stops at a union of
+# text and bool.
+_HINTS["resume_from_checkpoint"] = str | bool | None
 _LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
 
 # Everywhere else an empty text is a mistake, often a variable of a shell that is not set; as a
@@ -402,6 +405,8 @@ def _tidy(name: str, value: Any) -> Any:
     if name in ("lora_target_modules", "report_to") and isinstance(value, str):
         value = [word.strip() for word in value.split(",") if word.strip()]
     if name == "lora_target_modules":
+        if value is None:  # TRL's default
+            return "all-linear"
         if value == []:
             raise ValueError("expected module names or all-linear, got none.")
         return "all-linear" if value in (["all"], ["all-linear"]) else value

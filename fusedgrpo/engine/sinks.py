@@ -6,17 +6,30 @@ They are a courtesy: the local file is the truth, and no tracker's failure may e
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedgrpo.engine.metrics import Row, finite
-from fusedgrpo.errors import ConfigError, did_you_mean
+from fusedgrpo.errors import ConfigError, did_you_mean, reason
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 logger = logging.getLogger("fusedgrpo")
+
+PROJECT = "fusedgrpo"
+# What accelerate calls ``run_name`` is the project of these: the variable that names it, and under
+# which name they take the run's.
+_PROJECTS = {
+    "wandb": ("WANDB_PROJECT", "name"),
+    "trackio": ("TRACKIO_PROJECT", "name"),
+    "swanlab": ("SWANLAB_PROJ_NAME", "experiment_name"),
+    "mlflow": ("MLFLOW_EXPERIMENT_NAME", "run_name"),
+    "comet_ml": ("COMET_PROJECT_NAME", ""),
+}
 
 
 def tracker_classes(report_to: str | Iterable[str] | None) -> dict[str, type[GeneralTracker]]:
@@ -55,11 +68,23 @@ def tracker_classes(report_to: str | Iterable[str] | None) -> dict[str, type[Gen
     return {name: LOGGER_TYPE_TO_CLASS[name] for name in names}
 
 
+def _arguments(name: str, run_name: str) -> tuple[list[str], dict[str, str]]:
+    """How the project and the run are said to a tracker class of accelerate."""
+    if name in _PROJECTS:
+        variable, run = _PROJECTS[name]
+        return [os.environ.get(variable, PROJECT)], ({run: run_name} if run else {})
+    if name == "clearml":
+        return [run_name], {"project_name": os.environ.get("CLEARML_PROJECT", PROJECT)}
+    # The name of a directory under ours, and not the way to another.
+    return [re.sub(r"[/\\]", "-", run_name)[:200].strip(". ") or "run"], {}
+
+
 class Sinks:
     """The trackers of one run. One that fails is dropped with one warning.
 
     report_to: see :func:`tracker_classes`.
-    run_name: name of the run (or the project, as trackers call it).
+    run_name: name of the run, in the project "fusedgrpo" or the one that the tracker's own
+    environment variable names.
     directory: where trackers that write files put them.
     config: stored with the run as its hyper-parameters.
 
@@ -89,11 +114,11 @@ class Sinks:
         }
         for name, tracker_class in classes.items():
             try:
+                arguments, named = _arguments(name, run_name)
                 if tracker_class.requires_logging_directory:
                     Path(directory).mkdir(parents=True, exist_ok=True)
-                    tracker = tracker_class(run_name, str(directory))
-                else:
-                    tracker = tracker_class(run_name)
+                    arguments.append(str(directory))
+                tracker = tracker_class(*arguments, **named)
                 self._trackers[name] = tracker
                 tracker.start()
                 tracker.store_init_configuration(settings)
@@ -121,8 +146,7 @@ class Sinks:
     def _drop(self, name: str, error: Exception) -> None:
         self._trackers.pop(name, None)
         logger.warning(
-            "Tracker %r failed (%s: %s) and is left out from now on; metrics.jsonl has all rows.",
+            "Tracker %r failed (%s) and is left out from now on; metrics.jsonl has all rows.",
             name,
-            type(error).__name__,
-            error,
+            reason(error),
         )

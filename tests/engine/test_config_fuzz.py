@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import HfArgumentParser
 
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.config_aliases import ALIASES
@@ -262,6 +263,12 @@ def test_a_rollout_is_bounded_however_it_is_asked_for() -> None:
     ):
         with pytest.raises(ConfigError, match="completions can never be kept"):
             GRPOConfig(**options)
+
+
+def test_transformers_makes_a_command_line_of_it() -> None:
+    words = ["--output_dir", "x", "--learning_rate", "1e-5", "--bf16", "true", "--seed", "3"]
+    (config,) = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(words)
+    assert config == GRPOConfig(output_dir="x", learning_rate=1e-5, bf16=True, seed=3)
 
 
 def test_fields_carry_nothing_that_argparse_does_not_know() -> None:

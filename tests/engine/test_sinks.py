@@ -99,3 +99,38 @@ def test_every_missing_package_is_named_before_the_run(monkeypatch):
 def test_all_means_what_is_installed(monkeypatch):
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb", "tensorboard"])
     assert list(tracker_classes("all")) == ["tensorboard", "wandb"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "given"),
+    [
+        ("wandb", "WANDB_PROJECT", (("mine",), {"name": "a/../b"})),
+        ("trackio", "TRACKIO_PROJECT", (("mine",), {"name": "a/../b"})),
+        ("swanlab", "SWANLAB_PROJ_NAME", (("mine",), {"experiment_name": "a/../b"})),
+        ("mlflow", "MLFLOW_EXPERIMENT_NAME", (("mine",), {"run_name": "a/../b"})),
+        ("comet_ml", "COMET_PROJECT_NAME", (("mine",), {})),
+        ("clearml", "CLEARML_PROJECT", (("a/../b",), {"project_name": "mine"})),
+        ("recorder", "", (("a-..-b", "DIRECTORY"), {})),
+    ],
+)
+def test_a_run_is_a_run_of_a_project_and_no_way_out_of_its_directory(
+    name, variable, given, tmp_path, monkeypatch
+):
+    calls = []
+
+    class Named(Recorder):
+        requires_logging_directory = name == "recorder"
+
+        def __init__(self, *arguments: Any, **named: Any):
+            calls.append((tuple(a.replace(str(tmp_path), "DIRECTORY") for a in arguments), named))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, Named)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [name])
+    for project in ("mine", None):
+        if variable and project:
+            monkeypatch.setenv(variable, project)
+        elif variable:
+            monkeypatch.delenv(variable)
+        Sinks(name, run_name="a/../b", directory=tmp_path, config={}).close()
+    assert calls[0] == given
+    assert calls[1] == eval(repr(given).replace("mine", "fusedgrpo"))
