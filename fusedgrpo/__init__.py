@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+from fusedgrpo import search_path
+
+if search_path.is_command_line(sys.orig_argv):
+    # Before any import from the library, for which a file in the user's folder could stand in.
+    sys.path[:] = search_path.of_command_line(sys.path, sys.orig_argv)
+
 from typing import TYPE_CHECKING, Any
 
 from fusedgrpo import host

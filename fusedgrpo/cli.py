@@ -6,19 +6,9 @@ SIGINT and SIGTERM, with a checkpoint saved.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-
-from fusedgrpo.search_path import library_first
-
-if __name__ == "__main__":
-    # `python -m` searches the working directory first, and PYTHONPATH may name the folder of the
-    # configuration: a random.py or torch.py there is a reward's, and nobody's library.
-    sys.path[:] = library_first(
-        sys.path, [os.getcwd(), *(os.path.dirname(w) for w in sys.argv[1:] if os.path.isfile(w))]
-    )
-
-import logging
 import traceback
 from pathlib import Path
 from typing import Annotated
