@@ -16,9 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from fusedgrpo.engine import checkpoint
 from fusedgrpo.engine.config import GRPOConfig
 from fusedgrpo.engine.data import PromptDataset
@@ -28,6 +25,7 @@ from fusedgrpo.engine.redaction import redacted
 from fusedgrpo.engine.unwritten import Unwritten
 from fusedgrpo.engine.window import RolloutWindow
 from fusedgrpo.errors import CheckpointError, brief
+from fusedgrpo.models import full_weights
 from fusedgrpo.models.finite import not_finite
 
 if TYPE_CHECKING:
@@ -73,51 +71,18 @@ def save_weights(policy: Policy, tokenizer: Any, directory: Path) -> Path:
 def write_weights(policy: Policy, tokenizer: Any, path: Path) -> None:
     """Write the adapter, or the whole model, with the tokenizer into ``path`` itself."""
     if policy.adapters is None:
-        _save_full(policy.model, path)
+        full_weights.save(policy.model, path)
     else:
         policy.adapters.save(path)
     tokenizer.save_pretrained(path)
 
 
-def _save_full(model: Any, path: Path) -> None:
-    """transformers refuses to write generation settings that contradict each other (temperature
-    without do_sample), after a whole run; here they are written as they came."""
-    from transformers import GenerationConfig
-
-    settings = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        model.save_pretrained(path)
-    finally:
-        model.generation_config = settings
-    settings.to_json_file(path / "generation_config.json")
-
-
 def load_weights(policy: Policy, directory: Path) -> None:
     """Put saved weights back, bit for bit. Raises CheckpointError."""
-    if policy.adapters is not None:
+    if policy.adapters is None:
+        full_weights.restore(policy.model, directory / "model")
+    else:
         policy.adapters.restore(directory / "adapter")
-        return
-    saved: dict[str, torch.Tensor] = {}
-    for file in sorted((directory / "model").glob("*.safetensors")):
-        saved |= checkpoint.read_tensors(file)
-    if not saved:
-        raise CheckpointError(f"{directory} holds no model weights: was it a LoRA run?")
-    _load_full(policy.model, saved, directory)
-
-
-def _load_full(model: nn.Module, saved: dict[str, torch.Tensor], directory: Path) -> None:
-    result: Any = model.load_state_dict(saved, strict=False)
-    # A tied weight is saved once; loading one of its names has filled the other.
-    filled = {p.data_ptr() for name, p in model.named_parameters() if name in saved}
-    missing = [
-        name
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if name in result.missing_keys and p.data_ptr() not in filled
-    ]
-    if missing or result.unexpected_keys:
-        name = (missing or result.unexpected_keys)[0]
-        raise CheckpointError(f"{directory} holds the weights of another model: {name}.")
 
 
 def save(trainer: GRPOTrainer, directory: Path, unsynced: Sequence[Row] = ()) -> Path:
