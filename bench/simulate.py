@@ -217,9 +217,9 @@ def update_peaks(
 
         return call
 
-    forward, backward = Policy.logprobs_and_router, Tensor.backward
+    forward, backward = Policy.logprobs, Tensor.backward
     with (
-        mock.patch.object(Policy, "logprobs_and_router", announced("update forward", forward)),
+        mock.patch.object(Policy, "logprobs", announced("update forward", forward)),
         mock.patch.object(Tensor, "backward", announced("update backward", backward)),
         mock.patch.object(optimizer, "step", announced("optimizer step", optimizer.step)),
     ):

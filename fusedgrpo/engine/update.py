@@ -169,15 +169,13 @@ class Updater:
     def _load(self, samples: Sequence[Sample]) -> RouterSums:
         """What the router does with the tokens of ``samples``, without gradients, on the CPU."""
         assert self.policy.router is not None
-        total = self.policy.router.nothing("cpu")
+        nothing = self.policy.router.nothing("cpu")
+        routed: list[RouterSums] = []
         with self.policy.scoring(), self.policy.autocast():
             for members in self._cut(samples):
                 self.poll()
-                packed = self._packed([samples[i] for i in members])
-                sums = self.policy.hidden_and_router(packed)[1]
-                assert sums is not None
-                total += sums.to("cpu")
-        return total
+                self.policy.hidden(self._packed([samples[i] for i in members]), routed=routed)
+        return sum((sums.to("cpu") for sums in routed), nothing)
 
     def _cut(self, samples: Sequence[Sample]) -> list[list[int]]:
         pairs = [sample.pair for sample in samples]
@@ -200,7 +198,8 @@ class Updater:
     ) -> list[MicroBatch]:
         def work() -> list[MicroBatch]:
             self.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has left
-            return self.backward(samples, num_items, num_sequences, step, load)
+            share = {} if load is None else {"load": load}
+            return self.backward(samples, num_items, num_sequences, step, **share)
 
         return self.guard.update(work, lambda: self._longest(samples), "the update")
 
@@ -269,9 +268,12 @@ class Updater:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.policy.device
         packed = self._packed(batch)
+        routed: list[RouterSums] = []
         with self.offload:
-            (logp, entropy), routed = self.policy.logprobs_and_router(
-                packed, entropy=True if self.entropy_coef else "detached"
+            logp, entropy = self.policy.logprobs(
+                packed,
+                entropy=True if self.entropy_coef else "detached",
+                **({} if self.policy.router is None else {"routed": routed}),
             )
         assert entropy is not None
         mask = loss_mask(batch, device)
@@ -301,8 +303,8 @@ class Updater:
             acting = mask if weight is None else mask & weight.isfinite()
             bonus = torch.where(acting, entropy, 0.0).sum() / max(num_items, 1)
             loss = loss - self.entropy_coef * bonus
-        if self.policy.router is not None and routed is not None:
-            balance = self.policy.router.loss(routed, load).to(loss.device)
+        if self.policy.router is not None:
+            balance = self.policy.router.loss(routed[0], load).to(loss.device)
             metrics["aux_loss"] = balance.detach()
             loss = loss + self.policy.router.coef * balance
         return loss, metrics

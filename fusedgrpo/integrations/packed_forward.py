@@ -25,7 +25,7 @@ from fusedgrpo.kernels import linear_logprob
 from fusedgrpo.models.layout import SharedPrompt
 from fusedgrpo.models.packed import Layout, PackedBatch
 from fusedgrpo.models.policy import Policy
-from fusedgrpo.models.router import RouterLoss, find_router
+from fusedgrpo.models.router import RouterLoss, RouterSums, find_router
 
 
 class PackedForward:
@@ -75,13 +75,15 @@ class PackedForward:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``[N]`` complex64: log-probs and, if asked for, i times the entropies, in the precision
         that the caller's wrappers have set. With a router, ``[E]`` complex64 as well."""
-        hidden, sums = self.policy.hidden_and_router(packed)
+        routed: list[RouterSums] | None = None if self.policy.router is None else []
+        hidden = self.policy.hidden(packed, routed=routed)
         layer: Any = self._causal_lm.get_output_embeddings()
         score = functools.partial(self._score, packed=packed, entropy=entropy)
         with _forward_replaced(layer, score):
             scored: Tensor = layer(hidden)
-        if sums is None:
+        if routed is None:
             return scored
+        (sums,) = routed
         return scored, torch.complex(sums.probability, sums.chosen.to(sums.probability))
 
     def _score(

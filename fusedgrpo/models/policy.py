@@ -136,25 +136,24 @@ class Policy:
         return PackedBatch.build(pairs, self.device, self.layout, whole=self.whole, counted=counted)
 
     def logprobs(
-        self, packed: PackedBatch, *, entropy: bool | Literal["detached"] = False
+        self,
+        packed: PackedBatch,
+        *,
+        entropy: bool | Literal["detached"] = False,
+        routed: list[RouterSums] | None = None,
     ) -> LogProbs:
         """Log-probs ``[N]`` float32 (and entropies) of the scored tokens of ``packed``.
 
         Carries gradients unless under ``torch.no_grad``: policy, old and reference log-probs are
-        the same route. Temperature is applied, top-k and top-p are not.
+        the same route. Temperature is applied, top-k and top-p are not. routed: a list that takes
+        what the router did with all tokens of ``packed``.
         """
-        return self.logprobs_and_router(packed, entropy=entropy)[0]
-
-    def logprobs_and_router(
-        self, packed: PackedBatch, *, entropy: bool | Literal["detached"] = False
-    ) -> tuple[LogProbs, RouterSums | None]:
-        """``logprobs``, and what the router did with the tokens of a whole batch."""
         with self.autocast():
-            hidden, sums = self.hidden_and_router(packed)
+            hidden = self.hidden(packed, routed=routed)
             head = self.head
             if self.compute_dtype is None:
                 hidden = hidden.to(head.weight.dtype)
-            scored = linear_logprob(
+            return linear_logprob(
                 hidden,
                 head.weight,
                 packed.targets,
@@ -164,20 +163,17 @@ class Policy:
                 softcap=head.softcap,
                 return_entropy=entropy,
             )
-        return scored, sums
 
-    def hidden(self, packed: PackedBatch, plan: attention.Plan | None = None) -> Tensor:
-        """``[N, H]``: the hidden states that predict the scored tokens."""
-        return self.hidden_and_router(packed, plan)[0]
-
-    def hidden_and_router(
-        self, packed: PackedBatch, plan: attention.Plan | None = None
-    ) -> tuple[Tensor, RouterSums | None]:
-        """``hidden``, and what the router did with the tokens of a whole batch."""
+    def hidden(
+        self,
+        packed: PackedBatch,
+        plan: attention.Plan | None = None,
+        routed: list[RouterSums] | None = None,
+    ) -> Tensor:
+        """``[N, H]``: the hidden states that predict the scored tokens. routed: as ``logprobs``."""
         decoder = self.causal_lm.get_decoder()
         self._check_positions(packed)
-        watched = self.router is not None and packed.copies is not None
-        asked = {"output_router_logits": True} if watched else {}
+        asked = {} if routed is None else {"output_router_logits": True}
         if packed.layout == "rows":
             ids, mask = packed.padded_rows()
             outputs = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False, **asked)
@@ -196,12 +192,12 @@ class Policy:
                 **asked,
             )
             states = outputs.last_hidden_state[0]
-        sums = None
-        if self.router is not None and packed.copies is not None:
+        if routed is not None:
+            assert self.router is not None and packed.copies is not None
             logits = outputs.router_logits
             logits = logits if kept is None else [layer[kept] for layer in logits]
-            sums = self.router.sums(logits, packed.copies)
-        return attention.gather_rows(states, packed.predictors), sums
+            routed.append(self.router.sums(logits, packed.copies))
+        return attention.gather_rows(states, packed.predictors)
 
     def _check_positions(self, packed: PackedBatch) -> None:
         """Say it where rotary embeddings would depend on the longest sequence of the batch."""

@@ -38,6 +38,13 @@ def of_transformers(model, pairs, router):
     return load_balancing_loss_func(outputs.router_logits, router.experts, router.top_k, mask)
 
 
+def routed(policy, pairs, counted=None):
+    """The sums of a batch."""
+    found = []
+    policy.logprobs(policy.pack(pairs, counted), routed=found)
+    return found[0]
+
+
 def gradients(loss, model):
     return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
@@ -52,7 +59,7 @@ def test_it_is_that_of_transformers_on_padded_rows(family, shared_prompt):
     wanted = gradients(want, model)
     policy = Policy(model, shared_prompt=shared_prompt, router=router)
     assert policy.layout in ("shared", "packed") or family == "GptOss"
-    ours = router.loss(policy.logprobs_and_router(policy.pack(PAIRS))[1])
+    ours = router.loss(routed(policy, PAIRS))
     torch.testing.assert_close(ours, want, rtol=1e-6, atol=0)
     for got, expected in zip(gradients(ours, model), wanted, strict=True):
         if expected is not None:
@@ -64,12 +71,9 @@ def test_a_cut_changes_nothing():
     policy = Policy(model, router=find_router(model, 0.1))
     router = policy.router
 
-    def sums(pairs):
-        return policy.logprobs_and_router(policy.pack(pairs))[1]
-
-    whole = sums(PAIRS)
+    whole = routed(policy, PAIRS)
     want = gradients(router.loss(whole), model)
-    parts = [sums(PAIRS[:1]), sums(PAIRS[1:3]), sums(PAIRS[3:])]
+    parts = [routed(policy, part) for part in (PAIRS[:1], PAIRS[1:3], PAIRS[3:])]
     load = parts[0] + parts[1] + parts[2]
     assert load.chosen.tolist() == whole.chosen.tolist()
     losses = [router.loss(part, load) for part in parts]
@@ -85,7 +89,7 @@ def test_completions_out_of_the_loss_do_not_count():
     counted = [True, False, True, True, False]
     seen = [(p, c if kept else ()) for (p, c), kept in zip(PAIRS, counted, strict=True)]
     want = of_transformers(model, seen, policy.router)
-    got = policy.logprobs_and_router(policy.pack(PAIRS, counted))[1]
+    got = routed(policy, PAIRS, counted)
     torch.testing.assert_close(policy.router.loss(got), want, rtol=1e-6, atol=0)
 
 
