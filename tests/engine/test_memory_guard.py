@@ -63,14 +63,14 @@ def with_allocator(trainer, allocator, phases=("sample", "score", "update", "nor
     if "sample" in phases:
         guarded(trainer.sampler, "_wave")
     if "score" in phases:
-        plain = trainer.policy.logprobs_and_router
+        plain = trainer.policy.logprobs
 
         def scored(*args, **kwargs):
             inside = not torch.is_grad_enabled()
             with allocator if inside else contextlib.nullcontext():
                 return plain(*args, **kwargs)
 
-        trainer.policy.logprobs_and_router = scored
+        trainer.policy.logprobs = scored
     if "update" in phases:
         guarded(trainer.updater, "backward")
     if "norm" in phases:
@@ -128,7 +128,7 @@ def test_what_fails_twice_is_halved_and_gives_the_same_run(tmp_path, caplog):
 
     def too_large(run):
         """More than 20 tokens, or 3 completions at once, do not fit."""
-        logprobs, wave = run.policy.logprobs_and_router, run.sampler._wave
+        logprobs, wave = run.policy.logprobs, run.sampler._wave
 
         def limited(packed, **kwargs):
             if len(packed.input_ids.flatten()) > 20:
@@ -140,7 +140,7 @@ def test_what_fails_twice_is_halved_and_gives_the_same_run(tmp_path, caplog):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return wave(prompts, prompt_of, *args)
 
-        run.policy.logprobs_and_router, run.sampler._wave = limited, limited_wave
+        run.policy.logprobs, run.sampler._wave = limited, limited_wave
         return run
 
     run = too_large(small_run(tmp_path / "tight", **options))

@@ -24,7 +24,7 @@ def rows(trainer):
 def recorded(trainer):
     """The trainer, and where it notes the sizes of forwards with gradients and of decodings."""
     tokens, cached = [], []
-    logprobs, wave = trainer.policy.logprobs_and_router, trainer.sampler._wave
+    logprobs, wave = trainer.policy.logprobs, trainer.sampler._wave
 
     def noting(packed, **kwargs):
         tokens.append(packed.input_ids.numel())
@@ -35,7 +35,7 @@ def recorded(trainer):
         cached.append((len(prompt_of), longest + skipped + params.max_new_tokens))
         return wave(prompts, prompt_of, params, seeds, skipped)
 
-    trainer.policy.logprobs_and_router, trainer.sampler._wave = noting, noting_wave
+    trainer.policy.logprobs, trainer.sampler._wave = noting, noting_wave
     return trainer, tokens, cached
 
 
@@ -87,14 +87,14 @@ def test_what_does_not_fit_is_halved_before_step_1(tmp_path, caplog):
     run = process_runs.make(
         tmp_path / "run", rehearsal=True, tokens_per_microbatch=80, num_iterations=2, **OPTIONS
     )
-    logprobs = run.policy.logprobs_and_router
+    logprobs = run.policy.logprobs
 
     def limited(packed, **kwargs):
         if packed.input_ids.numel() > 22:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
         return logprobs(packed, **kwargs)
 
-    run.policy.logprobs_and_router = limited
+    run.policy.logprobs = limited
     with caplog.at_level(logging.WARNING, "fusedgrpo"):
         found = rows(run)
     assert run.guard.tokens == 20
@@ -108,7 +108,7 @@ def test_what_can_never_fit_fails_before_step_1(tmp_path):
     def never(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
 
-    run.policy.logprobs_and_router = never
+    run.policy.logprobs = never
     with pytest.raises(MemoryExhaustedError, match=r"rehearsal.*Tried to allocate 3 GiB.*plan"):
         run.train()
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))

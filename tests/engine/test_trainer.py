@@ -398,13 +398,13 @@ def test_an_operator_without_a_backward_pass_ends_the_run(tmp_path):
 def test_a_non_finite_step_never_reaches_the_weights(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     before = weights(run).clone()
-    logprobs = run.policy.logprobs_and_router
+    logprobs = run.policy.logprobs
 
     def broken(packed, **kwargs):
-        out, routed = logprobs(packed, **kwargs)
-        return out._replace(logp=out.logp * torch.nan), routed
+        out = logprobs(packed, **kwargs)
+        return out._replace(logp=out.logp * torch.nan)
 
-    monkeypatch.setattr(run.policy, "logprobs_and_router", broken)
+    monkeypatch.setattr(run.policy, "logprobs", broken)
     with pytest.raises(NonFiniteError, match=r"Step 1: loss nan.*step-000001.json"):
         run.train()
     assert torch.equal(weights(run), before)
