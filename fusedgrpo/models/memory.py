@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedgrpo.kernels.launch import tiling
+from fusedgrpo.models.dropout import own_dropout
 from fusedgrpo.models.loading import _enable_checkpointing, add_lora
 from fusedgrpo.models.memory_stand_ins import (
     ATTENTION,
@@ -32,6 +33,7 @@ from fusedgrpo.models.memory_stand_ins import (
     register_attention,
     rounded,
 )
+from fusedgrpo.models.router import planned_router
 from fusedgrpo.models.storage_tracker import StorageTracker
 
 if TYPE_CHECKING:
@@ -156,6 +158,9 @@ def _bare(config: GRPOConfig, settings: Any, layers: int | None = None) -> Any:
         model: Any = AutoModelForCausalLM.from_config(
             settings, dtype=dtype, trust_remote_code=config.trust_remote_code
         )
+        if config.disable_dropout:  # with dropout, a mask is saved for each
+            for place in own_dropout(model):
+                setattr(place.owner, place.name, 0.0)
         if config.load_in_4bit:
             kept = get_keys_to_not_convert(model)
             for name, module in list(model.named_modules()):
@@ -224,6 +229,7 @@ class SmallModel:
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         if config.gradient_checkpointing:
             _enable_checkpointing(self.causal_lm)
+        self.router = planned_router(self.causal_lm, config.router_aux_loss_coef)
         self.dtype = compute_dtype(config)
         self.tracker = StorageTracker()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -255,16 +261,24 @@ class SmallModel:
             before = tracker.live
             tracker.start_peak()
             with self._autocast():
-                states = self.causal_lm.get_decoder()(
+                router = self.router if gradients else None
+                outputs = self.causal_lm.get_decoder()(
                     input_ids=ids,
                     position_ids=positions,
                     attention_mask=torch.zeros(1, 1, 1, 1),
                     use_cache=False,
                     fusedgrpo_keys=batch.keys,
-                ).last_hidden_state[0]
+                    **({} if router is None else {"output_router_logits": True}),
+                )
+                states = outputs.last_hidden_state[0]
+                balance: Any = 0
+                if router is not None:
+                    each = torch.ones(batch.tokens)
+                    balance = router.loss(router.sums(outputs.router_logits, each))
                 peaks["layers_forward"] = tracker.peak.bytes
-                loss = HeadStandIn.apply(states, head, batch)
-                del states
+                del outputs
+                loss = HeadStandIn.apply(states, head, batch) + balance
+                del states, balance
             if gradients:
                 loss.backward()
                 peaks["layers_backward"] = tracker.peak.bytes

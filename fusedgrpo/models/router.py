@@ -138,6 +138,22 @@ def find_router(
     return router
 
 
+def planned_router(model: Any, coef: float | None) -> RouterLoss | None:
+    """What ``find_router`` will find in a model that has no weights yet, if it finds anything."""
+    config = model.config.get_text_config()
+    value, top_k = router_coefficient(model, coef), _top_k(model)
+    experts = next(
+        (n for name in EXPERTS if isinstance(n := getattr(config, name, None), int) and n > 0), None
+    )
+    if not value or top_k is None or experts is None:
+        return None
+    return RouterLoss(value, experts, top_k)
+
+
+# Their number, by families.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
 def _known(logits: Any, mask: Tensor) -> bool:
     return isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == mask.numel()
 

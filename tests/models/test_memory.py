@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 
 from fusedgrpo.engine.config import GRPOConfig
-from fusedgrpo.engine.memory_plan import DEPTHS
+from fusedgrpo.engine.memory_plan import DEPTHS, GIB, plan_memory
 from fusedgrpo.models.memory import SmallModel, straight_line
 from fusedgrpo.models.memory_stand_ins import Batch
 
@@ -49,3 +50,33 @@ def test_repeated_prompts_are_kept_per_key_until_the_layer_is_done(models: Any) 
 def test_a_rollout_keeps_keys_and_values_of_all_layers(models: Any) -> None:
     found = models[LAYERS].rollout(rows=16, groups=2, prompt=50, length=300)
     assert found.entries == 16 * 300 * LAYERS * 2 * 2 * 32 * 2
+
+
+def planned(settings: Any, **options: Any) -> dict[str, int]:
+    config = GRPOConfig(bf16=True, max_prompt_length=32, max_completion_length=64, **options)
+    return plan_memory(config, settings, gpu_bytes=16 * GIB, activation_offloading=False).totals
+
+
+def test_dropout_is_counted_where_it_is_on() -> None:
+    settings = tiny.model("Phi3").config
+    settings.dtype = "bfloat16"
+    without = planned(settings)
+    settings.resid_pdrop = settings.embd_pdrop = 0.1
+    assert planned(settings) == without
+    more = planned(settings, disable_dropout=False)
+    assert more["update backward"] > without["update backward"]
+    assert more["rollout"] == without["rollout"]
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GraniteMoe", "Glm4Moe"])
+def test_what_the_router_adds_to_an_update_is_counted(family: str) -> None:
+    settings = tiny.mixture(family).config
+    settings.dtype = "bfloat16"
+    without = planned(settings, router_aux_loss_coef=0)
+    more = planned(settings, router_aux_loss_coef=0.01)
+    # Logits and probabilities of each token, expert and layer are kept for the backward pass.
+    tokens = 32 + 64
+    layers = settings.num_hidden_layers - getattr(settings, "first_k_dense_replace", 0)
+    least = tokens * layers * 4 * 2
+    assert more["update forward"] >= without["update forward"] + least
+    assert more["scoring"] == without["scoring"]
