@@ -229,7 +229,7 @@ class Updater:
             # Dropout, if there is any, repeats itself when the step is run again after a resume.
             with (
                 seeded(self.processes.derive(self.seed, "update", step, index)),
-                self.policy.dropout(),  # as a whole: checkpointing forwards again in the backward
+                self.policy.training(),  # as a whole: checkpointing forwards again in the backward
             ):
                 loss, metrics = self._loss(batch, num_items, num_sequences, load)
                 with missing_backward.refused():

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Of modules and of configurations, which some families read in the forward pass. Jitter is the
 # noise on a router's input; PhiMoE's `router_jitter_noise` is a threshold as well and stays.
@@ -65,10 +66,36 @@ def switched_off(places: list[Place]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def as_it_samples(model: nn.Module) -> Iterator[None]:
+    """Inside, modules are in the mode that they sample in, for models that compute something else
+    while they train: PhiMoE draws its experts at random. Not those of adapters, whose dropout is an
+    option, nor a layer itself: its mode decides whether it is checkpointed."""
+    changed = [
+        module
+        for path, module in model.named_modules()
+        if module.training
+        and not isinstance(module, GradientCheckpointingLayer)
+        and not _ADAPTER.search(path)
+    ]
+    try:
+        for module in changed:
+            module.training = False
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
 @torch.no_grad()
-def computes_otherwise_in_training(model: nn.Module, decoder: Any) -> bool:
-    """Whether the hidden states of a few tokens depend on the mode of the modules, nothing dropped:
-    PhiMoE draws its experts at random, for one. Comes back in the mode that the model was in."""
+def computes_otherwise_in_training(
+    model: nn.Module,
+    decoder: Any,
+    calmed: Callable[[nn.Module], contextlib.AbstractContextManager[None]] | None = None,
+) -> bool:
+    """Whether the hidden states of a few tokens depend on the mode of the modules, nothing dropped.
+    calmed: entered around the pass in training mode. Comes back in the mode that the model was in.
+    """
     ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
     modes = [(module, module.training) for module in model.modules()]
 
@@ -84,7 +111,8 @@ def computes_otherwise_in_training(model: nn.Module, decoder: Any) -> bool:
             for path, module in model.named_modules():
                 if _ADAPTER.search(path):
                     module.eval()
-            got = states()
+            with contextlib.nullcontext() if calmed is None else calmed(model):
+                got = states()
     finally:
         for module, training in modes:
             module.training = training

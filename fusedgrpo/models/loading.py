@@ -20,7 +20,12 @@ from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter,
 from fusedgrpo.models.adapter_kinds import acts_outside
 from fusedgrpo.models.adapters import has_adapters, only_gguf, unwrapped
 from fusedgrpo.models.device import pick_compute_dtype, pick_device
-from fusedgrpo.models.dropout import computes_otherwise_in_training, greatest, own_dropout
+from fusedgrpo.models.dropout import (
+    as_it_samples,
+    computes_otherwise_in_training,
+    greatest,
+    own_dropout,
+)
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import check_head, find_head, vocabulary_size
 from fusedgrpo.models.kinds import auto_class, check_causal
@@ -248,7 +253,7 @@ def load_policy(
         _enable_checkpointing(causal_lm)
     model.train()
     with autocast() if mixed else contextlib.nullcontext():
-        _say_what_training_changes(model, causal_lm, config)
+        calm = _trains_as_it_samples(model, causal_lm, config)
     return Policy(
         model,
         compute_dtype=compute_dtype,
@@ -257,11 +262,13 @@ def load_policy(
         shared_prompt=config.shared_prompt,
         router=router,
         disable_dropout=config.disable_dropout,
+        trains_as_it_samples=calm,
     )
 
 
-def _say_what_training_changes(model: Any, causal_lm: Any, config: GRPOConfig) -> None:
-    """Where ratio and KL of the first step will not be 1 and 0."""
+def _trains_as_it_samples(model: Any, causal_lm: Any, config: GRPOConfig) -> bool:
+    """Whether modules have to be in eval mode in the update as well, for ratio and KL of the first
+    step to be 1 and 0. Says it where they will not be."""
     kind = type(causal_lm).__name__
     if not config.disable_dropout and (places := own_dropout(model)):
         log.warning(
@@ -270,13 +277,19 @@ def _say_what_training_changes(model: Any, causal_lm: Any, config: GRPOConfig) -
             kind,
             greatest(places),
         )
-    elif computes_otherwise_in_training(model, causal_lm.get_decoder()):
-        log.warning(
-            "%s computes something else while it trains than while it samples, dropout aside (some "
-            "mixtures of experts draw their experts): ratio and KL are not exactly 1 and 0 on the "
-            "first step.",
-            kind,
-        )
+    decoder = causal_lm.get_decoder()
+    if not computes_otherwise_in_training(model, decoder):
+        return False
+    if config.disable_dropout and not computes_otherwise_in_training(model, decoder, as_it_samples):
+        log.info("%s computes something else in training mode, and trains without it.", kind)
+        return True
+    log.warning(
+        "%s computes something else while it trains than while it samples, dropout aside (some "
+        "mixtures of experts draw their experts): ratio and KL are not exactly 1 and 0 on the "
+        "first step.",
+        kind,
+    )
+    return False
 
 
 def _say_what_a_given_model_decides(config: GRPOConfig) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusedgrpo.kernels import LogProbs, linear_logprob
 from fusedgrpo.models import attention
 from fusedgrpo.models.adapters import Adapters, has_adapters, unwrapped
-from fusedgrpo.models.dropout import own_dropout, switched_off
+from fusedgrpo.models.dropout import as_it_samples, own_dropout, switched_off
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import Head, find_head, head_layer, vocabulary_size
 from fusedgrpo.models.layout import SharedPrompt, choose_layout
@@ -40,6 +40,7 @@ class Policy:
     shared_prompt: ``"auto"`` forwards each prompt once for all its completions if the model gives
     the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
     ``layout``, for ``PackedBatch.build``. router: the load-balancing loss of a mixture of experts.
+    disable_dropout, trains_as_it_samples: what ``training`` switches off.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Policy:
         shared_prompt: SharedPrompt = "auto",
         router: RouterLoss | None = None,
         disable_dropout: bool = False,
+        trains_as_it_samples: bool = False,
     ):
         keep_differentiable(model)
         self.model: Any = model
@@ -59,6 +61,7 @@ class Policy:
         self.temperature = temperature
         self.router = router
         self.disable_dropout = disable_dropout
+        self.trains_as_it_samples = trains_as_it_samples
         self._said_positions = False
         self.adapters = Adapters(model) if has_adapters(model) else None
         self.layout: Layout = choose_layout(self, shared_prompt)
@@ -221,11 +224,16 @@ class Policy:
                 limit,
             )
 
-    def dropout(self) -> contextlib.AbstractContextManager[Any]:
-        """To be entered around a forward pass that trains, and its backward pass."""
-        if not self.disable_dropout:
-            return contextlib.nullcontext()
-        return switched_off(own_dropout(self.model))
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """To be entered around a forward pass that trains, and its backward pass: what the model
+        would compute otherwise than while it samples is off, unless that was asked for."""
+        with contextlib.ExitStack() as stack:
+            if self.disable_dropout:
+                stack.enter_context(switched_off(own_dropout(self.model)))
+            if self.trains_as_it_samples:
+                stack.enter_context(as_it_samples(self.model))
+            yield
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:

@@ -9,7 +9,12 @@ import transformers
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.metrics import read_metrics
-from fusedgrpo.models.dropout import computes_otherwise_in_training, own_dropout, switched_off
+from fusedgrpo.models.dropout import (
+    as_it_samples,
+    computes_otherwise_in_training,
+    own_dropout,
+    switched_off,
+)
 
 SIZE = {
     "vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -93,7 +98,8 @@ def test_what_is_saved_has_the_models_own_numbers(tmp_path):
     assert saved.resid_pdrop == saved.attn_pdrop == saved.embd_pdrop == 0.1
 
 
-def test_experts_that_are_drawn_at_random_are_noticed():
+def drawing() -> torch.nn.Module:
+    """Its router draws experts at random in training mode."""
     config = transformers.PhimoeConfig(
         **SIZE
         | {"intermediate_size": 32, "num_key_value_heads": 1, "num_local_experts": 4}
@@ -102,6 +108,32 @@ def test_experts_that_are_drawn_at_random_are_noticed():
     torch.manual_seed(0)
     model = transformers.PhimoeForCausalLM(config).eval()
     tiny.stir(model, 0.5)
+    return model
+
+
+def test_experts_that_are_drawn_at_random_are_noticed():
+    model = drawing()
     before = torch.random.get_rng_state()
     assert computes_otherwise_in_training(model, model.get_decoder()) and not model.training
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert not computes_otherwise_in_training(model, model.get_decoder(), as_it_samples)
+
+
+def test_layers_are_checkpointed_where_a_model_trains_as_it_samples():
+    model = tiny.add_lora(drawing(), lora_dropout=0.5).train()
+    modes = [module.training for module in model.modules()]
+    with as_it_samples(model):
+        training = {path for path, module in model.named_modules() if module.training}
+    assert [module.training for module in model.modules()] == modes
+    kinds = {path.rsplit(".", 1)[-1] for path in training}
+    assert kinds == {"0", "1", "default"}  # two layers, and the dropout of the adapter
+
+
+def test_experts_are_not_drawn_in_a_run(tmp_path, caplog):
+    changes = {"router_aux_loss_coef": 0, "gradient_checkpointing": True}
+    row = run(tmp_path / "off", drawing(), **changes)[0]
+    assert row["kl"] == pytest.approx(0, abs=1e-9) and row["grad_norm"] > 0
+    assert not [m for m in caplog.messages if "not exactly 1 and 0" in m]
+    row = run(tmp_path / "on", drawing(), disable_dropout=False, **changes)[0]
+    assert row["kl"] > 1e-4
+    assert [m for m in caplog.messages if "not exactly 1 and 0" in m]
