@@ -56,7 +56,7 @@ class TrainingArgumentsSurface:
     @property
     def device(self) -> Any:
         """Where the model of this process is."""
-        from fusedgrpo.models.precision import pick_device
+        from fusedgrpo.models.device import pick_device
 
         return pick_device(bool(vars(self)["use_cpu"]))
 

@@ -150,6 +150,7 @@ def test_options_of_other_trainers_are_read_as_they_would_be_there():
     with pytest.raises(AttributeError, match="use_peft is read from finetuning_type"):
         args.use_peft  # noqa: B018
     assert (args.world_size, args.process_index, args.should_save) == (1, 0, True)
+    assert (args.device.type, args.n_gpu) == ("cpu", 0)
     assert json.loads(args.to_json_string())["beta"] == 0 and args.to_sanitized_dict()["seed"] == 42
     with args.main_process_first():
         assert args.get_process_log_level() == logging.INFO
