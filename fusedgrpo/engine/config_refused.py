@@ -376,7 +376,7 @@ _GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"lr_scheduler_kwargs": None},
     ),
     (
-        "one process per run",
+        "accelerate launch starts several processes, and FusedGRPOTrainer shards weights",
         {
             "deepspeed": None,
             "fsdp": (None, "", []),

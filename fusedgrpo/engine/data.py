@@ -130,14 +130,12 @@ def load_prompts(
     vocab_size: int | None,
     context_length: int | None,
     split: str = "train",
-    side_file: Path | None = None,
     clock: RunClock | None = None,
 ) -> PromptDataset:
     """Read, encode and check all prompts of ``source``.
 
     source: a name or path (several, comma-separated), a ``datasets.Dataset`` or a list of dicts.
-    vocab_size, context_length: the model's, where known. side_file: JSON lines, one per row that
-    ``on_bad_row: skip`` left out; not written if there is none. clock: says the date to chat
+    vocab_size, context_length: the model's, where known. clock: says the date to chat
     templates; the system's if there is none.
     Raises DataError for a source, column or row that cannot be used.
     """
@@ -159,7 +157,7 @@ def load_prompts(
             continue
         examples.append(example)
     if skipped:
-        _report(skipped, len(rows), name, config, side_file)
+        _report(skipped, len(rows), name, config)
     if not examples:
         raise DataError(
             f"{name}: {len(rows)} rows, none of them a usable prompt:\n{_listing(skipped)}"
@@ -222,23 +220,15 @@ def _encode(index: int, row: Row, layout: Layout, encoder: PromptEncoder) -> Exa
     return Example(index, prompt.given, prompt_ids, columns, prompt, digest)
 
 
-def _report(
-    skipped: list[dict[str, Any]], total: int, name: str, config: GRPOConfig, side_file: Path | None
-) -> None:
-    """Stop for unusable rows, or list them all in the side file and say so."""
+def _report(skipped: list[dict[str, Any]], total: int, name: str, config: GRPOConfig) -> None:
+    """Stop for unusable rows, or say which were skipped."""
     listing = _listing(skipped)
     if config.on_bad_row == "error":
         raise DataError(
             f"{name}: {len(skipped)} of {total} rows cannot be used:\n{listing}\n"
             "Correct them, or set on_bad_row: skip."
         )
-    where = ""
-    if side_file is not None:
-        side_file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(bad, ensure_ascii=False) + "\n" for bad in skipped)
-        side_file.write_text(text, encoding="utf-8", errors="backslashreplace")
-        where = f" (all in {side_file})"
-    logger.warning(f"{name}: skipped {len(skipped)} of {total} rows{where}:\n{listing}")
+    logger.warning(f"{name}: skipped {len(skipped)} of {total} rows:\n{listing}")
 
 
 def _listing(skipped: list[dict[str, Any]]) -> str:

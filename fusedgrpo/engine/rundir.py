@@ -31,11 +31,10 @@ DIRECTORIES = {
     "plots": "plots",
     "trackers": "trackers",
     "checkpoints": "checkpoints",
-    "adapter": "adapter",
     "model": "model",
     "nonfinite": "nonfinite",
 }
-RUN_ENTRIES = (*FILES.values(), *DIRECTORIES.values())
+RUN_ENTRIES = (*FILES.values(), *DIRECTORIES.values(), "adapter")
 
 
 class RunDir:
@@ -55,7 +54,6 @@ class RunDir:
     plots: Path
     trackers: Path
     checkpoints: Path
-    adapter: Path
     model: Path
     nonfinite: Path
 

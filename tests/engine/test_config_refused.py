@@ -14,7 +14,7 @@ from fusedgrpo.errors import ConfigError
         ("top_entropy_quantile", 0.2, "entropy_coef"),
         ("reward_model", "org/rm", "reward_funcs"),
         ("load_in_8bit", True, "load_in_4bit"),
-        ("deepspeed", "ds.json", "one process"),
+        ("deepspeed", "ds.json", "accelerate launch"),
         ("plot_loss", False, "plots are always written"),
         ("preprocessing_num_workers", 16, "remove it"),
         ("create_new_adapter", True, "is trained further"),

@@ -36,16 +36,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHATML)
 
 
-def load(
-    source: Any, tokenizer: Any, side_file: Path | None = None, **options: Any
-) -> PromptDataset:
+def load(source: Any, tokenizer: Any, **options: Any) -> PromptDataset:
     return load_prompts(
         source,
         GRPOConfig(**options),
         tokenizer,
         vocab_size=256,
         context_length=None,
-        side_file=side_file,
     )
 
 
@@ -105,29 +102,26 @@ BAD_LINES = '{"prompt": "2+2?"}\n{"prompt": null}\n{"prompt": \n{"prompt": ""}\n
 def test_bad_rows_stop_the_run_by_default_and_are_located(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(BAD_LINES)
-    side = tmp_path / "skipped.jsonl"
     with pytest.raises(DataError) as caught:
-        load(path, tokenizer, side)
+        load(path, tokenizer)
     text = str(caught.value)
     assert "4 of 5 rows cannot be used" in text and "on_bad_row: skip" in text
     for line, reason in ((2, "is null"), (3, "not valid JSON"), (4, "is empty"), (5, "is int")):
         assert f"bad.jsonl:{line}: " in text and reason in text
-    assert not side.exists()
 
 
 def test_skipped_rows_are_counted_and_listed(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, side = tmp_path / "bad.jsonl", tmp_path / "run" / "skipped_rows.jsonl"
+    path = tmp_path / "bad.jsonl"
     path.write_text(BAD_LINES)
     with caplog.at_level(logging.WARNING, logger="fusedgrpo"):
-        data = load(path, tokenizer, side, on_bad_row="skip")
+        data = load(path, tokenizer, on_bad_row="skip")
     assert [e.row for e in data.examples] == [0]
-    assert "skipped 4 of 5 rows" in caplog.text and str(side) in caplog.text
-    listed = [json.loads(line) for line in side.read_text().splitlines()]
-    assert listed == data.skipped
-    assert [bad["row"] for bad in listed] == [1, 2, 3, 4]
-    assert listed[0] == {"row": 1, "where": f"{path}:2", "reason": listed[0]["reason"]}
+    assert "skipped 4 of 5 rows" in caplog.text
+    assert [bad["row"] for bad in data.skipped] == [1, 2, 3, 4]
+    first = data.skipped[0]
+    assert first == {"row": 1, "where": f"{path}:2", "reason": first["reason"]}
 
 
 def test_prompts_over_the_limit_are_bad_rows(tokenizer: Any) -> None:
