@@ -79,12 +79,11 @@ class Resources:
 
 def kernel_modules() -> list[ModuleType]:
     """The modules of ``fusedgrpo.kernels`` that hold Triton kernels."""
-    names = sorted(module.name for module in pkgutil.iter_modules(fusedgrpo.kernels.__path__))
-    return [
-        importlib.import_module(f"fusedgrpo.kernels.{name}")
-        for name in names
-        if name.endswith("_triton")
-    ]
+    names = sorted(
+        module.name
+        for module in pkgutil.walk_packages(fusedgrpo.kernels.__path__, "fusedgrpo.kernels.")
+    )
+    return [importlib.import_module(name) for name in names if name.endswith("_triton")]
 
 
 def all_variants() -> list[Variant]:

@@ -34,7 +34,7 @@ import head_contenders as heads
 import torch
 from torch import Tensor
 
-from fusedgrpo.kernels import vocab_pass
+from fusedgrpo.kernels.logprob import vocab_pass
 
 BARS = {"logp_max": 1e-5, "grad": 2.8e-3, "grad_worst_row": 5e-3}
 UNITS = {

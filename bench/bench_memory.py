@@ -4,7 +4,7 @@
     python bench/bench_memory.py --cases 0,1 --measure        # on a GPU
     python bench/bench_memory.py --peers trl
 
-planned: ``fusedgrpo.engine.memory_plan``, from the model's configuration alone. simulated: the
+planned: ``fusedgrpo.engine.memory.planner``, from the model's configuration alone. simulated: the
 product's own step on fake tensors (``simulate.py``), whole model, real optimizer. measured, with
 ``--measure`` and a GPU: ``torch.cuda.max_memory_allocated`` of the same step on random weights,
 with the process limited to the card's size (``torch.cuda.set_per_process_memory_fraction``). All
@@ -36,9 +36,9 @@ import simulate
 import torch
 
 from fusedgrpo import host
-from fusedgrpo.engine.config import GRPOConfig
-from fusedgrpo.engine.memory_plan import GIB, MemoryPlan, plan_memory
-from fusedgrpo.models.storage_tracker import Peak
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.memory.planner import GIB, MemoryPlan, plan_memory
+from fusedgrpo.engine.memory.storage_tracker import Peak
 
 TOLERANCE = 0.1
 
@@ -181,11 +181,11 @@ def trl_peaks(case: Case, rows: int) -> dict[str, int]:
 def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     """The same phases for real, on random weights: bytes by phase. The sampler runs its whole
     rollout, with no end-of-sequence token, so that every completion has full length."""
-    from fusedgrpo.engine.memory_guard import MemoryGuard
-    from fusedgrpo.engine.optim import build_optimizer
-    from fusedgrpo.engine.sampler import GenerateSampler, SamplingParams
+    from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+    from fusedgrpo.engine.optimizer import build_optimizer
+    from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams
     from fusedgrpo.models import loading
-    from fusedgrpo.models.offload import OffloadActivations
+    from fusedgrpo.models.activation_offload import OffloadActivations
     from fusedgrpo.models.policy import Policy
 
     device = torch.device("cuda")

@@ -264,8 +264,8 @@ class Probe:
 
 def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
     from fusedgrpo import GRPOConfig, GRPOTrainer
-    from fusedgrpo.engine.rollout import Completion, Group
-    from fusedgrpo.engine.sampler import GenerateSampler
+    from fusedgrpo.engine.rollout.sampler import GenerateSampler
+    from fusedgrpo.engine.rollout.types import Completion, Group
 
     model, tokenizer = load(case)
     probe = Probe(turns, case, model)

@@ -387,9 +387,9 @@ def start_memory(cuda: bool) -> int:
 
 
 def run_ours(turns: harness.Turns, case: Case, shared_prompt: Any) -> None:
-    from fusedgrpo.engine.memory_guard import MemoryGuard
-    from fusedgrpo.engine.samples import Sample
-    from fusedgrpo.engine.update import Updater
+    from fusedgrpo.engine.learner import Updater
+    from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+    from fusedgrpo.engine.rollout.training_sample import Sample
     from fusedgrpo.kernels import LossOptions
     from fusedgrpo.models.policy import Policy
 

@@ -30,19 +30,19 @@ from simulate_models import MODELS, fill, model_config, skeleton
 from torch import Tensor
 from transformers import masking_utils
 
-from fusedgrpo.engine import sampler as sampling
-from fusedgrpo.engine.config import GRPOConfig
-from fusedgrpo.engine.memory_guard import MemoryGuard
-from fusedgrpo.engine.optim import build_optimizer
-from fusedgrpo.engine.plan_batch import resolve_batch
-from fusedgrpo.engine.samples import Sample
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.batch_plan import resolve_batch
+from fusedgrpo.engine.learner import Updater
+from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.memory.storage_tracker import Peak, StorageTracker, fake_tensors
+from fusedgrpo.engine.optimizer import build_optimizer
+from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.types import sampler as sampling
 from fusedgrpo.engine.scoring import loss_options
-from fusedgrpo.engine.update import Updater
 from fusedgrpo.models import decoding
-from fusedgrpo.models.offload import OffloadActivations
-from fusedgrpo.models.packing import micro_batches
+from fusedgrpo.models.activation_offload import OffloadActivations
+from fusedgrpo.models.micro_batches import micro_batches
 from fusedgrpo.models.policy import Policy
-from fusedgrpo.models.storage_tracker import Peak, StorageTracker, fake_tensors
 
 GIB = 2**30
 

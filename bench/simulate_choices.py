@@ -14,17 +14,19 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 
 from fusedgrpo import host
-from fusedgrpo.engine import update
-from fusedgrpo.engine.samples import Sample
-from fusedgrpo.kernels import linear_logprob_backward as head_backward
-from fusedgrpo.kernels import tiles_triton, vocab_pass
+from fusedgrpo.engine import learner as update
+from fusedgrpo.engine.rollout.training_sample import Sample
 from fusedgrpo.kernels.launch import tiling
-from fusedgrpo.models import attention, loading, offload, policy
+from fusedgrpo.kernels.logprob import backward as head_backward
+from fusedgrpo.kernels.logprob import tiles_triton, vocab_pass
+from fusedgrpo.models import activation_offload as offload
+from fusedgrpo.models import loading, policy
+from fusedgrpo.models import packed_attention as attention
 from fusedgrpo.models.device import pick_compute_dtype
 from fusedgrpo.models.policy import Policy
 
 # The package gives the function's name to the function.
-head_op = importlib.import_module("fusedgrpo.kernels.linear_logprob")
+head_op = importlib.import_module("fusedgrpo.kernels.logprob.op")
 
 
 class NoLaunch:

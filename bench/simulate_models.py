@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.models import loading
 
 # config.json of each, as published.

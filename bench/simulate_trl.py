@@ -32,8 +32,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import masking_utils
 
-from fusedgrpo.engine.config import GRPOConfig
-from fusedgrpo.models.storage_tracker import StorageTracker, fake_tensors
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.memory.storage_tracker import StorageTracker, fake_tensors
 
 
 def simulate_trl(config: GRPOConfig, settings: Any, *, prompt_tokens: int, rows: int) -> Simulation:

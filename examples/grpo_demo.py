@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on the disk
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine.sampler import SamplingParams
+from fusedgrpo.engine.rollout.sampler import SamplingParams
 
 PAIRS = [(a, b) for a in range(1, 10) for b in range(1, 10)]
 SYSTEM = "Answer with the number only."
@@ -104,7 +104,7 @@ def main() -> None:
     trainer.train()
     after = report("after", trainer)
 
-    from fusedgrpo.engine.metrics import read_metrics, series
+    from fusedgrpo.engine.reporting.metrics_log import read_metrics, series
 
     _, rewards = series(read_metrics(Path(options.output_dir) / "metrics.jsonl"), "reward")
     first, last = rewards[:5], rewards[-5:]

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from fusedgrpo import host
 
 if TYPE_CHECKING:
-    from fusedgrpo.engine.config import GRPOConfig
+    from fusedgrpo.config.schema import GRPOConfig
     from fusedgrpo.engine.trainer import GRPOTrainer
-    from fusedgrpo.kernels.grpo_loss import GRPOLoss
+    from fusedgrpo.kernels.fused_loss.module import GRPOLoss
 
 __version__ = "0.1.0"
 __all__ = ["GRPOConfig", "GRPOLoss", "GRPOTrainer", "__version__"]
@@ -25,8 +25,8 @@ __all__ = ["GRPOConfig", "GRPOLoss", "GRPOTrainer", "__version__"]
 host.require_packages()
 
 _HOMES = {
-    "GRPOConfig": "fusedgrpo.engine.config",
-    "GRPOLoss": "fusedgrpo.kernels.grpo_loss",
+    "GRPOConfig": "fusedgrpo.config.schema",
+    "GRPOLoss": "fusedgrpo.kernels.fused_loss.module",
     "GRPOTrainer": "fusedgrpo.engine.trainer",
 }
 

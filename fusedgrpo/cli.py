@@ -29,8 +29,8 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML or JSON file of options.")],
 ) -> None:
     """Train as CONFIG says. Any option can be set after it: --learning_rate 1e-5 --beta=0.04"""
-    from fusedgrpo.engine.config import GRPOConfig
-    from fusedgrpo.engine.plain_log import make_plain
+    from fusedgrpo.config.schema import GRPOConfig
+    from fusedgrpo.engine.reporting.plain_log import make_plain
     from fusedgrpo.engine.trainer import GRPOTrainer
 
     make_plain("transformers", "datasets", "peft", "accelerate", "huggingface_hub")
@@ -49,11 +49,11 @@ def plan(
 ) -> None:
     """Say what a run of CONFIG needs of its GPU, before any weight is there. Exit code 1: it does
     not fit. Options can be set after CONFIG, as for train."""
-    from fusedgrpo.engine.config import GRPOConfig
-    from fusedgrpo.engine.memory_plan import card_bytes, plan_memory
-    from fusedgrpo.engine.memory_table import plan_table
+    from fusedgrpo.config.schema import GRPOConfig
+    from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+    from fusedgrpo.engine.memory.table import plan_table
     from fusedgrpo.errors import ConfigError
-    from fusedgrpo.models.adapter_files import planned_options
+    from fusedgrpo.models.adapters.files import planned_options
     from fusedgrpo.models.loading import model_settings
 
     overrides = _overrides(context.args) | ({"gpu_memory": gpu} if gpu else {})
@@ -83,7 +83,7 @@ def report(
     output_dir: Annotated[Path, typer.Argument(help="output_dir of a run, finished or not.")],
 ) -> None:
     """Draw the plots and write report.html anew from what a run has written so far."""
-    from fusedgrpo.engine.report import write_report
+    from fusedgrpo.engine.reporting.report import write_report
 
     typer.echo(str(write_report(output_dir)))
 
@@ -91,7 +91,7 @@ def report(
 @app.command()
 def doctor() -> None:
     """Say what this machine has and whether training would run here."""
-    from fusedgrpo.engine.doctor import checks
+    from fusedgrpo.doctor import checks
 
     failed = False
     for check in checks():
@@ -127,9 +127,9 @@ def _overrides(words: list[str]) -> dict[str, str | None]:
 
 def main() -> None:
     """Run the command line; errors raised on purpose are one message, not a traceback."""
-    from fusedgrpo.engine.plain_log import plain, terminal_handler
-    from fusedgrpo.engine.signals import Interrupted, StopSignals
-    from fusedgrpo.engine.terminal import keep_streams
+    from fusedgrpo.engine.interrupts import Interrupted, StopSignals
+    from fusedgrpo.engine.reporting.plain_log import plain, terminal_handler
+    from fusedgrpo.engine.reporting.terminal import keep_streams
     from fusedgrpo.errors import ConfigError, DataError, FusedGRPOError, reason
 
     def say(text: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fusedgrpo.cli import _overrides
-from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ import torch
 from patience import HUNG
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import ConfigError, DataError, ModelError, OutputDirError, RewardError
 
 PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}", "solution": f"w{6 + i}"} for i in range(4)]
@@ -250,7 +250,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path):  # 49
     seen = []
 
     def nosy(completions, **kwargs):
-        code = "from fusedgrpo.engine.rundir import RunDir; RunDir.open('run')"
+        code = "from fusedgrpo.engine.reporting.run_dir import RunDir; RunDir.open('run')"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
         )

@@ -13,8 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fusedgrpo import host
-from fusedgrpo.engine import doctor
+from fusedgrpo import doctor, host
 from fusedgrpo.errors import FusedGRPOError, VersionError
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from patience import HUNG
 
-from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
 
 DATA = """[
   {"instruction": "计算 (3 + 5) × 2 = ?", "input": "", "output": "16"},

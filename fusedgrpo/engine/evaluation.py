@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from fusedgrpo.engine.data import PromptDataset
-from fusedgrpo.engine.processes import Processes
+from fusedgrpo.engine.data.dataset import PromptDataset
+from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
-from fusedgrpo.engine.rollout import Group, Rollout
-from fusedgrpo.engine.rollout_metrics import length_metrics, reward_metrics
-from fusedgrpo.engine.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.metrics import length_metrics, reward_metrics
+from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.types import Group, Rollout
 from fusedgrpo.engine.scoring import score_rollout
 from fusedgrpo.engine.seeding import derive
 

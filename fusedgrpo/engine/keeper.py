@@ -8,9 +8,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusedgrpo.engine import checkpoint, trainer_state
-from fusedgrpo.engine.outputs import RunOutputs
-from fusedgrpo.engine.signals import Interrupted
+from fusedgrpo.engine import checkpoint_files as checkpoint
+from fusedgrpo.engine import checkpointing as trainer_state
+from fusedgrpo.engine.interrupts import Interrupted
+from fusedgrpo.engine.reporting.run_logger import RunOutputs
 from fusedgrpo.errors import CheckpointError, NonFiniteError, OutputDirError
 from fusedgrpo.models.finite import not_finite
 

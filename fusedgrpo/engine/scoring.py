@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.config import GRPOConfig
-from fusedgrpo.engine.data import Example
-from fusedgrpo.engine.memory_guard import MemoryGuard
-from fusedgrpo.engine.processes import Processes
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.data.dataset import Example
+from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.memory.oom_retry import MemoryGuard
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
-from fusedgrpo.engine.rollout import Rollout
-from fusedgrpo.engine.rollout_metrics import (
+from fusedgrpo.engine.rollout.buffer import RolloutWindow, sampler_logp
+from fusedgrpo.engine.rollout.metrics import (
     length_metrics,
     mismatch_metrics,
     reward_metrics,
     weight_metrics,
 )
-from fusedgrpo.engine.samples import Sample, has_gradient
+from fusedgrpo.engine.rollout.training_sample import Sample, has_gradient
+from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.seeding import seeded
-from fusedgrpo.engine.window import RolloutWindow, sampler_logp
 from fusedgrpo.errors import NonFiniteError
 from fusedgrpo.kernels import LossOptions, group_advantages
-from fusedgrpo.models.packing import Pair, longest, micro_batches, shares
+from fusedgrpo.models.micro_batches import Pair, longest, micro_batches, shares
 from fusedgrpo.models.policy import Policy
 
 

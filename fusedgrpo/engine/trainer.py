@@ -12,42 +12,43 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fusedgrpo.engine import trainer_state
-from fusedgrpo.engine.completions_log import completion_records
-from fusedgrpo.engine.config import GRPOConfig
-from fusedgrpo.engine.config_rules import doubtful
-from fusedgrpo.engine.data import Example, PromptDataset, load_prompts
+from fusedgrpo.config.rules import doubtful
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine import checkpointing as trainer_state
+from fusedgrpo.engine.batch_plan import resolve_batch
+from fusedgrpo.engine.checkpointing import Progress
+from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
+from fusedgrpo.engine.data.stream import PromptStream
+from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.evaluation import evaluate
+from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.keeper import Keeper
-from fusedgrpo.engine.memory_guard import MemoryGuard
-from fusedgrpo.engine.memory_plan import MemoryPlan, card_bytes, plan_memory
-from fusedgrpo.engine.memory_table import measured_phases, plan_table
-from fusedgrpo.engine.metrics import merged
-from fusedgrpo.engine.optim import build_optimizer, build_scheduler
-from fusedgrpo.engine.outputs import NoOutputs, RunOutputs
-from fusedgrpo.engine.plan_batch import resolve_batch
-from fusedgrpo.engine.processes import Processes
-from fusedgrpo.engine.prompt_stream import PromptStream
-from fusedgrpo.engine.rehearsal import rehearse
+from fusedgrpo.engine.learner import Updater, UpdateResult
+from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.memory.planner import MemoryPlan, card_bytes, plan_memory
+from fusedgrpo.engine.memory.table import measured_phases, plan_table
+from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
+from fusedgrpo.engine.reporting.completions_log import completion_records
+from fusedgrpo.engine.reporting.metrics_log import merged
+from fusedgrpo.engine.reporting.phase_timer import StepClock
+from fusedgrpo.engine.reporting.run_dir import RunDir
+from fusedgrpo.engine.reporting.run_logger import NoOutputs, RunOutputs
+from fusedgrpo.engine.reporting.trackers import tracker_classes
+from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rewards import RewardBatch, build_rewards
-from fusedgrpo.engine.rollout import Rollout
+from fusedgrpo.engine.rollout.buffer import RolloutWindow
+from fusedgrpo.engine.rollout.sampler import GenerateSampler, Sampler, SamplingParams, SharedSampler
+from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.run_clock import RunClock
-from fusedgrpo.engine.rundir import RunDir
-from fusedgrpo.engine.sampler import GenerateSampler, Sampler, SamplingParams, SharedSampler
-from fusedgrpo.engine.samples import Sample
 from fusedgrpo.engine.scoring import loss_options, make_window, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive
-from fusedgrpo.engine.signals import StopSignals
-from fusedgrpo.engine.sinks import tracker_classes
-from fusedgrpo.engine.step_clock import StepClock
-from fusedgrpo.engine.trainer_state import Progress
 from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
-from fusedgrpo.engine.unwritten import Unwritten
-from fusedgrpo.engine.update import Updater, UpdateResult
-from fusedgrpo.engine.window import RolloutWindow
+from fusedgrpo.engine.warmup import rehearse
 from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
 from fusedgrpo.models import missing_backward
-from fusedgrpo.models.adapter_files import planned_options
+from fusedgrpo.models.activation_offload import OffloadActivations
+from fusedgrpo.models.adapters.files import planned_options
 from fusedgrpo.models.device import pick_device
 from fusedgrpo.models.finite import check_loaded, not_finite
 from fusedgrpo.models.kinds import accepted
@@ -58,7 +59,6 @@ from fusedgrpo.models.loading import (
     model_limits,
     model_settings,
 )
-from fusedgrpo.models.offload import OffloadActivations
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.processing import text_tokenizer
 

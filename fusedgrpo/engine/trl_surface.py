@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import TrainerState
 
-    from fusedgrpo.engine.config import GRPOConfig
-    from fusedgrpo.engine.processes import Processes
-    from fusedgrpo.engine.trainer_state import Progress
-    from fusedgrpo.engine.update import Updater
+    from fusedgrpo.config.schema import GRPOConfig
+    from fusedgrpo.engine.checkpointing import Progress
+    from fusedgrpo.engine.distributed import Processes
+    from fusedgrpo.engine.learner import Updater
     from fusedgrpo.models.policy import Policy
 
 _CALLBACKS = (

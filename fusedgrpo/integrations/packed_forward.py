@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from fusedgrpo.errors import ModelError
 from fusedgrpo.kernels import linear_logprob
-from fusedgrpo.models.layout import SharedPrompt
-from fusedgrpo.models.packed import Layout, PackedBatch
+from fusedgrpo.models.packed_batch import Layout, PackedBatch
+from fusedgrpo.models.packing_probe import SharedPrompt
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.router import RouterLoss, RouterSums, find_router
 

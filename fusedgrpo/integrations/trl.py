@@ -30,11 +30,11 @@ from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.integrations.packed_forward import PackedForward, install, probe_router
 from fusedgrpo.integrations.trl_loss import compute_loss, refuse_uncovered
 from fusedgrpo.models import missing_backward
-from fusedgrpo.models.adapter_kinds import acts_outside
+from fusedgrpo.models.adapters.kinds import acts_outside
 from fusedgrpo.models.four_bit import keep_differentiable
-from fusedgrpo.models.layout import SharedPrompt
-from fusedgrpo.models.packed import Layout, PackedBatch
-from fusedgrpo.models.packing import micro_batches
+from fusedgrpo.models.micro_batches import micro_batches
+from fusedgrpo.models.packed_batch import Layout, PackedBatch
+from fusedgrpo.models.packing_probe import SharedPrompt
 from fusedgrpo.models.router import RouterSums
 
 TESTED = "1.16"

@@ -5,12 +5,12 @@ Each is a custom operator with two implementations: plain torch, and Triton in `
 engine.
 """
 
-from fusedgrpo.kernels.advantages import group_advantages
-from fusedgrpo.kernels.grpo_loss import GRPOLoss
-from fusedgrpo.kernels.linear_logprob import LogProbs, linear_logprob
-from fusedgrpo.kernels.linear_policy_loss import linear_policy_loss
-from fusedgrpo.kernels.options import LOSS_TYPES, LossOptions
-from fusedgrpo.kernels.policy_loss import PolicyLoss, policy_loss
+from fusedgrpo.kernels.advantage.op import group_advantages
+from fusedgrpo.kernels.fused_loss.module import GRPOLoss
+from fusedgrpo.kernels.fused_loss.op import linear_policy_loss
+from fusedgrpo.kernels.logprob.op import LogProbs, linear_logprob
+from fusedgrpo.kernels.loss.op import PolicyLoss, policy_loss
+from fusedgrpo.loss_options import LOSS_TYPES, LossOptions
 
 __all__ = [
     "LOSS_TYPES",

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedgrpo.kernels.options import CLIPPED_LOSS_TYPES, LossOptions
+from fusedgrpo.loss_options import CLIPPED_LOSS_TYPES, LossOptions
 
 
 def reference_linear_logprob(

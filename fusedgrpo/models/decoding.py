@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models.head import logits
-from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.packed_batch import PackedBatch
 
 if TYPE_CHECKING:
     from fusedgrpo.models.policy import Policy

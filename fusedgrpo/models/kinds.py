@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fusedgrpo.errors import ModelError
-from fusedgrpo.models.adapters import unwrapped
+from fusedgrpo.models.adapters.attached import unwrapped
 
 log = logging.getLogger("fusedgrpo")
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from fusedgrpo.engine.config_from_pretrained import PLACES, READING
+from fusedgrpo.config.from_pretrained import PLACES, READING
 from fusedgrpo.errors import ConfigError, FusedGRPOError, ModelError, brief, did_you_mean, reason
-from fusedgrpo.models.adapter_checks import prepare
-from fusedgrpo.models.adapter_files import base_of, check_options, find_adapter, put_onto
-from fusedgrpo.models.adapter_kinds import acts_outside
-from fusedgrpo.models.adapters import has_adapters, only_gguf, unwrapped
+from fusedgrpo.models.adapters.attached import has_adapters, only_gguf, unwrapped
+from fusedgrpo.models.adapters.checks import prepare
+from fusedgrpo.models.adapters.files import base_of, check_options, find_adapter, put_onto
+from fusedgrpo.models.adapters.kinds import acts_outside
+from fusedgrpo.models.adapters.lora_targets import all_linear
 from fusedgrpo.models.device import pick_compute_dtype, pick_device
 from fusedgrpo.models.dropout import (
     as_it_samples,
@@ -29,13 +30,12 @@ from fusedgrpo.models.dropout import (
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import check_head, find_head, vocabulary_size
 from fusedgrpo.models.kinds import auto_class, check_causal
-from fusedgrpo.models.lora_targets import all_linear
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.router import find_router
 
 if TYPE_CHECKING:
-    from fusedgrpo.engine.config import GRPOConfig
-    from fusedgrpo.models.adapter_files import AdapterFiles
+    from fusedgrpo.config.schema import GRPOConfig
+    from fusedgrpo.models.adapters.files import AdapterFiles
 
 log = logging.getLogger("fusedgrpo")
 

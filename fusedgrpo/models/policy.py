@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from fusedgrpo.kernels import LogProbs, linear_logprob
-from fusedgrpo.models import attention
-from fusedgrpo.models.adapters import Adapters, has_adapters, unwrapped
+from fusedgrpo.models import packed_attention as attention
+from fusedgrpo.models.adapters.attached import Adapters, has_adapters, unwrapped
 from fusedgrpo.models.dropout import as_it_samples, own_dropout, switched_off
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import Head, find_head, head_layer, vocabulary_size
-from fusedgrpo.models.layout import SharedPrompt, choose_layout
-from fusedgrpo.models.packed import Ids, Layout, PackedBatch
+from fusedgrpo.models.packed_batch import Ids, Layout, PackedBatch
+from fusedgrpo.models.packing_probe import SharedPrompt, choose_layout
 from fusedgrpo.models.router import RouterLoss, RouterSums
 
 if TYPE_CHECKING:
-    from fusedgrpo.engine.config import GRPOConfig
+    from fusedgrpo.config.schema import GRPOConfig
 
 
 log = logging.getLogger("fusedgrpo")

@@ -183,7 +183,7 @@ def test_only_a_lack_of_memory_is_forgiven(load: Any) -> None:
 
 def test_a_tuned_name_is_replaced_where_it_is_used_and_put_back(load: Any) -> None:
     tune = load("tune")
-    from fusedgrpo.kernels import vocab_pass
+    from fusedgrpo.kernels.logprob import vocab_pass
 
     original = launch.tiling
     other = launch.Tiling(8, 16, 16, 8)

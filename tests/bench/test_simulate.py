@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fusedgrpo import host
-from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine.memory_plan import plan_memory
+from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.errors import PlanError
-from fusedgrpo.models.adapter_files import planned_options
+from fusedgrpo.models.adapters.files import planned_options
 from fusedgrpo.models.loading import model_settings
 
 PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(7)]

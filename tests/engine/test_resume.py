@@ -14,7 +14,7 @@ import torch
 from patience import HUNG
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import CheckpointError
 
 PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(7)]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 
-from fusedgrpo.engine.config import GRPOConfig
-from fusedgrpo.engine.data import PromptDataset, load_prompts
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.data.dataset import PromptDataset, load_prompts
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.trainer import GRPOTrainer
 from fusedgrpo.errors import CheckpointError
@@ -111,7 +111,8 @@ def test_another_chat_template_is_not_the_same_run(tmp_path: Path) -> None:
 def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path: Path) -> None:
     import json
 
-    from fusedgrpo.engine import checkpoint, trainer_state
+    from fusedgrpo.engine import checkpoint_files as checkpoint
+    from fusedgrpo.engine import checkpointing as trainer_state
 
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     first = trainer(tmp_path / "a", template)

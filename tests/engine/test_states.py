@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
 
 # Prompts of several lengths, one of them a single token.
 PROMPTS = [{"prompt": text} for text in ("w4", "w5 w6 w7 w8 w9", "w8 w9", "w7 w7", "w20 w21 w22")]

@@ -11,11 +11,13 @@ import tiny
 import torch
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine import scoring, update
-from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine import learner as update
+from fusedgrpo.engine import scoring
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import ConfigError, ModelError, NonFiniteError, RewardError
 from fusedgrpo.kernels.reference import reference_group_advantages
-from fusedgrpo.models import layout, loading
+from fusedgrpo.models import loading
+from fusedgrpo.models import packing_probe as layout
 
 PROMPTS = [
     {"prompt": " ".join(f"w{4 + (i * j) % 30}" for j in range(1, 3 + i % 4))} for i in range(7)

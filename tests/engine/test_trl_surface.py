@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback, TrainerState
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
+from fusedgrpo.config.foreign import REFUSED
 from fusedgrpo.engine import trl_surface
-from fusedgrpo.engine.config_refused import REFUSED
 from fusedgrpo.errors import ConfigError
 
 PROMPTS = [{"prompt": p} for p in ("w4 w5 w6", "w7 w8", "w9 w10 w11 w12")]

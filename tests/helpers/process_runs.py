@@ -1,4 +1,4 @@
-"""The runs of test_processes.py: in one process there, in two when a launcher starts this file."""
+"""Runs of test_distributed.py: in one process there, in two when a launcher starts this file."""
 
 from __future__ import annotations
 

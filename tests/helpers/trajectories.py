@@ -21,7 +21,7 @@ import tiny
 import torch
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
 
 GOLDEN = Path(__file__).parents[1] / "trajectories.json"
 CLOCK = ("time/", "step_time", "tokens_per_second", "memory/")

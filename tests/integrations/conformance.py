@@ -16,7 +16,7 @@ import tiny
 import torch
 
 from fusedgrpo.integrations.trl_loss import uncovered
-from fusedgrpo.kernels.options import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
+from fusedgrpo.loss_options import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
 
 PATHS = ("trl_loss", "fused_loss")  # TRL's loss on our forward, and fused_loss=True
 LOSS_TOLERANCE = 1e-6

@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from fusedgrpo.integrations.packed_forward import install
 from fusedgrpo.integrations.trl import FusedGRPOTrainer, FusedRLOOTrainer
-from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.packed_batch import PackedBatch
 
 PROMPTS = [f"w{i} w{i + 1} w{i // 2}" for i in range(4, 10)] + ["w5", "w30 w31"]
 OF_THE_TRAINER = ("model", "reward_funcs", "peft_config", "group_rows", "fused_loss",

@@ -9,16 +9,13 @@ import torch
 from counting import Cost
 from torch._subclasses import FakeTensorMode
 
-from fusedgrpo.kernels import (
-    LossOptions,
-    linear_logprob,
-    linear_policy_loss,
-    stored_gradient,
-    vocab_pass,
-)
-from fusedgrpo.kernels import linear_policy_loss as _function
+from fusedgrpo.kernels import LossOptions, linear_logprob, linear_policy_loss
+from fusedgrpo.kernels.fused_loss import grad_from_probs
+from fusedgrpo.kernels.fused_loss import op as loss_op
 from fusedgrpo.kernels.launch import Tiling, tiling
-from fusedgrpo.kernels.tiles import Finished
+from fusedgrpo.kernels.logprob import backward, vocab_pass
+from fusedgrpo.kernels.logprob import op as logprob_op
+from fusedgrpo.kernels.logprob.tiles import Finished
 
 N, H, V = 40, 8, 100
 MIB = 2**20
@@ -147,9 +144,7 @@ def silent_tiles():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Tilings, operand dtypes and kernels of a GPU, on tensors without data."""
-    from fusedgrpo.kernels import linear_logprob_backward
-
-    for module in (vocab_pass, stored_gradient, linear_logprob_backward):
+    for module in (vocab_pass, grad_from_probs, backward):
         monkeypatch.setattr(module, "tile_functions", lambda backend: silent_tiles())
         monkeypatch.setattr(module, "operand_dtype", lambda x: x.dtype, raising=False)
     monkeypatch.setattr(vocab_pass, "tiling", lambda H, V, size, device: tiling(H, V, 2, "cuda"))
@@ -158,15 +153,14 @@ def as_on_a_gpu(monkeypatch):
 @pytest.fixture
 def no_data(monkeypatch):
     """What reads data is told what it would have read: all tokens used, no coefficient 0."""
-    loss_module = __import__("sys").modules[_function.__module__]
-    for module in (loss_module, __import__("sys").modules[linear_logprob.__module__]):
+    for module in (loss_op, logprob_op):
         monkeypatch.setattr(module, "check_targets", lambda target, vocab: None)
     monkeypatch.setattr(
-        loss_module,
+        loss_op,
         "_used_tokens",
         lambda cu, mask, ratio, like: (torch.arange(len(like)), [0, len(like)]),
     )
-    monkeypatch.setattr(stored_gradient, "live_rows", lambda c: (torch.arange(len(c)), 1.0))
+    monkeypatch.setattr(grad_from_probs, "live_rows", lambda c: (torch.arange(len(c)), 1.0))
 
 
 def scratch(run, rows):

@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
-from fusedgrpo.engine.memory_guard import MemoryGuard
-from fusedgrpo.engine.sampler import GenerateSampler, SamplingParams
+from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models import decoding
 from fusedgrpo.models.decoding import ROUTES, Route, choose_route

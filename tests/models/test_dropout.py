@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine.metrics import read_metrics
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.models.dropout import (
     as_it_samples,
     computes_otherwise_in_training,

@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 
-from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ModelError
-from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
 
 pytest.importorskip("bitsandbytes")

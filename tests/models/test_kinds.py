@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models.kinds import accepted, check_causal
 from fusedgrpo.models.loading import load_model, model_settings

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusedgrpo import host
-from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models.loading import (
     check_tokenizer,
@@ -23,7 +23,7 @@ from fusedgrpo.models.loading import (
     load_tokenizer,
     weights_dtype,
 )
-from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
 
 PACKED = PackedBatch.build([([5, 6, 7], [8, 9, 10, 1]), ([4], [11, 12])], "cpu")

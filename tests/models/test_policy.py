@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from fusedgrpo.models.packed import PackedBatch
+from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
 
 # Ragged: one-token prompt, one-token completion, an empty one, longer than any sliding window.

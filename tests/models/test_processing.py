@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 from transformers import AutoTokenizer, ProcessorMixin
 
-from fusedgrpo.engine.config import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.trainer import GRPOTrainer
 from fusedgrpo.models.processing import chat_template_of, text_tokenizer
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-SCORING = "test_linear_logprob.py::"
-FUSED = "test_linear_policy_loss.py::"
-LOSS = "test_policy_loss.py::"
-ADVANTAGES = "test_group_advantages.py::"
+SCORING = "logprob/test_linear_logprob.py::"
+FUSED = "fused_loss/test_linear_policy_loss.py::"
+LOSS = "loss/test_policy_loss.py::"
+ADVANTAGES = "advantage/test_group_advantages.py::"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Mutant:
 
     @property
     def module(self) -> str:
-        return f"fusedgrpo.kernels.{self.file.removesuffix('.py')}"
+        return f"fusedgrpo.kernels.{self.file.removesuffix('.py').replace('/', '.')}"
 
     def source(self) -> str:
         """The whole broken file. ValueError where ``old`` is not there exactly once."""
@@ -54,77 +54,77 @@ MUTANTS = (
     # The online softmax over tiles of the vocabulary, and the gradient of its logits.
     Mutant(
         "the temperature is missing in d logp / d hidden",
-        "tiles.py",
+        "logprob/tiles.py",
         "entropy, rest * head.slope)",
         "entropy, rest)",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options1]",),
     ),
     Mutant(
         "the temperature is applied before the softcap",
-        "tiles.py",
+        "logprob/tiles.py",
         "z.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap / head.temperature)",
         "z.mul_(head.slope / head.softcap).tanh_().mul_(head.softcap)",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options4]",),
     ),
     Mutant(
         "the maximum starts at 0",
-        "tiles.py",
+        "logprob/tiles.py",
         "zeros[0] = -torch.inf",
         "zeros[0] = 0.0",
         (SCORING + "test_logits_far_from_zero_cost_nothing[-10000.0]",),
     ),
     Mutant(
         "the target stays in the softmax over the others",
-        "tiles.py",
+        "logprob/tiles.py",
         "z.scatter_(1, column, torch.where(here, -torch.inf, z_column))",
         "z.scatter_(1, column, z_column)",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options0]",),
     ),
     Mutant(
         "the entropy's first moment does not follow the maximum",
-        "tiles.py",
+        "logprob/tiles.py",
         "rescale * (run.first + run.shift * run.total)",
         "rescale * run.first",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options0]",),
     ),
     Mutant(
         "the target's column is off by one",
-        "tiles_triton.py",
+        "logprob/tiles_triton.py",
         "    column = tl.load(target_ptr + row) - lo\n    here = ",
         "    column = tl.load(target_ptr + row) - lo + 1\n    here = ",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options0]",),
     ),
     Mutant(
         "columns beyond the vocabulary count",
-        "tiles_triton.py",
+        "logprob/tiles_triton.py",
         "e = tl.where(inside & (cols != column), tl.exp(z - base), 0.0)\n        total",
         "e = tl.where(cols != column, tl.exp(z - base), 0.0)\n        total",
         (SCORING + "test_a_vocabulary_that_fills_no_tile_has_no_phantom_columns[15]",),
     ),
     Mutant(
         "the sum of weights does not follow the maximum",
-        "tiles_triton.py",
+        "logprob/tiles_triton.py",
         "tl.store(acc_ptr + row * H + cols, acc * factor, mask=inside)",
         "tl.store(acc_ptr + row * H + cols, acc, mask=inside)",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options0]",),
     ),
     Mutant(
         "the softcap has slope 1",
-        "tiles_triton.py",
+        "logprob/tiles_triton.py",
         "z, slope = tanh * (SOFTCAP / TEMPERATURE), 1.0 - tanh * tanh",
         "z, slope = tanh * (SOFTCAP / TEMPERATURE), 1.0",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options3]",),
     ),
     Mutant(
         "1 - p of a sure token cancels",
-        "tiles_triton.py",
+        "logprob/tiles_triton.py",
         "rest = _sigmoid(x)\n    p_target = _sigmoid(-x)",
         "p_target = _sigmoid(-x)\n    rest = 1.0 - p_target",
         (SCORING + "test_a_sure_token_keeps_its_gradient",),
     ),
     Mutant(
         "stored probabilities are taken for those of the last maximum",
-        "vocab_pass.py",
+        "logprob/vocab_pass.py",
         "stored.high[index] = run.high",
         "stored.high[:] = run.high",
         (FUSED + "test_it_is_the_policy_loss_of_the_log_probs[token-dapo]",),
@@ -132,21 +132,21 @@ MUTANTS = (
     # Log-probs and their backward.
     Mutant(
         "16-bit logit gradients of a trained head are not in units of the largest",
-        "linear_logprob_backward.py",
+        "logprob/backward.py",
         "unit = _greatest(grad_logp, grad_entropy)",
         "unit = torch.ones_like(_greatest(grad_logp, grad_entropy))",
         (SCORING + "test_a_low_precision_head_sums_what_its_logits_could_not_hold",),
     ),
     Mutant(
         "the entropy has no gradient",
-        "linear_logprob.py",
+        "logprob/op.py",
         "scale_rows(next(in_units), u, next(in_units), v)",
         "scale_rows(next(in_units), u, None, v)",
         (SCORING + "test_each_gradient_alone_from_each_output_alone[entropy-hidden]",),
     ),
     Mutant(
         "masked tokens train the head",
-        "linear_logprob_backward.py",
+        "logprob/backward.py",
         "keep = None if mask is None else mask.nonzero().flatten()",
         "keep = None",
         (SCORING + "test_masked_positions_add_nothing_to_the_gradients_of_the_head",),
@@ -154,42 +154,42 @@ MUTANTS = (
     # Hidden states to loss.
     Mutant(
         "what rounding takes from the target's entry is lost",
-        "stored_gradient.py",
+        "fused_loss/grad_from_probs.py",
         "if rounded is not at_target:",
         "if False:",
         (FUSED + "test_low_precision_rounds_the_exact_gradient_once[dtype0]",),
     ),
     Mutant(
         "1 - p of a sure token cancels in the loss",
-        "stored_gradient.py",
+        "fused_loss/grad_from_probs.py",
         "factor * -torch.expm1(done.logp)",
         "factor * (1 - done.logp.exp())",
         (FUSED + "test_a_sure_token_keeps_its_gradient",),
     ),
     Mutant(
         "small coefficients underflow in float16",
-        "stored_gradient.py",
+        "fused_loss/grad_from_probs.py",
         "live, unit = live_rows(coefficient)",
         "live, unit = live_rows(coefficient)[0], 1.0",
         (FUSED + "test_low_precision_rounds_the_exact_gradient_once[dtype1]",),
     ),
     Mutant(
         "chunks are cut inside a completion at level sequence",
-        "linear_policy_loss.py",
+        "fused_loss/op.py",
         "if whole and hi < N:",
         "if False:",
         (FUSED + "test_it_is_the_policy_loss_of_the_log_probs[sequence-dapo]",),
     ),
     Mutant(
         "the mean of a completion is over its tokens in the chunk",
-        "linear_policy_loss.py",
+        "fused_loss/op.py",
         "counts=counts[own],",
         "counts=None,",
         (FUSED + "test_it_is_the_policy_loss_of_the_log_probs[token-grpo]",),
     ),
     Mutant(
         "tokens without a finite sampler weight count in the mean",
-        "linear_policy_loss.py",
+        "fused_loss/op.py",
         "mask = finite if mask is None else mask & finite",
         "mask = torch.ones_like(finite) if mask is None else mask",
         (FUSED + "test_a_token_without_a_finite_sampler_weight_is_as_good_as_masked",),
@@ -197,35 +197,35 @@ MUTANTS = (
     # The policy loss.
     Mutant(
         "the KL's gradient has the wrong sign",
-        "loss_terms.py",
+        "loss/terms.py",
         "torch.where(gap.abs() > MAX_LOG_RATIO, 0.0, -d.expm1())",
         "torch.where(gap.abs() > MAX_LOG_RATIO, 0.0, d.expm1())",
         (LOSS + "test_loss_and_gradient_equal_the_reference[token-dapo]",),
     ),
     Mutant(
         "the sampler's weight is applied to the KL too",
-        "loss_terms.py",
+        "loss/terms.py",
         "value = value + options.beta * kl\n",
         "value = value + options.beta * kl * (1 if sampler_ratio is None else sampler_ratio)\n",
         (LOSS + "test_loss_and_gradient_equal_the_reference[token-dapo]",),
     ),
     Mutant(
         "a clamped ratio passes its gradient",
-        "loss_terms.py",
+        "loss/terms.py",
         "through_ratio = torch.where(clamped, 0.0, by_ratio * ratio)",
         "through_ratio = by_ratio * ratio",
         (LOSS + "test_the_gradient_ends_just_outside_the_clamp",),
     ),
     Mutant(
         "the gradient of a completion's ratio is not divided by its tokens",
-        "loss_terms.py",
+        "loss/terms.py",
         "through_ratio = ragged.spread(ragged.mean(through_ratio))",
         "through_ratio = ragged.spread(ragged.sum(through_ratio))",
         (LOSS + "test_loss_and_gradient_equal_the_reference[sequence-dapo]",),
     ),
     Mutant(
         "delta is for negative advantages only",
-        "loss_terms.py",
+        "loss/terms.py",
         "capped = ratio if options.delta is None else ratio.clamp(max=options.delta)",
         "capped = ratio if options.delta is None else ratio.clamp(max=options.delta)\n"
         "        capped = torch.where(advantage > 0, ratio, capped)",
@@ -233,7 +233,7 @@ MUTANTS = (
     ),
     Mutant(
         "completions without tokens have the least clip share",
-        "loss_terms.py",
+        "loss/terms.py",
         "ragged.mean(low).masked_fill(empty, torch.inf)",
         "ragged.mean(low)",
         (
@@ -243,42 +243,42 @@ MUTANTS = (
     ),
     Mutant(
         "the clip takes the gradient on the wrong side",
-        "loss_terms_triton.py",
+        "loss/terms_triton.py",
         "a_counts = tl.where(a == b, 0.5, tl.where(a < b, 1.0, 0.0))",
         "a_counts = tl.where(a == b, 0.5, tl.where(a > b, 1.0, 0.0))",
         (LOSS + "test_clip_sides",),
     ),
     Mutant(
         "the KL is not corrected for the bias of its samples",
-        "loss_terms_triton.py",
+        "loss/terms_triton.py",
         "                kl = kl * ratio\n                kl_by_logp = kl_by_logp * ratio\n",
         "",
         (LOSS + "test_loss_and_gradient_equal_the_reference[token-dapo]",),
     ),
     Mutant(
         "a clamp hides NaN",
-        "loss_terms_triton.py",
+        "loss/terms_triton.py",
         "return tl.where(x > most, most, tl.where(x < least, least, x))",
         "return tl.minimum(tl.maximum(x, least), most)",
         (LOSS + "test_a_nan_in_an_unmasked_token_shows_in_loss_and_gradient",),
     ),
     Mutant(
         "vespo takes the exponent of the other sign",
-        "loss_terms_triton.py",
+        "loss/terms_triton.py",
         "k = tl.where(advantage >= 0.0, K_POS, K_NEG)",
         "k = tl.where(advantage < 0.0, K_POS, K_NEG)",
         (LOSS + "test_loss_and_gradient_equal_the_reference[token-vespo]",),
     ),
     Mutant(
         "num_sequences is ignored",
-        "policy_loss.py",
+        "loss/op.py",
         "count = completions if num_sequences is None else num_sequences",
         "count = completions",
         (LOSS + "test_any_split_into_micro_batches_adds_up[token-grpo]",),
     ),
     Mutant(
         "no tokens divide by 0",
-        "policy_loss.py",
+        "loss/op.py",
         "count = count.detach().clamp(min=1)",
         "count = count.detach()",
         (LOSS + "test_everything_masked_is_exactly_zero_and_connected[dapo]",),
@@ -286,28 +286,28 @@ MUTANTS = (
     # Advantages.
     Mutant(
         "eps is inside the root",
-        "advantages.py",
+        "advantage/op.py",
         "advantages_B1 = advantages_B1 / (_std(total_B1, scope_B) + eps)",
         "advantages_B1 = advantages_B1 / (_std(total_B1, scope_B).square() + eps).sqrt()",
         (ADVANTAGES + "test_eps_is_added_to_the_deviation",),
     ),
     Mutant(
         "the deviation of the batch divides where the group's should",
-        "advantages.py",
+        "advantage/op.py",
         'scope_B = group_B if scale_rewards == "group" else everyone_B',
         "scope_B = everyone_B",
         (ADVANTAGES + "test_the_formula_by_hand",),
     ),
     Mutant(
         "the standard deviation is biased",
-        "advantages_triton.py",
+        "advantage/advantages_triton.py",
         "tl.div_rn(tl.sum(squares, 0), count - 1.0)",
         "tl.div_rn(tl.sum(squares, 0), count)",
         (ADVANTAGES + "test_the_formula_by_hand",),
     ),
     Mutant(
         "missing rewards count in the mean",
-        "advantages_triton.py",
+        "advantage/advantages_triton.py",
         "counts += tl.where(x == x, 1.0, 0.0)",
         "counts += tl.where(member, 1.0, 0.0)",
         (ADVANTAGES + "test_unscorable_rows_get_zero_and_do_not_move_the_others[group]",),

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fusedgrpo.engine.interrupts import Interrupted
 from fusedgrpo.engine.rewards.builtin import CONVENTION
 from fusedgrpo.engine.rewards.own_copy import own_containers, own_copy
-from fusedgrpo.engine.signals import Interrupted
 from fusedgrpo.errors import RewardError, did_you_mean
 
 LARGEST_REWARD = 1e6

@@ -13,16 +13,16 @@ from typing import Any, Protocol
 
 import torch
 
-from fusedgrpo.engine.metrics import USER_METRIC, is_own_metric
-from fusedgrpo.engine.redaction import hide_known
+from fusedgrpo.config.redaction import hide_known
+from fusedgrpo.engine.interrupts import StopSignals
+from fusedgrpo.engine.reporting.metrics_log import USER_METRIC, is_own_metric
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
-from fusedgrpo.engine.rewards.inline import Concurrent, EventLoop, Inline
+from fusedgrpo.engine.rewards.in_process import Concurrent, EventLoop, Inline
 from fusedgrpo.engine.rewards.labels import unique_labels
-from fusedgrpo.engine.rewards.resolve import Source, locate
 from fusedgrpo.engine.rewards.reward_model import RewardModel, is_reward_model, load_reward_model
+from fusedgrpo.engine.rewards.spec import Source, locate
 from fusedgrpo.engine.rewards.worker import Worker
 from fusedgrpo.engine.run_clock import RunClock
-from fusedgrpo.engine.signals import StopSignals
 from fusedgrpo.errors import RewardError, did_you_mean
 
 logger = logging.getLogger("fusedgrpo")

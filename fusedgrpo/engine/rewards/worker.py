@@ -29,7 +29,7 @@ from typing import Any
 
 import fusedgrpo
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply
-from fusedgrpo.engine.rewards.resolve import Source, load
+from fusedgrpo.engine.rewards.spec import Source, load
 from fusedgrpo.errors import RewardError
 from fusedgrpo.search_path import library_first
 

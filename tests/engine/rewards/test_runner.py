@@ -17,7 +17,7 @@ import torch
 from patience import HUNG
 
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions, build_rewards
-from fusedgrpo.engine.rollout_metrics import reward_metrics
+from fusedgrpo.engine.rollout.metrics import reward_metrics
 from fusedgrpo.errors import RewardError
 
 REWARDS = """

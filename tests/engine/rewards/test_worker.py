@@ -18,7 +18,7 @@ import pytest
 from patience import HUNG
 
 from fusedgrpo.engine.rewards.call import Batch, CallFailed
-from fusedgrpo.engine.rewards.resolve import locate
+from fusedgrpo.engine.rewards.spec import locate
 from fusedgrpo.engine.rewards.worker import Worker
 from fusedgrpo.errors import RewardError
 
@@ -309,7 +309,7 @@ PARENT = """
 import os, sys, time
 from pathlib import Path
 from fusedgrpo.engine.rewards.call import Batch
-from fusedgrpo.engine.rewards.resolve import locate
+from fusedgrpo.engine.rewards.spec import locate
 from fusedgrpo.engine.rewards.worker import Worker
 
 folder, how = Path(sys.argv[1]), sys.argv[2]

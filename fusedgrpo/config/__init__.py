@@ -1,0 +1,1 @@
+"""Every option of a run: names, types, ranges, contradictions. Imports no torch."""

@@ -1,0 +1,457 @@
+"""``GRPOConfig``: every option of a run, checked before any model loads.
+
+Names and defaults are TRL's where TRL has the option (the deliberate differences are listed in
+``tests/config/test_aliases.py``). Other spellings are in ``config/aliases.py``.
+"""
+
+# ruff: noqa: RUF009  (option() is dataclasses.field with our metadata)
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+from fusedgrpo.config.aliases import ALIASES, Alias
+from fusedgrpo.config.foreign import REFUSED
+from fusedgrpo.config.from_pretrained import settle
+from fusedgrpo.config.redaction import marks, redacted, remember
+from fusedgrpo.config.rules import broken_rules
+from fusedgrpo.config.script_surface import TrainingArgumentsSurface
+from fusedgrpo.config.values import (
+    check_text,
+    limits_of,
+    option,
+    read_value,
+    takes_text,
+    takes_truth,
+)
+from fusedgrpo.config.yaml_file import parse_override, read_config_file
+from fusedgrpo.errors import ConfigError, brief, did_you_mean
+
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+]
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
+
+
+@dataclass(kw_only=True, repr=False)
+class GRPOConfig(TrainingArgumentsSurface):
+    """The options of a run. ``dataclasses.replace(config, beta=0.04)`` makes another; an option
+    that is set is checked like one that is given, and a trainer that was made before says that it
+    keeps what it has.
+
+    Raises ConfigError with all violations at once: unknown names, names of options that other
+    trainers have and this one has not, wrong types, values out of range, contradictions.
+    """
+
+    # model
+    model_name_or_path: str | None = option(None, "model directory or Hub id")
+    model_revision: str | None = option(None, "branch, tag or commit of a Hub model")
+    tokenizer_name_or_path: str | None = option(None, "tokenizer, if not the model's own")
+    gguf_file: str | None = option(None, "GGUF file inside model_name_or_path")
+    trust_remote_code: bool = option(False, "run the Python code of the model repository")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype of the frozen weights; auto: as stored"
+    )
+    attn_implementation: str | None = option(None, "attention of transformers")
+    model_init_kwargs: dict[str, Any] | None = option(None, "more arguments of from_pretrained")
+
+    # adapter
+    stage: Literal["grpo"] = option("grpo", "the only training stage")
+    finetuning_type: Literal["lora", "full"] = option("lora", "train a LoRA adapter or all weights")
+    adapter_name_or_path: str | None = option(
+        None, "adapter to train further: a directory or Hub id"
+    )
+    lora_r: int = option(16, "rank of the adapter", low=1)
+    lora_alpha: int | None = option(None, "scale of the adapter; null: 2 * lora_r", low=1)
+    lora_dropout: float = option(0.0, "dropout in the adapter while training", low=0, below=1)
+    lora_target_modules: str | list[str] = option("all-linear", "module names, or all-linear")
+    disable_dropout: bool = option(True, "no dropout of the model's own while it trains")
+    use_rslora: bool = option(False, "scale the adapter by alpha / sqrt(r)")
+    load_in_4bit: bool = option(False, "load the frozen weights in 4 bits (QLoRA)")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit number format")
+    use_bnb_nested_quant: bool = option(True, "quantise the 4-bit scales too")
+
+    # data
+    dataset: str | None = option(None, "file, directory, name in dataset_dir or Hub name")
+    dataset_dir: str = option("data", "where dataset_info.json and named data sets are")
+    eval_dataset: str | None = option(None, "data set for evaluation")
+    val_size: float = option(
+        0.0, "rows held out for evaluation: a share if < 1, else a count", low=0
+    )
+    max_samples: int | None = option(None, "use at most the first rows of each data set", low=1)
+    template: str | None = option(None, "name of the chat template expected in the tokenizer")
+    system_prompt: str | None = option(None, "system message for rows that have none")
+    max_prompt_length: int | None = option(None, "refuse longer prompts (tokens)", low=1)
+    max_length: int | None = option(None, "limit of prompt + completion (tokens)", low=2)
+    on_bad_row: Literal["error", "skip"] = option("error", "unusable rows: stop, or list and skip")
+    shuffle_dataset: bool = option(True, "shuffle the prompts in each epoch")
+    text_as_user_turn: bool = option(
+        False, "render text prompts with the chat template, as the turn of a user"
+    )
+    prompt_add_special_tokens: bool = option(
+        True, "let the tokenizer add its BOS or EOS to text prompts"
+    )
+    chat_template_kwargs: dict[str, Any] | None = option(None, "variables of the chat template")
+
+    # batch
+    num_generations: int = option(8, "completions per prompt: the group size", low=2, high=65536)
+    num_generations_eval: int | None = option(
+        None, "group size in evaluation; null: num_generations", low=1, high=65536
+    )
+    max_completion_length: int = option(512, "limit of a completion (tokens)", low=1)
+    per_device_train_batch_size: int = option(8, "completions per device and micro-batch", low=1)
+    per_device_eval_batch_size: int = option(8, "completions sampled together in eval", low=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", low=1)
+    prompts_per_step: int | None = option(
+        None, "prompts per optimizer step; null: from the batch sizes", low=1
+    )
+    generation_batch_size: int | None = option(None, "completions sampled in one go", low=1)
+    steps_per_generation: int | None = option(
+        None, "micro-batches served by one sampling; null: one optimizer step", low=1
+    )
+    num_iterations: int = option(1, "optimizer passes over each rollout", low=1)
+    tokens_per_microbatch: int | None = option(
+        None, "packed tokens per forward pass; null: chosen for the device", low=1
+    )
+    shared_prompt: Literal["auto", "on", "off"] = option(
+        "auto", "forward a prompt once for all its completions, if the model can"
+    )
+
+    # sampling
+    temperature: float = option(1.0, "of sampling and of all log-probabilities", above=0)
+    top_p: float = option(1.0, "nucleus sampling", above=0, high=1)
+    top_k: int = option(0, "sample from the k most likely tokens; 0: from all", low=0)
+    min_p: float | None = option(
+        None, "minimum share of the best token's probability", low=0, high=1
+    )
+    repetition_penalty: float = option(1.0, "above 1 discourages repeated tokens", above=0)
+    skip_special_tokens: bool = option(
+        True, "in the text of completions; false keeps all but the EOS at their end"
+    )
+    max_in_flight: int | None = option(
+        None, "completions decoded together; null: what the plan says, or all", low=1
+    )
+
+    # loss
+    beta: float = option(0.0, "weight of the KL to the reference; 0: no reference", low=0)
+    epsilon: float = option(0.2, "lower clip bound of the ratio", low=0)
+    epsilon_high: float | None = option(None, "upper clip bound; null: epsilon", low=0)
+    delta: float | None = option(None, "cap of the ratio for negative advantages", above=1)
+    loss_type: LossType = option("dapo", "the surrogate and its normaliser")
+    importance_sampling_level: Literal["token", "sequence"] = option("token", "level of the ratio")
+    use_bias_correction_kl: bool = option(True, "multiply the KL by the ratio")
+    sapo_temperature_pos: float = option(1.0, "SAPO, positive advantages", above=0)
+    sapo_temperature_neg: float = option(1.05, "SAPO, negative advantages", above=0)
+    vespo_k_pos: float = option(2.0, "VESPO, positive advantages", low=0)
+    vespo_lambda_pos: float = option(3.0, "VESPO, positive advantages", low=0)
+    vespo_k_neg: float = option(3.0, "VESPO, negative advantages", low=0)
+    vespo_lambda_neg: float = option(2.0, "VESPO, negative advantages", low=0)
+    mask_truncated_completions: bool = option(False, "leave cut completions out of the loss")
+    entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
+    router_aux_loss_coef: float | None = option(
+        None, "weight of a mixture of experts' load-balancing loss; null: the model's own", low=0
+    )
+    sampler_correction: bool = option(False, "weigh tokens by exp(old logp - sampler logp)")
+    sampler_correction_cap: float = option(3.0, "upper bound of that weight", above=0)
+
+    # rewards
+    reward_funcs: Any = option(None, "names, module:function, file.py:function, or callables")
+    reward_weights: list[float] | None = option(None, "one weight per reward function; null: 1")
+    reward_kwargs: dict[str, Any] | None = option(None, "{function name: {argument: value}}")
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "divide advantages by the standard deviation of"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
+        "sum_then_normalize", "how several rewards become one advantage"
+    )
+    on_reward_error: Literal["halt", "drop"] = option(
+        "halt", "a failing reward: stop, or no reward"
+    )
+    reward_timeout: float | None = option(
+        300.0,
+        "seconds per batch, of reward functions in a worker process and of async ones",
+        above=0,
+    )
+
+    # optimizer
+    learning_rate: float = option(1e-6, "peak learning rate", low=0)
+    weight_decay: float = option(0.0, "of AdamW", low=0)
+    adam_beta1: float = option(0.9, "of AdamW", low=0, below=1)
+    adam_beta2: float = option(0.999, "of AdamW", low=0, below=1)
+    adam_epsilon: float = option(1e-8, "of AdamW", above=0)
+    max_grad_norm: float = option(1.0, "clip the gradient norm; 0: never", low=0)
+    optim: Optimizer = option("adamw_torch_fused", "the optimizer")
+    lr_scheduler_type: Scheduler = option("linear", "the schedule of transformers")
+    warmup_steps: float = option(0.0, "steps, or a share of the run if < 1", low=0)
+    num_train_epochs: float = option(3.0, "passes over the data", above=0)
+    max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1)
+    max_nonfinite_steps: int = option(0, "non-finite updates skipped in a row before a halt", low=0)
+
+    # precision and memory
+    bf16: bool | None = option(None, "compute in bfloat16; null: where the device has it")
+    fp16: bool = option(False, "compute in float16")
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
+    activation_offloading: bool | None = option(
+        None, "keep checkpointed activations in host memory; null: if the plan needs it"
+    )
+    gpu_memory: str | None = option(
+        None, "size of the card to plan for, such as 24GB; null: that of the device"
+    )
+    rehearsal: bool | None = option(None, "try the greatest lengths before step 1; null: on a GPU")
+    use_cpu: bool = option(False, "stay on the CPU")
+
+    # run
+    do_train: bool = option(True, "this program only trains")
+    output_dir: str = option("trainer_output", "everything a run writes")
+    overwrite_output_dir: bool = option(False, "delete a previous run there instead of moving it")
+    seed: int = option(42, "of every random choice", low=0)
+    logging_steps: int = option(10, "show a line every so many steps", low=1)
+    save_strategy: Literal["no", "steps"] = option("steps", "when to checkpoint")
+    save_steps: int = option(500, "optimizer steps between checkpoints", low=1)
+    save_total_limit: int | None = option(None, "checkpoints to keep; null: all", low=1)
+    eval_strategy: Literal["no", "steps"] = option("no", "when to evaluate")
+    eval_steps: int | None = option(None, "steps between evaluations; null: logging_steps", low=1)
+    resume_from_checkpoint: str | None = option(None, "a path; true or auto: the newest")
+    allow_change: tuple[str, ...] = option((), "options that may differ from the checkpoint's")
+    report_to: str | list[str] = option("none", "trackers beside metrics.jsonl")
+    run_name: str | None = option(None, "name of the run in the trackers")
+    log_completions: bool = option(False, "show sample completions")
+    num_completions_to_print: int | None = option(None, "how many of them; null: all", low=1)
+
+    if not TYPE_CHECKING:  # type checkers and editors see the generated signature
+
+        def __init__(self, /, *output_dir: Any, **given: Any):
+            if len(output_dir) > 1 or (output_dir and "output_dir" in given):
+                raise ConfigError("Options are given by name, and output_dir once.")
+            if output_dir:
+                given["output_dir"] = output_dir[0]
+            values, problems = _resolve(given)
+            for spec in fields(self):
+                object.__setattr__(self, spec.name, values.get(spec.name, spec.default))
+            remember(values)
+            problems += _left_out(values)
+            problems += broken_rules(self, skip={name for name, _ in problems})
+            _raise_all(problems)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name.startswith("_") or (name not in _HINTS and name in _own_fields(self)):
+                object.__setattr__(self, name, value)  # private, or of a derived class
+                return
+            values, problems = _resolve({name: value})
+            before = {option: getattr(self, option) for option in values}
+            for option, read in values.items():
+                object.__setattr__(self, option, read)
+            problems += broken_rules(self, skip={option for option, _ in problems})
+            if problems:
+                for option, read in before.items():
+                    object.__setattr__(self, option, read)
+                _raise_all(problems)
+            changed = [option for option in values if values[option] != before[option]]
+            if changed and vars(self).get("_used"):
+                log.warning(
+                    "%s was changed after a trainer was made from this configuration: what that "
+                    "trainer has built already stays as it is.",
+                    ", ".join(changed),
+                )
+
+        def __getattr__(self, name: str) -> Any:
+            # Only for what is no option: those of other trainers are as they would be there.
+            if name in REFUSED:
+                return next(iter(REFUSED[name].inert), None)
+            if name in ALIASES and ALIASES[name].convert is None:
+                return getattr(self, ALIASES[name].option)
+            if name in ALIASES:
+                raise AttributeError(f"{name} is read from {ALIASES[name].option} here.")
+            raise AttributeError(f"GRPOConfig has no option {name!r}.{did_you_mean(name, _HINTS)}")
+
+    def __repr__(self) -> str:
+        return f"GRPOConfig(**{self.to_record()!r})"
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> GRPOConfig:
+        """The configuration that a mapping of option names (any known spelling) describes."""
+        return cls(**{_label(key): value for key, value in options.items()})
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, overrides: Mapping[str, str | None] | None = None
+    ) -> GRPOConfig:
+        """Read a YAML or JSON file. ``overrides`` win: text, as typed on a command line, or None
+        for an option without a value, which can only mean true."""
+        typed: dict[str, Any] = {}
+        bare: list[Problem] = []
+        for key, text in (overrides or {}).items():
+            alias = ALIASES.get(key, Alias(key))
+            hint = _HINTS.get(alias.option, bool)
+            if text is None and alias.convert is None and not takes_truth(hint):
+                bare.append((alias.option, f"{_label(key)}: has no value on the command line."))
+            else:
+                typed[key] = True if text is None else parse_override(text, takes_text(hint))
+        values, problems = _resolve(read_config_file(path))
+        winning, more = _resolve(typed)
+        _raise_all(problems + more + bare)
+        return cls(**{**values, **winning})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain JSON and YAML types; callables by their import path."""
+        return {spec.name: _plain(getattr(self, spec.name)) for spec in fields(self)}
+
+    def to_record(self) -> dict[str, Any]:
+        """``to_dict()`` as it is stored and shown, a mark in place of keys, passwords, tokens."""
+        return redacted(self.to_dict())
+
+
+def _own_fields(config: GRPOConfig) -> set[str]:
+    return {spec.name for spec in fields(config)}
+
+
+_HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
+# As in transformers it is annotated without the truth values: HfArgumentParser stops at a union of
+# text and bool.
+_HINTS["resume_from_checkpoint"] = str | bool | None
+_LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
+
+# Everywhere else an empty text is a mistake, often a variable of a shell that is not set; as a
+# path it would mean the working directory.
+_MAY_BE_EMPTY = ("system_prompt",)
+
+log = logging.getLogger("fusedgrpo")
+
+# A violation: the option (or unknown key) that it is about, and the line to print.
+Problem = tuple[str, str]
+
+
+def _resolve(given: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Our names and read values of what was ``given``, and what is wrong with the rest."""
+    values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    problems: list[Problem] = []
+    asked = [(_label(key), key, value) for key, value in given.items()]
+    if isinstance(more := given.get("model_init_kwargs"), Mapping):
+        settled = settle(more)
+        asked += settled.options
+        problems += [("model_init_kwargs", f"{name}: {text}") for name, text in settled.problems]
+        asked = [
+            (label, key, (settled.arguments or None) if key == "model_init_kwargs" else value)
+            for label, key, value in asked
+        ]
+    for label, key, value in asked:
+        name = ALIASES[key].option if key in ALIASES else _label(key)
+        try:
+            if key in REFUSED:
+                if REFUSED[key].accepts(value):
+                    continue
+                raise ValueError(f"not supported: {REFUSED[key].remedy}.")
+            if name not in _HINTS:
+                raise ValueError(f"unknown option.{did_you_mean(name, [*_HINTS, *ALIASES])}")
+            convert = ALIASES[key].convert if key in ALIASES else None
+            value = _tidy(name, convert(value) if convert else value)
+            if isinstance(value, str) and not value.strip() and name not in _MAY_BE_EMPTY:
+                raise ValueError(
+                    f"expected text, got {value!r}. Leave the option out for its default."
+                )
+            value = read_value(value, _HINTS[name], _LIMITS[name])
+        except ValueError as error:
+            problems.append((name, f"{label}: {error}"))
+            continue
+        if name in values and values[name] != value:
+            both = f"given as {brief(values[name])} and {brief(value)}"
+            problems.append((name, f"{spelled[name]} and {label} are one option, {both}."))
+        values[name] = value
+        spelled[name] = label
+    return values, problems
+
+
+def _left_out(values: Mapping[str, Any]) -> list[Problem]:
+    """The secrets that are missing in options which come from the record of another run."""
+    found = [(name, path) for name, value in values.items() for path in marks(value, name)]
+    return [
+        (name, f"{path}: was a secret and left out where this was written; give it anew.")
+        for name, path in found
+    ]
+
+
+def _label(key: Any) -> str:
+    """The name of an option, or whatever was given as one, for a message."""
+    return key if isinstance(key, str) and len(key) <= 100 else brief(key)
+
+
+def _tidy(name: str, value: Any) -> Any:
+    """Bring the accepted spellings of a few options to one form. The type check comes after."""
+    if name == "reward_funcs":
+        return _reward_funcs(value)
+    if name == "dtype" and type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
+    if not isinstance(value, (str, bool, list, tuple, NoneType)):  # == may be anything: an array's
+        return value
+    if name in ("lora_target_modules", "report_to") and isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    if name == "lora_target_modules":
+        if value is None:  # TRL's default
+            return "all-linear"
+        if value == []:
+            raise ValueError("expected module names or all-linear, got none.")
+        return "all-linear" if value in (["all"], ["all-linear"]) else value
+    if name == "report_to":
+        return "none" if value in (None, [], ["none"]) else value
+    if name == "scale_rewards" and value in (True, "true"):
+        return "group"
+    if name == "scale_rewards" and value == "false":
+        return "none"
+    if name == "resume_from_checkpoint" and value in ("true", "false"):
+        return value == "true"
+    return value
+
+
+def _reward_funcs(value: Any) -> list[Any] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    funcs = list(value) if isinstance(value, (list, tuple)) else [value]
+    for func in funcs:
+        if isinstance(func, str):
+            check_text(func)
+        elif not callable(func):
+            kind = type(func).__name__
+            raise ValueError(f"expected names or callables, got {brief(func)} ({kind}).")
+    if not funcs:
+        raise ValueError("expected at least one reward function, got none.")
+    return funcs
+
+
+def _raise_all(problems: list[Problem]) -> None:
+    if problems:
+        raise ConfigError(text for _, text in problems)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        scalar = (str, int, float, bool, NoneType)
+        return {k if isinstance(k, scalar) else str(k): _plain(item) for k, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if callable(value):
+        value = value if hasattr(value, "__qualname__") else type(value)
+        return f"{value.__module__}:{value.__qualname__}"
+    return str(value)

@@ -1,0 +1,1 @@
+"""Prompts: read, encoded and checked before the first step."""

@@ -1,0 +1,246 @@
+"""The prompts of a run: read, encoded and checked before the first step, none dropped silently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.data.encoder import PromptEncoder
+from fusedgrpo.engine.data.fingerprint import joined, row_digest
+from fusedgrpo.engine.data.formats import (
+    BadRowError,
+    Layout,
+    Messages,
+    Prompt,
+    PromptLayout,
+    guess_layout,
+    missing_column,
+)
+from fusedgrpo.engine.data.media import media_reason
+from fusedgrpo.engine.data.sources import Row, Source, read_source
+from fusedgrpo.engine.run_clock import RunClock
+from fusedgrpo.errors import DataError
+from fusedgrpo.input_files import exists
+
+logger = logging.getLogger("fusedgrpo")
+
+# Columns that the reward functions do not get (TRL's rule), and names that they get otherwise.
+_DROPPED = ("prompt", "completion", "completion_ids")
+_TAKEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt.
+
+    row: index in the source. prompt: text or messages, as the reward functions get it.
+    prompt_ids: what the model gets. columns: the row's other columns, as in the source.
+    read: the prompt before it was encoded. digest: sha256 of the row, as in the source.
+    """
+
+    row: int
+    prompt: str | Messages
+    prompt_ids: tuple[int, ...]
+    columns: dict[str, Any]
+    read: Prompt | None = None
+    digest: bytes = b""
+
+
+@dataclass
+class PromptDataset:
+    """Prompts, ready to sample from.
+
+    Every example has all of ``column_names`` (None where its row lacks one). conversational:
+    prompts are messages, and so will completions be. skipped: ``{"row", "where", "reason"}`` of
+    each row left out. encoder: what encoded the prompts.
+    """
+
+    examples: list[Example]
+    column_names: list[str]
+    conversational: bool
+    source: str
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    encoder: PromptEncoder | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the rows of the source that are used: equal for equal training data."""
+        return joined(example.digest for example in self.examples)
+
+    @property
+    def ids_fingerprint(self) -> str:
+        """sha256 over the token ids of the prompts."""
+        return joined(row_digest({"ids": example.prompt_ids}) for example in self.examples)
+
+    @property
+    def fingerprint_of_format_1(self) -> str:
+        """What checkpoints of version 0.1 hold: sha256 over token ids and columns together."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            line = json.dumps([example.prompt_ids, example.columns], sort_keys=True, default=str)
+            digest.update(line.encode() + b"\n")
+        return digest.hexdigest()
+
+    def encoded_again(self) -> PromptDataset:
+        """The same prompts as the encoder renders them now: by another date, if its template says
+        one. Raises DataError for one that cannot be used any more."""
+        if self.encoder is None or not self.encoder.is_dated:
+            return self
+        examples = []
+        for example in self.examples:
+            assert example.read is not None
+            try:
+                ids = self.encoder.encode(example.read)
+            except (BadRowError, DataError) as error:
+                raise DataError(f"{self.source} row {example.row}: {error}") from error
+            examples.append(replace(example, prompt_ids=ids))
+        return replace(self, examples=examples)
+
+    def split(self, val_size: float, seed: int) -> tuple[PromptDataset, PromptDataset]:
+        """Training and held-out part: a share of the examples if ``val_size`` < 1, else a count."""
+        total = len(self.examples)
+        count = int(val_size) if val_size >= 1 else max(1, round(val_size * total))
+        if count >= total:
+            raise DataError(f"val_size {val_size:g} leaves none of {total} prompts for training.")
+        held_out = set(random.Random(seed).sample(range(total), count))
+        train = [e for i, e in enumerate(self.examples) if i not in held_out]
+        held = [e for i, e in enumerate(self.examples) if i in held_out]
+        return replace(self, examples=train), replace(self, examples=held, skipped=[])
+
+
+def load_prompts(
+    source: Any,
+    config: GRPOConfig,
+    tokenizer: Any,
+    *,
+    vocab_size: int | None,
+    context_length: int | None,
+    split: str = "train",
+    clock: RunClock | None = None,
+) -> PromptDataset:
+    """Read, encode and check all prompts of ``source``.
+
+    source: a name or path (several, comma-separated), a ``datasets.Dataset`` or a list of dicts.
+    vocab_size, context_length: the model's, where known. clock: says the date to chat
+    templates; the system's if there is none.
+    Raises DataError for a source, column or row that cannot be used.
+    """
+    encoder = PromptEncoder(
+        config, tokenizer, vocab_size=vocab_size, context_length=context_length, clock=clock
+    )
+    name, rows = _read_all(source, config, split)
+    examples: list[Example] = []
+    skipped: list[dict[str, Any]] = []
+    kind: type | None = None
+    for index, (row, layout) in enumerate(rows):
+        try:
+            example = _encode(index, row, layout, encoder)
+            kind = kind or type(example.prompt)
+            if type(example.prompt) is not kind:
+                raise BadRowError("it mixes text prompts and messages with the rows before it")
+        except BadRowError as reason:
+            skipped.append({"row": index, "where": row.where, "reason": str(reason)})
+            continue
+        examples.append(example)
+    if skipped:
+        _report(skipped, len(rows), name, config)
+    if not examples:
+        raise DataError(
+            f"{name}: {len(rows)} rows, none of them a usable prompt:\n{_listing(skipped)}"
+        )
+
+    columns = list(dict.fromkeys(key for example in examples for key in example.columns))
+    examples = [replace(e, columns={key: e.columns.get(key) for key in columns}) for e in examples]
+    return PromptDataset(examples, columns, kind is list, name, skipped, encoder)
+
+
+def _read_all(source: Any, config: GRPOConfig, split: str) -> tuple[str, list[tuple[Row, Layout]]]:
+    """The name of the source, or of all in a comma-separated list, and their rows in order."""
+    several = isinstance(source, str) and "," in source and not exists(Path(source))
+    names: list[str] = []
+    rows: list[tuple[Row, Layout]] = []
+    for one in source.split(",") if several else [source]:
+        found = read_source(one.strip() if several else one, config.dataset_dir, split)
+        kept = found.rows[: config.max_samples]
+        if not kept:
+            raise DataError(f"{found.name}: no rows.")
+        layout = _layout(found)
+        names.append(found.name)
+        rows += [(row, layout) for row in kept]
+    return ", ".join(names), rows
+
+
+def _layout(source: Source) -> Layout:
+    columns = list(dict.fromkeys(key for row in source.rows for key in row.values or ()))
+    if not columns:  # no row could be read: let their reasons be the message
+        return PromptLayout()
+    layout = source.layout or guess_layout(columns, source.name)
+    if layout.required not in columns:
+        raise missing_column(layout.required, columns, source.name)
+    for name in _TAKEN:
+        if name in columns:
+            raise DataError(
+                f"{source.name}: reward functions get their own {name!r}; rename the column."
+            )
+    return layout
+
+
+def _encode(index: int, row: Row, layout: Layout, encoder: PromptEncoder) -> Example:
+    if row.values is None:
+        raise BadRowError(row.reason)
+    try:
+        if reason := media_reason(row.values):
+            raise BadRowError(reason)
+        prompt = layout.read(row.values)
+        prompt_ids = encoder.encode(prompt)
+        digest = row_digest(row.values)
+    except BadRowError:
+        raise
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    except Exception as error:  # values of any type may be in a row
+        raise BadRowError(f"it cannot be read: {type(error).__name__}: {error}") from error
+    columns = {key: value for key, value in row.values.items() if key not in _DROPPED}
+    if prompt.answer is not None:
+        columns.setdefault("solution", prompt.answer)
+    return Example(index, prompt.given, prompt_ids, columns, prompt, digest)
+
+
+def _report(skipped: list[dict[str, Any]], total: int, name: str, config: GRPOConfig) -> None:
+    """Stop for unusable rows, or say which were skipped."""
+    listing = _listing(skipped)
+    if config.on_bad_row == "error":
+        raise DataError(
+            f"{name}: {len(skipped)} of {total} rows cannot be used:\n{listing}\n"
+            "Correct them, or set on_bad_row: skip."
+        )
+    logger.warning(f"{name}: skipped {len(skipped)} of {total} rows:\n{listing}")
+
+
+def _listing(skipped: list[dict[str, Any]]) -> str:
+    """The first rows that cannot be used and why; one line for all that share a reason."""
+    by_reason: dict[str, list[str]] = {}
+    for bad in skipped:
+        by_reason.setdefault(bad["reason"], []).append(bad["where"])
+    lines = []
+    for reason, where in list(by_reason.items())[:_SHOWN]:
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        lines.append(f"  {where[0]}{more}: {reason}")
+    if len(by_reason) > _SHOWN:
+        rest = sum(len(where) for where in list(by_reason.values())[_SHOWN:])
+        lines.append(f"  ... and {rest} more")
+    return "\n".join(lines)

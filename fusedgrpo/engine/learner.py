@@ -1,0 +1,358 @@
+"""One optimizer step: micro-batches forward and backward, clip, check, step."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.rollout.training_sample import Sample, concatenated, has_gradient, loss_mask
+from fusedgrpo.engine.seeding import seeded
+from fusedgrpo.kernels import LossOptions, policy_loss
+from fusedgrpo.models import missing_backward
+from fusedgrpo.models.finite import largest
+from fusedgrpo.models.micro_batches import forwarded_tokens, longest, micro_batches, shares
+from fusedgrpo.models.packed_batch import PackedBatch
+from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.router import RouterSums
+
+MISMATCH_MEAN = "sampling/sampling_logp_difference/mean"
+MISMATCH_MAX = "sampling/sampling_logp_difference/max"
+
+
+@dataclass(slots=True)
+class UpdateResult:
+    """applied: False if loss or gradient was not finite and the weights were left alone.
+    largest_weight: in absolute value, of those that train, on their device and not waited for; not
+    finite if any of them is not."""
+
+    applied: bool
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    largest_weight: Tensor | None = None
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """What came of one micro-batch. tokens, sequences: those in the loss; forwarded: tokens."""
+
+    tokens: int
+    sequences: int
+    forwarded: int
+    loss: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    aux_loss: float = 0.0
+
+
+class Updater:
+    """Holds the optimizer, its schedule and, in float16, the loss scale.
+
+    A mixture of experts has a load-balancing loss over all tokens of the step. It depends on how
+    often each expert is chosen in all of them, so where they are cut, into micro-batches or
+    processes, a forward pass without gradients counts first.
+
+    poll: called between micro-batches, so that a signal does not wait for a long step.
+    processes: each forwards its share of the samples, and gradients are summed. offload: entered
+    around the forward pass. changing: called before anything of weights or optimizer changes.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        options: LossOptions,
+        *,
+        max_grad_norm: float,
+        guard: MemoryGuard,
+        entropy_coef: float = 0.0,
+        seed: int = 0,
+        poll: Callable[[], None] = lambda: None,
+        processes: Processes | None = None,
+        offload: AbstractContextManager[Any] | None = None,
+        changing: Callable[[], None] = lambda: None,
+    ):
+        self.policy = policy
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.options = options
+        self.max_grad_norm = max_grad_norm
+        self.guard = guard
+        self.entropy_coef = entropy_coef
+        self.seed = seed
+        self.poll = poll
+        self.processes = processes or Processes()
+        self.offload = offload or nullcontext()
+        self.changing = changing
+        self.scaler = torch.amp.GradScaler(
+            policy.device.type, enabled=policy.compute_dtype == torch.float16
+        )
+        # It makes its state with the first loss, which a process without work never has.
+        self.scaler.scale(torch.zeros((), device=policy.device))
+
+    def step(self, samples: Sequence[Sample], step: int) -> UpdateResult:
+        """Update on ``samples``; the denominators are those of all of them together.
+
+        The weights change only if loss and gradient norm are finite. A signal that ``poll`` raises
+        leaves weights, optimizer and gradients as they were.
+        """
+        try:
+            loss, metrics = self._accumulate(samples, step)
+            parameters = [p for _, p in self.policy.trainable()]
+            self.processes.sum_gradients(parameters)
+            if all(p.grad is None for p in parameters):
+                # Where no sample had a gradient the optimizer still takes its step, as it would
+                # have with the zeros that a forward and backward of them yields.
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.scaler.unscale_(self.optimizer)
+            norm = self.guard.repeat(lambda: self._norm(parameters), "the gradient norm")
+            result = UpdateResult(False, loss, norm.item(), metrics)
+            result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+            if result.applied:
+                if self.max_grad_norm > 0:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+                self.changing()
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+            # A skipped update still is a step of the schedule, which is a function of the step.
+            self.scheduler.step()
+            result.largest_weight = largest(parameters)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that comes next."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _accumulate(self, samples: Sequence[Sample], step: int) -> tuple[float, dict[str, float]]:
+        """This process's share of the gradients in ``.grad``; loss and metrics of all samples."""
+        num_items = sum(sample.loss_tokens for sample in samples)
+        skipped = [sample for sample in samples if not self._has_gradient(sample)]
+        live = [sample for sample in samples if self._has_gradient(sample)]
+        own = shares([s.pair for s in live], self.processes.size)[self.processes.rank]
+        mine = live[own.start : own.stop]
+        load = None
+        if self.policy.router is not None and self.processes.size > 1:
+            nothing = self.policy.router.nothing("cpu")
+            load = sum(self.processes.together(lambda: self._load_that_fits(mine)), nothing)
+        done = self.processes.together(
+            lambda: self._backward_that_fits(mine, num_items, len(samples), step, load)
+        )
+        parts = [part for of_process in done for part in of_process]
+        merged = merge_metrics(parts, skipped, self.options)
+        merged["frac_rows_skipped"] = len(skipped) / max(len(samples), 1)
+        merged["num_forwarded_tokens"] = sum(part.forwarded for part in parts)
+        if self.entropy_coef:
+            merged["entropy_coef"] = self.entropy_coef
+        if self.policy.router is not None:
+            merged["aux_loss"] = math.fsum(part.aux_loss for part in parts)
+        if "sampling/dropped_tokens" in merged:  # those of rows that were not forwarded, too
+            merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
+        return math.fsum(part.loss for part in parts), merged
+
+    def _load_that_fits(self, samples: Sequence[Sample]) -> RouterSums:
+        work = functools.partial(self._load, samples)
+        return self.guard.update(work, lambda: self._longest(samples), "counting experts")
+
+    def _load(self, samples: Sequence[Sample]) -> RouterSums:
+        """What the router does with the tokens of ``samples``, without gradients, on the CPU."""
+        assert self.policy.router is not None
+        nothing = self.policy.router.nothing("cpu")
+        routed: list[RouterSums] = []
+        with self.policy.scoring(), self.policy.autocast():
+            for members in self._cut(samples):
+                self.poll()
+                self.policy.hidden(self._packed([samples[i] for i in members]), routed=routed)
+        return sum((sums.to("cpu") for sums in routed), nothing)
+
+    def _cut(self, samples: Sequence[Sample]) -> list[list[int]]:
+        pairs = [sample.pair for sample in samples]
+        return micro_batches(pairs, self.guard.tokens, self.policy.layout, whole=self.policy.whole)
+
+    def _longest(self, samples: Sequence[Sample]) -> int:
+        return longest([sample.pair for sample in samples], whole=self.policy.whole)
+
+    def _packed(self, batch: Sequence[Sample]) -> PackedBatch:
+        # As in TRL, a completion that is out of the loss is out of the router's as well.
+        return self.policy.pack([s.pair for s in batch], counted=[s.in_loss for s in batch])
+
+    def _backward_that_fits(
+        self,
+        samples: Sequence[Sample],
+        num_items: int,
+        num_sequences: int,
+        step: int,
+        load: RouterSums | None,
+    ) -> list[MicroBatch]:
+        def work() -> list[MicroBatch]:
+            self.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has left
+            share = {} if load is None else {"load": load}
+            return self.backward(samples, num_items, num_sequences, step, **share)
+
+        return self.guard.update(work, lambda: self._longest(samples), "the update")
+
+    def backward(
+        self,
+        samples: Sequence[Sample],
+        num_items: int,
+        num_sequences: int,
+        step: int,
+        load: RouterSums | None = None,
+    ) -> list[MicroBatch]:
+        """Forward and backward of ``samples``, micro-batch by micro-batch.
+
+        load: what the router does with all tokens of the step, where ``samples`` are not all.
+        """
+        layout, whole = self.policy.layout, self.policy.whole
+        cut = self._cut(samples)
+        if self.policy.router is not None and load is None and len(cut) > 1:
+            load = self._load(samples)
+        parts: list[MicroBatch] = []
+        losses: list[Tensor] = []
+        measured: list[Tensor] = []
+        names: list[str] = []
+        for index, members in enumerate(cut):
+            self.poll()
+            batch = [samples[i] for i in members]
+            # Dropout, if there is any, repeats itself when the step is run again after a resume.
+            with (
+                seeded(self.processes.derive(self.seed, "update", step, index)),
+                self.policy.training(),  # as a whole: checkpointing forwards again in the backward
+            ):
+                loss, metrics = self._loss(batch, num_items, num_sequences, load)
+                with missing_backward.refused():
+                    self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            del loss  # and its graph, before the next forward pass
+            names = list(metrics)
+            measured.append(torch.stack([metrics[name].float() for name in names]))
+            parts.append(
+                MicroBatch(
+                    tokens=sum(sample.loss_tokens for sample in batch),
+                    sequences=sum(sample.loss_tokens > 0 for sample in batch),
+                    forwarded=forwarded_tokens([s.pair for s in batch], layout, whole=whole),
+                )
+            )
+        # Only now, when nothing is left to start, wait for the device.
+        for part, loss, row in zip(parts, losses, measured, strict=True):
+            part.loss = loss.item()
+            part.metrics = dict(zip(names, row.tolist(), strict=True))
+            part.aux_loss = part.metrics.pop("aux_loss", 0.0)
+        return parts
+
+    def _norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def _has_gradient(self, sample: Sample) -> bool:
+        # The router's loss has a gradient in all of them.
+        return self.policy.whole or has_gradient(sample, self.options, self.entropy_coef)
+
+    def _loss(
+        self,
+        batch: Sequence[Sample],
+        num_items: int,
+        num_sequences: int,
+        load: RouterSums | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        device = self.policy.device
+        packed = self._packed(batch)
+        routed: list[RouterSums] = []
+        with self.offload:
+            logp, entropy = self.policy.logprobs(
+                packed,
+                entropy=True if self.entropy_coef else "detached",
+                **({} if self.policy.router is None else {"routed": routed}),
+            )
+        assert entropy is not None
+        mask = loss_mask(batch, device)
+        weight = concatenated(batch, "sampler_weight", device)
+        old_logp = concatenated(batch, "old_logp", device)
+        loss, metrics = policy_loss(
+            logp,
+            torch.tensor([s.advantage for s in batch], device=device),
+            packed.cu_completions,
+            old_logp=old_logp,
+            ref_logp=concatenated(batch, "ref_logp", device),
+            mask=mask,
+            sampler_ratio=weight,
+            entropy=entropy,
+            num_items=num_items,
+            num_sequences=num_sequences,
+            **self.options.to_dict(),
+        )
+        sampled = concatenated(batch, "sampler_logp", device)
+        if sampled is not None and old_logp is None:
+            # The policy that sampled these tokens is the one that was just evaluated.
+            gap = torch.where(sampled.isfinite(), (logp.detach() - sampled).abs(), 0.0)
+            metrics[MISMATCH_MEAN] = gap.sum() / sampled.isfinite().sum().clamp(min=1)
+            metrics[MISMATCH_MAX] = gap.max() if len(gap) else gap.sum()
+        if self.entropy_coef:
+            metrics["policy_loss"] = loss.detach()
+            acting = mask if weight is None else mask & weight.isfinite()
+            bonus = torch.where(acting, entropy, 0.0).sum() / max(num_items, 1)
+            loss = loss - self.entropy_coef * bonus
+        if self.policy.router is not None:
+            balance = self.policy.router.loss(routed[0], load).to(loss.device)
+            metrics["aux_loss"] = balance.detach()
+            loss = loss + self.policy.router.coef * balance
+        return loss, metrics
+
+
+SUMS = ("policy_loss", "sampling/dropped_tokens")
+
+
+def merge_metrics(
+    parts: Sequence[MicroBatch], skipped: Sequence[Sample], options: LossOptions
+) -> dict[str, float]:
+    """The metrics of micro-batches as those of the step, as if it had been one batch.
+
+    skipped: samples that were not forwarded; nothing of them was clipped, and no more is known.
+    """
+    # A part without a token says nothing, unless all are like that.
+    parts = [part for part in parts if part.tokens] or list(parts[-1:])
+    names = list(parts[0].metrics) if parts else []
+    return {name: _merge(name, parts, skipped, options) for name in names}
+
+
+def _merge(
+    name: str, parts: Sequence[MicroBatch], skipped: Sequence[Sample], options: LossOptions
+) -> float:
+    values = [part.metrics[name] for part in parts]
+    unclipped = sum(sample.loss_tokens > 0 for sample in skipped)
+    clip_metric = name.startswith(("clip_ratio/", "cispo_clip_ratio"))
+    if clip_metric and unclipped:
+        values = [*values, 0.0]
+    if name in SUMS:
+        return math.fsum(values)
+    if name == "clip_ratio/low_min":
+        return min(values)
+    if name in ("clip_ratio/high_max", MISMATCH_MAX):
+        return max(values)
+    by_sequence = name == "vespo/phi_seq_mean" or (
+        options.importance_sampling_level == "sequence"
+        and name.startswith(("clip_ratio/", "cispo_", "log_ratio_"))
+    )
+    weights = [part.sequences if by_sequence else part.tokens for part in parts]
+    if len(values) > len(weights):
+        tokens = sum(sample.loss_tokens for sample in skipped)
+        weights.append(unclipped if by_sequence else tokens)
+    return weighted_mean(values, weights)
+
+
+def weighted_mean(values: Iterable[float], weights: Sequence[int]) -> float:
+    """The mean; 0 where all weights are 0."""
+    values = list(values)
+    total = sum(weights)
+    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0

@@ -1,0 +1,1 @@
+"""GPU memory: planned before a run, retried in it."""

@@ -1,0 +1,190 @@
+"""What takes the memory of a GPU's kernels without being them, on fake tensors.
+
+4-bit layers that dequantise their weight for each product, as bitsandbytes does for more than a few
+rows; FlashAttention over keys whose prompts are repeated; the tiles of the head operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedgrpo.engine.memory.storage_tracker import BLOCK, StorageTracker
+from fusedgrpo.kernels.launch import Tiling
+
+ATTENTION = "fusedgrpo_memory"
+
+
+class Batch(NamedTuple):
+    """Tokens of a packed micro-batch: forwarded, as keys (prompts repeated), scored."""
+
+    tokens: int
+    keys: int
+    scored: int
+
+
+def four_bit_bytes(elements: int, nested: bool) -> int:
+    """bitsandbytes: two weights a byte, a scale for each 64; nested, scales of a byte and a float32
+    for each 256 of them, with a table of 256 and an offset."""
+    scales = -(-elements // 64)
+    state = [scales, 4 * -(-scales // 256), BLOCK] if nested else [4 * scales]
+    return sum(map(rounded, (-(-elements // 2), *state)))
+
+
+def rounded(size: int) -> int:
+    """As the allocator rounds it."""
+    return -(-size // BLOCK) * BLOCK
+
+
+class FourBitLinear(nn.Linear):
+    """A linear layer that takes the memory of ``bitsandbytes.nn.Linear4bit`` with an adapter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # peft clones the result of a 4-bit layer.
+        return _FourBitProduct.apply(x, self.out_features, self.bias).clone()
+
+
+class _FourBitProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+        ctx.shape = out_features, x.shape[-1]
+        _dequantised(x, ctx.shape)
+        return x.new_empty((*x.shape[:-1], out_features))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight = _dequantised(grad, ctx.shape)
+        return grad.new_empty((*grad.shape[:-1], weight.shape[1])), None, None
+
+
+def _dequantised(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    scales = x.new_empty(-(-math.prod(shape) // 64), dtype=torch.float32)
+    scales = scales + 1  # the offset
+    return x.new_empty(shape)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    fusedgrpo_keys: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As an attention implementation of transformers. fusedgrpo_keys: of a packed batch."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if fusedgrpo_keys is None:
+        if q.shape[1] > 1 and q.shape[2] > k.shape[2]:  # SDPA with a mask repeats the heads
+            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+        return v.new_empty((*q.shape[:-1], v.shape[-1])), None
+    return _VarlenAttention.apply(q[0], k[0], v[0], fusedgrpo_keys)[None], None
+
+
+class _VarlenAttention(torch.autograd.Function):
+    """FlashAttention 2 (``mha_varlen_bwd``) over gathered keys, and our ``gather_rows``."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: int) -> Tensor:
+        k, v = (x.new_empty((keys, *x.shape[1:])) for x in (k, v))
+        sums = q.new_empty(q.shape[:2], dtype=torch.float32)
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        ctx.save_for_backward(q, k, v, sums, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, sums, out = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        scratch = [torch.empty_like(q, dtype=torch.float32), torch.empty_like(sums)]
+        if q.shape[1] != k.shape[1]:
+            scratch += [x.new_empty((x.shape[0], q.shape[1], x.shape[2])) for x in (k, v)]
+        scratch.clear()
+        del q, k, v, sums, out
+        gathered = []
+        for x in (dk, dv):
+            total = x.new_empty((len(dq), *x.shape[1:]), dtype=torch.float32)
+            total.add_(x.float()[: len(dq)])
+            gathered.append(total.to(x.dtype))
+        return dq, *gathered, None  # type: ignore[return-value]
+
+
+@functools.cache
+def register_attention() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+# --- the head -----------------------------------------------------------------------------------
+
+
+class HeadStandIn(torch.autograd.Function):
+    """``linear_logprob`` with its gather, as it allocates: u and its scratch, then a row scale."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: HeadMemory, batch: Batch) -> Tensor:
+        head.tracker.start_peak()
+        N, H = batch.scored, states.shape[-1]
+        hidden = states.new_empty((N, H))
+        u = torch.empty_like(hidden) if head.gradients else hidden.new_empty(0)
+        if head.trained:
+            ctx.weight = states.new_empty(head.vocab, H)
+            ctx.hidden = hidden
+        R = min(head.tiles.rows, N)
+        scratch = [
+            hidden.new_empty((R, head.tiles.columns), dtype=torch.float32),
+            hidden.new_empty((R, H)),
+        ]
+        if head.gradients:
+            scratch += [
+                hidden.new_empty((R, head.tiles.columns)),
+                hidden.new_empty((R, H), dtype=torch.float32),
+                hidden.new_empty((R, H)),
+            ]
+        scratch.clear()
+        ctx.u, ctx.head, ctx.tokens = u, head, states.shape[0]
+        head.peaks["head_forward"] = head.tracker.peak.bytes
+        return states.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        head = ctx.head
+        head.tracker.start_peak()
+        hidden = torch.empty_like(ctx.u)
+        if head.trained:
+            weight = torch.empty_like(ctx.weight)
+            R, K = min(head.tiles.rows, len(hidden)), head.tiles.head_columns
+            tiles = [
+                hidden.new_empty((R, K), dtype=torch.float32),
+                hidden.new_empty((R, K)),
+                hidden.new_empty((K, hidden.shape[1]), dtype=torch.float32),
+            ]
+            tiles.clear()
+            weight = weight.float()
+        ctx.u = ctx.weight = ctx.hidden = None
+        total = hidden.new_empty((ctx.tokens, hidden.shape[1]), dtype=torch.float32)
+        wide = hidden.float()
+        del hidden, wide
+        total = total.to(head.dtype)
+        head.peaks["head_backward"] = head.tracker.peak.bytes
+        head.tracker.start_peak()
+        return total, None, None
+
+
+@dataclass
+class HeadMemory:
+    tracker: StorageTracker
+    peaks: dict[str, int]
+    tiles: Tiling
+    vocab: int
+    dtype: torch.dtype
+    gradients: bool
+    trained: bool

@@ -1,0 +1,255 @@
+"""Everything that a run shows and writes beside its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.checkpoint_files import abandon_after, why_not_written
+from fusedgrpo.engine.reporting.advisor import Advisor
+from fusedgrpo.engine.reporting.completions_log import CompletionsLog
+from fusedgrpo.engine.reporting.display import Display
+from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, read_metrics
+from fusedgrpo.engine.reporting.report import write_report
+from fusedgrpo.engine.reporting.run_dir import RunDir
+from fusedgrpo.engine.reporting.trackers import Sinks
+from fusedgrpo.engine.reporting.unwritten import Unwritten
+from fusedgrpo.engine.rollout.training_sample import Sample, dump_samples
+from fusedgrpo.errors import OutputDirError
+
+log = logging.getLogger("fusedgrpo")
+
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+PAUSE_SECONDS = 1.0
+
+
+@contextmanager
+def _writing_to(directory: Path) -> Iterator[None]:
+    """What the disk refuses inside is an OutputDirError."""
+    try:
+        yield
+    except Exception as error:
+        why = why_not_written(error)
+        if why is None or isinstance(error, OutputDirError):
+            raise
+        raise OutputDirError(f"{str(directory)!r} cannot be written: {why}.") from error
+
+
+class _NoDisplay:
+    """A ``Display`` that nobody sees."""
+
+    def phase(self, name: str) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class RunOutputs:
+    """One run's directory, metrics, display, trackers and advice; open it with ``opened``."""
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        run: RunDir,
+        stack: ExitStack,
+        *,
+        total_steps: int,
+        done: int,
+        plan_line: str,
+        eos_ids: Sequence[int],
+        unwritten: Unwritten,
+        branch: bool,
+        sampled_ahead: bool,
+    ):
+        """done: steps behind a run that goes on; branch: from a checkpoint; sampled_ahead: the
+        completions of the next step are there already. unwritten: of its rows, those that wait for
+        nothing are in the file after this."""
+        self.config = config
+        self.run = run
+        settings = config.to_record()
+        run.config.write_text(
+            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        # Now, so that a link to a disk that is not there fails here and not at the first save.
+        run.checkpoints.mkdir(exist_ok=True)
+        self.metrics = stack.enter_context(MetricsLog(run.metrics))
+        self.advisor = Advisor(settings, eos_token_ids=eos_ids)
+        self.completions_log = CompletionsLog(run.completions)
+        said: list[str | None] = []
+        self._failed_at: dict[str, list[int]] = {}
+        if done:
+            whole = done - 1 if unwritten.evaluation_due else done
+            said += self.metrics.resume(whole, unwritten.complete_rows)
+            unwritten.rows = unwritten.rows[-1:] if unwritten.evaluation_due else []
+            if branch:
+                said.append(abandon_after(run.checkpoints, done))
+                said.append(self.completions_log.drop_after(done + sampled_ahead))
+            self.advisor.start()
+            for row in read_metrics(run.metrics):
+                self.advisor.observe(row)  # it said all this before the run was interrupted
+        self.sinks = Sinks(
+            config.report_to,
+            run_name=config.run_name or run.path.name,
+            directory=run.trackers,
+            config=settings,
+        )
+        stack.callback(self.sinks.close)
+        self.display = stack.enter_context(
+            Display(
+                total_steps,
+                plan_line=plan_line,
+                logging_steps=config.logging_steps,
+                first_step=done,
+            )
+        )
+        log.info(plan_line)
+        for text in said:
+            if text is not None:
+                self.display.note(text)
+        for line in self.advisor.start():
+            self.display.note(line)
+
+    @classmethod
+    @contextmanager
+    def opened(cls, config: GRPOConfig, *, resume: bool, **rest: Any) -> Iterator[RunOutputs]:
+        """Lock the output directory, open everything, and close it again whatever happens."""
+        with (
+            RunDir.open(
+                config.output_dir, overwrite=config.overwrite_output_dir, resume=resume
+            ) as run,
+            ExitStack() as stack,
+        ):
+            with _writing_to(run.path):
+                outputs = cls(config, run, stack, **rest)
+            yield outputs
+
+    def write(self, unwritten: Unwritten, step: int, *, insist: bool = False) -> None:
+        """Write what is not written yet; see ``writing`` for what fails."""
+
+        def work() -> None:
+            for sampled in sorted(unwritten.completions):
+                self.completions_log.write(sampled, unwritten.completions[sampled])
+                del unwritten.completions[sampled]
+            for row in unwritten.complete_rows:
+                self.metrics.append(row)
+                del unwritten.rows[0]
+
+        self.writing("metrics and completions", step, work, insist=insist)
+
+    def writing(
+        self, what: str, step: int, work: Callable[[], T], *, insist: bool = False
+    ) -> T | None:
+        """The result of ``work``; None if the disk would not take it, for once.
+
+        That is said, and whoever asked is to try again with the next step: a disk that is full
+        tonight may have room tomorrow. Raises OutputDirError in the third such step in a row, at
+        the third attempt where there is no next step (``insist``), and if the directory is gone.
+        """
+        self.run.check()
+        failed = self._failed_at.setdefault(what, [])
+        for attempt in range(ATTEMPTS):
+            try:
+                result = work()
+            except OutputDirError:
+                raise
+            except Exception as error:
+                why = why_not_written(error)
+                if why is None:
+                    raise
+                if attempt + 1 < ATTEMPTS and insist:
+                    time.sleep(PAUSE_SECONDS)
+                    continue
+                if step not in failed:
+                    failed.append(step)
+                if insist or len(failed) >= ATTEMPTS:
+                    raise OutputDirError(
+                        f"{what} of step {step} could not be written to {str(self.run.path)!r}: "
+                        f"{why} ({ATTEMPTS} attempts). Make room there, then go on with "
+                        "resume_from_checkpoint: auto."
+                    ) from error
+                log.warning(
+                    "%s of step %d could not be written (%s); tried again with the next step.",
+                    *(what, step, why),
+                )
+                return None
+            failed.clear()
+            return result
+        raise AssertionError("the last attempt returns or raises")
+
+    def unsynced_rows(self) -> list[Row]:
+        """The rows that may not be on the disk, after an attempt to bring them there."""
+        try:
+            self.metrics.sync()
+        except OSError as error:
+            log.warning("%s may not be on the disk yet: %s", self.metrics.path, error)
+        return list(self.metrics.unsynced)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """One optimizer step is done: show it, say what a reader should know."""
+        self.sinks.log(row)
+        self.display.update(row["step"], row)
+        for line in self.advisor.observe(row):
+            self.display.note(line)
+
+    def completions(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Show some completions of one rollout if the user wants to see them."""
+        if self.config.log_completions:
+            limit = self.config.num_completions_to_print
+            self.display.completions(step, records[:limit])
+
+    def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """List the data rows that were left out, beside the metrics."""
+        if rows:
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            with _writing_to(self.run.path):
+                self.run.skipped_rows.write_text("".join(lines), encoding="utf-8")
+
+    def dump(self, step: int, samples: Sequence[Sample], **facts: Any) -> Path:
+        """Write the samples of a step that went wrong; returns the file's path."""
+        path = self.run.nonfinite / f"step-{step:06d}.json"
+        try:
+            return dump_samples(path, samples, **facts)
+        except OSError as error:  # it would be good to have, and is not worth the run
+            log.warning("%s could not be written: %s", path, error)
+            return path
+
+    def finish(self, save_model: Callable[[Path], Path]) -> None:
+        """The trained weights, the plots and the report."""
+        with _writing_to(self.run.path):
+            where = save_model(self.run.path)
+            if read_metrics(self.run.metrics):
+                write_report(self.run.path, self.run.report)  # which draws the plots, too
+        self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")
+
+
+class NoOutputs(RunOutputs):
+    """The outputs of every process but the first: nothing is locked, shown or written."""
+
+    def __init__(self) -> None:
+        self.display = _NoDisplay()  # type: ignore[assignment]
+
+    @classmethod
+    @contextmanager
+    def opened(cls, config: GRPOConfig, *, resume: bool, **rest: Any) -> Iterator[RunOutputs]:
+        yield cls()
+
+    def write(self, unwritten: Unwritten, step: int, *, insist: bool = False) -> None:
+        unwritten.completions.clear()
+        del unwritten.rows[: len(unwritten.complete_rows)]
+
+    def row(self, row: dict[str, Any]) -> None: ...
+    def completions(self, step: int, records: list[dict[str, Any]]) -> None: ...
+    def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
+    def finish(self, save_model: Callable[[Path], Path]) -> None: ...
+
+    def dump(self, step: int, samples: Sequence[Sample], **facts: Any) -> Path:
+        return Path(f"step-{step:06d}.json")

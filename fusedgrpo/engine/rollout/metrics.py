@@ -1,0 +1,100 @@
+"""Metrics of one rollout, under TRL 1.16's names and by its definitions. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.engine.learner import MISMATCH_MAX, MISMATCH_MEAN
+from fusedgrpo.engine.reporting.metrics_log import merged
+from fusedgrpo.engine.rewards import RewardBatch
+from fusedgrpo.engine.rewards.labels import unique_labels
+from fusedgrpo.engine.rollout.types import Rollout
+
+
+def length_metrics(rollout: Rollout) -> dict[str, float]:
+    """Completion lengths in tokens; "clipped" means stopped by the limit, "terminated" by EOS."""
+    lengths = [len(c.ids) for c in rollout.completions()]
+    ended = [len(c.ids) for c in rollout.completions() if c.finish_reason == "stop"]
+    return {
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - len(ended) / len(lengths),
+        "completions/mean_terminated_length": _mean(ended),
+        "completions/min_terminated_length": min(ended, default=0),
+        "completions/max_terminated_length": max(ended, default=0),
+    }
+
+
+def reward_metrics(
+    names: Sequence[str], rewards: RewardBatch, group_ids: Tensor, scale_rewards: str
+) -> dict[str, Any]:
+    """Rewards as they were given (unweighted per function), unbiased std over the rollout.
+
+    ``frac_reward_zero_std`` is the share of completions whose group (or batch, when advantages are
+    scaled by the batch) has rewards that are all equal: they carry no signal.
+    """
+    row: dict[str, Any] = {}
+    for f, name in enumerate(unique_labels(names)):
+        column = rewards.values[:, f]
+        row[f"rewards/{name}/mean"] = _nanmean(column)
+        row[f"rewards/{name}/std"] = _nanstd(column)
+    row["reward"] = _nanmean(rewards.total)
+    row["reward_std"] = _nanstd(rewards.total)
+    if scale_rewards == "batch":
+        group_ids = torch.zeros_like(group_ids)
+    flat = 0
+    for group in group_ids.unique():
+        members = rewards.total[group_ids == group]
+        scored = members[~members.isnan()]
+        if len(scored) and scored.max() == scored.min():
+            flat += len(members)
+    row["frac_reward_zero_std"] = flat / max(len(group_ids), 1)
+    if rewards.dropped:
+        row["rewards_dropped"] = rewards.dropped
+    return merged(row, rewards.metrics)
+
+
+def mismatch_metrics(sampler_logp: Tensor, policy_logp: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probs ``[N]`` are from the trainer's for the same tokens.
+
+    Far from 0 at temperature sampling without top-k or top-p means that they disagree about the
+    weights or the arithmetic.
+    """
+    both = sampler_logp.isfinite() & policy_logp.isfinite()
+    difference = (sampler_logp - policy_logp)[both].abs()
+    if not len(difference):
+        return {}
+    return {MISMATCH_MEAN: float(difference.mean()), MISMATCH_MAX: float(difference.max())}
+
+
+def weight_metrics(weight: Tensor) -> dict[str, float]:
+    """Of the importance weights ``[N]`` after their cap."""
+    finite = weight[weight.isfinite()]
+    if not len(finite):
+        return {}
+    name = "sampling/importance_sampling_ratio"
+    return {
+        f"{name}/min": float(finite.min()),
+        f"{name}/mean": float(finite.mean()),
+        f"{name}/max": float(finite.max()),
+    }
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _nanmean(x: Tensor) -> float | None:
+    value = float(x.nanmean()) if len(x) else math.nan
+    return None if math.isnan(value) else value
+
+
+def _nanstd(x: Tensor) -> float | None:
+    x = x[~x.isnan()]
+    return float(x.std()) if len(x) > 1 else None

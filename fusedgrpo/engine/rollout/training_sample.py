@@ -1,0 +1,91 @@
+"""What one optimizer step trains on. Pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.engine.reporting.metrics_log import to_json_line
+from fusedgrpo.kernels import LossOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion with everything its loss needs.
+
+    in_loss: False leaves its tokens out of the loss and of the token count, as
+    ``mask_truncated_completions`` does; it still counts as a sequence. old_logp, ref_logp,
+    sampler_logp, sampler_weight: float32 ``[len(completion_ids)]`` on the CPU, or None where not
+    needed.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    advantage: float
+    in_loss: bool = True
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    sampler_logp: Tensor | None = None
+    sampler_weight: Tensor | None = None
+
+    @property
+    def pair(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.prompt_ids, self.completion_ids
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that count in the loss: a weight that is not finite takes its token out."""
+        if not self.in_loss:
+            return 0
+        if self.sampler_weight is None:
+            return len(self.completion_ids)
+        return int(self.sampler_weight.isfinite().sum())
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens that a weight that is not finite took out of the loss."""
+        return len(self.completion_ids) - self.loss_tokens if self.in_loss else 0
+
+
+def has_gradient(sample: Sample, options: LossOptions, entropy_coef: float) -> bool:
+    """False for a completion whose gradient is exactly 0: it need not be forwarded, and still
+    counts in the denominators."""
+    if not sample.loss_tokens:
+        return False
+    return bool(sample.advantage or options.beta or entropy_coef)
+
+
+def concatenated(samples: Sequence[Sample], field: str, device: torch.device) -> Tensor | None:
+    """A per-token field of all samples end to end, ``[N]``; None if the samples do not have it."""
+    parts = [getattr(sample, field) for sample in samples]
+    if any(part is None for part in parts):
+        return None
+    return torch.cat(parts).to(device)
+
+
+def loss_mask(samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """``[N]`` bool."""
+    lengths = torch.tensor([len(s.completion_ids) for s in samples])
+    return torch.tensor([s.in_loss for s in samples]).repeat_interleave(lengths).to(device)
+
+
+def dump_samples(
+    path: Path, samples: Sequence[Sample], *, decode: Callable[[Any], str], **facts: Any
+) -> Path:
+    """Write the samples of a step that went wrong, with ``facts``, so that it can be studied."""
+    rows = []
+    for sample in samples:
+        row: dict[str, Any] = {"completion": decode(sample.completion_ids)}
+        for field in dataclasses.fields(sample):
+            value = getattr(sample, field.name)
+            row[field.name] = value.tolist() if isinstance(value, Tensor) else value
+        rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json_line(facts | {"samples": rows}), encoding="utf-8")
+    return path

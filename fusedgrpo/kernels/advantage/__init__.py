@@ -1,0 +1,1 @@
+"""``group_advantages``: rewards normalised within their group."""

@@ -1,0 +1,1 @@
+"""``linear_policy_loss`` and ``GRPOLoss``: hidden states to loss in one operation."""

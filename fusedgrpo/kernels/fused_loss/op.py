@@ -1,0 +1,345 @@
+"""Hidden states to policy loss in one operation: the gradients come out of the forward pass.
+
+``linear_logprob`` knows nothing of the loss, so it pays for d logp / d hidden of every token. Here
+a chunk of rows keeps its probabilities, the loss gives c = d loss / d logp of the chunk, and the
+gradients follow from the same probabilities,
+
+    dz = c * ([j = target] - p_j) * slope      d hidden = dz @ W      d weight = dz.T @ hidden
+
+for the rows whose c is not exactly 0. In units of u = 2 N H V FLOP, with f the share of such rows:
+1 + f with a frozen head, 1 + 2 f with a head that trains, and 1 without gradients.
+
+Chunks are cut anywhere, unless the loss needs whole completions (level "sequence", vespo). A
+completion that is longer than a chunk is then passed twice, once for its log-probs and once more,
+its live rows only, for its gradients: 1 + 2 f and 1 + 3 f.
+
+Shapes: N tokens, B completions, H hidden, V vocabulary, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.kernels.backend import Backend, resolve_backend
+from fusedgrpo.kernels.custom_op import (
+    autocast_operands,
+    check_operands,
+    check_targets,
+    plain_arithmetic_on,
+    refuse_second_derivative,
+)
+from fusedgrpo.kernels.fused_loss.grad_from_probs import HeadGradients, add_gradients
+from fusedgrpo.kernels.logprob.backward import scale_rows
+from fusedgrpo.kernels.logprob.tiles import HeadOptions
+from fusedgrpo.kernels.logprob.vocab_pass import VocabPass, accumulator, tiling_for, vocab_pass
+from fusedgrpo.kernels.loss.op import PolicyLoss, check_ragged, loss_denominator
+from fusedgrpo.kernels.loss.terms import METRICS, loss_terms, name_metrics
+from fusedgrpo.loss_options import LossOptions
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    options: LossOptions,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampler_ratio: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    num_items: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    return_entropy: bool = False,
+    backend: Backend = "auto",
+) -> PolicyLoss:
+    """``policy_loss(linear_logprob(hidden, weight, targets), ...)`` without its third GEMM.
+
+    hidden: ``[N, H]``; weight, targets, bias, temperature, logit_scale, softcap as in
+    ``linear_logprob``; advantages, cu_seqlens and the rest as in ``policy_loss``, whose loss and
+    metrics this returns. ``return_entropy`` adds the metric ``entropy``.
+
+    Gradients flow to hidden, weight and bias; they are computed in the forward pass, for those of
+    them that need one. A second derivative is refused.
+    Raises IndexError for a target outside the vocabulary, ValueError or TypeError for shapes,
+    dtypes and options that do not fit.
+    """
+    head = HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    hidden, weight = autocast_operands(hidden, weight)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: expected [N, H].")
+    check_operands(hidden, weight, targets, bias, mask)
+    logp = hidden.new_empty(len(targets), dtype=accumulator(hidden))
+    check_ragged(
+        logp,
+        advantages,
+        cu_seqlens,
+        options,
+        backend,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        mask=mask,
+        sampler_ratio=sampler_ratio,
+    )
+    denominator = loss_denominator(
+        options,
+        logp,
+        len(advantages),
+        mask=mask,
+        sampler_ratio=sampler_ratio,
+        num_items=num_items,
+        num_sequences=num_sequences,
+    )
+    with_grad = torch.is_grad_enabled()
+    loss, metrics, *_ = _linear_policy_loss(
+        hidden,
+        weight,
+        bias,
+        targets,
+        advantages,
+        cu_seqlens,
+        denominator,
+        old_logp,
+        ref_logp,
+        mask,
+        sampler_ratio,
+        options.to_numbers(),
+        head.temperature,
+        head.logit_scale,
+        head.softcap,
+        return_entropy,
+        with_grad and hidden.requires_grad,
+        with_grad and weight.requires_grad,
+        with_grad and bias is not None and bias.requires_grad,
+        backend,
+    )
+    named = name_metrics(
+        metrics.detach(), options, entropy=return_entropy, sampler_ratio=sampler_ratio is not None
+    )
+    return PolicyLoss(loss, named)
+
+
+@torch.library.custom_op("fusedgrpo::linear_policy_loss", mutates_args=())
+def _linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    denominator: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    mask: Tensor | None,
+    sampler_ratio: Tensor | None,
+    options: Sequence[float],
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    want_entropy: bool,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics, and the gradients: of hidden ``[N, H]`` in units ``[N]``, of weight, of bias;
+    those that were not asked for are empty."""
+    loss_options = LossOptions.from_numbers(options)
+    head = HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    chosen = resolve_backend(backend, "linear_policy_loss", hidden.device, hidden.dtype)
+    per_token: dict[str, Any] = {
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "sampler_ratio": sampler_ratio,
+    }
+    common: dict[str, Any] = {
+        "options": loss_options,
+        "denominator": denominator,
+        "backend": chosen,
+    }
+    targets = targets.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    used, ends = _used_tokens(cu_seqlens, mask, sampler_ratio, hidden)
+    check_targets(targets[used], len(weight))
+    counts = torch.tensor(ends, device=hidden.device).diff()
+
+    N, dtype = len(hidden), accumulator(hidden)
+    logp = torch.zeros(N, dtype=dtype, device=hidden.device)
+    entropy = torch.zeros_like(logp) if want_entropy else None
+    wanted = hidden_grad, weight_grad, bias_grad
+    gradients = _gradients(hidden, weight, bias, *wanted, torch.zeros)
+    sizes = tiling_for(weight)
+    R = sizes.stored_rows if any(wanted) else sizes.rows
+    whole = (
+        loss_options.importance_sampling_level == "sequence" or loss_options.loss_type == "vespo"
+    )
+
+    def forward(tokens: Tensor, store: bool) -> VocabPass:
+        return vocab_pass(
+            hidden[tokens],
+            weight,
+            bias,
+            targets[tokens],
+            head,
+            chosen,
+            want_entropy=want_entropy,
+            store=store,
+        )
+
+    with plain_arithmetic_on(hidden):
+        for chunk in _chunks(ends, R, whole and any(wanted)):
+            tokens = used[chunk.lo : chunk.hi]
+            pieces = tokens.split(R)
+            once = len(pieces) == 1
+            for piece in pieces:
+                passed = forward(piece, store=once and any(wanted))
+                logp[piece] = passed.done.logp
+                if entropy is not None:
+                    entropy[piece] = passed.done.entropy
+            if not any(wanted):
+                continue
+            own = slice(chunk.first, chunk.last)
+            theirs: dict[str, Any] = {
+                k: None if x is None else x[tokens] for k, x in per_token.items()
+            }
+            coefficient = loss_terms(
+                logp[tokens],
+                advantages[own],
+                torch.tensor(chunk.ends(ends), device=hidden.device),
+                counts=counts[own],
+                **theirs,
+                **common,
+            ).coefficient
+            for piece, c in zip(pieces, coefficient.split(R), strict=True):
+                if not once:
+                    live = c.nonzero().flatten()
+                    piece, c = piece[live], c[live]
+                    passed = forward(piece, store=True)
+                add_gradients(gradients, piece, passed, c, hidden, weight, targets, head, chosen)
+                del passed  # the next chunk's probabilities take its place
+        terms = loss_terms(
+            logp, advantages, cu_seqlens, mask=mask, entropy=entropy, **per_token, **common
+        )
+    return terms.loss, terms.metrics, *gradients.in_stored_dtypes(weight, bias)
+
+
+class _Chunk(NamedTuple):
+    """Rows ``lo:hi`` of the tokens in use, which belong to completions ``first:last``."""
+
+    lo: int
+    hi: int
+    first: int
+    last: int
+
+    def ends(self, ends: Sequence[int]) -> list[int]:
+        """``cu_seqlens`` of the chunk: the completions' boundaries, cut at its own."""
+        inside = ends[self.first : self.last + 1]
+        return [min(max(end, self.lo), self.hi) - self.lo for end in inside]
+
+
+def _chunks(ends: Sequence[int], R: int, whole: bool) -> Iterator[_Chunk]:
+    """The tokens in runs of at most R; where ``whole``, of as many whole completions as fit in R,
+    and a longer one by itself."""
+    N, lo = ends[-1], 0
+    while lo < N:
+        first = bisect.bisect_right(ends, lo) - 1
+        hi = min(lo + R, N)
+        if whole and hi < N:
+            complete = ends[bisect.bisect_right(ends, hi) - 1]
+            hi = complete if complete > lo else ends[first + 1]
+        yield _Chunk(lo, hi, first, bisect.bisect_left(ends, hi))
+        lo = hi
+
+
+def _used_tokens(
+    cu_seqlens: Tensor, mask: Tensor | None, sampler_ratio: Tensor | None, like: Tensor
+) -> tuple[Tensor, list[int]]:
+    """Indices of the tokens that take part, and how many do up to each completion's boundary."""
+    N = len(like)
+    boundaries = cu_seqlens.tolist()
+    if boundaries[0] != 0 or boundaries[-1] != N or boundaries != sorted(boundaries):
+        raise ValueError(f"cu_seqlens is {boundaries}: expected to rise from 0 to N={N}.")
+    if sampler_ratio is not None:
+        finite = sampler_ratio.isfinite()
+        mask = finite if mask is None else mask & finite
+    if mask is None:
+        return torch.arange(N, device=like.device), boundaries
+    before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+    return mask.nonzero().flatten(), before[cu_seqlens.to(mask.device).long()].tolist()
+
+
+def _gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+    new: Any,
+) -> HeadGradients:
+    N, H = hidden.shape
+    exact = {"dtype": accumulator(hidden), "device": hidden.device}
+    rows = N if hidden_grad else 0
+    return HeadGradients(
+        new((rows, H), dtype=hidden.dtype, device=hidden.device),
+        new(rows, **exact),
+        new(weight.shape if weight_grad else (0,), **exact),
+        new(bias.shape if bias_grad and bias is not None else (0,), **exact),
+    )
+
+
+@_linear_policy_loss.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, hidden_grad, weight_grad, bias_grad, _ = rest
+    gradients = _gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad, torch.empty)
+    loss = hidden.new_empty((), dtype=accumulator(hidden))
+    return loss, loss.new_empty(len(METRICS)), *gradients.in_stored_dtypes(weight, bias)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, bias, *_, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad, _ = inputs
+    ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
+    ctx.absent = (None,) * (len(inputs) - 3)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    in_units, unit, weight, bias = ctx.saved_tensors
+    wanted = ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad
+    if any(n and not w for n, w in zip(ctx.needs_input_grad, wanted, strict=False)):
+        raise RuntimeError("linear_policy_loss ran without grad mode: it kept no gradients.")
+    return (
+        scale_rows(grad_loss * unit, in_units, None, in_units) if ctx.hidden_grad else None,
+        _scale(grad_loss, weight, ctx.dtypes[0]) if ctx.weight_grad else None,
+        _scale(grad_loss, bias, ctx.dtypes[1]) if ctx.bias_grad else None,
+        *ctx.absent,
+    )
+
+
+_linear_policy_loss.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("fusedgrpo::scale_gradient", mutates_args=())
+def _scale(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return (grad_loss * gradient).to(dtype)
+
+
+@_scale.register_fake
+def _(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+refuse_second_derivative(_scale, "linear_policy_loss")

@@ -1,0 +1,1 @@
+"""``linear_logprob``: log-probs from hidden states, without logits."""

@@ -1,0 +1,1 @@
+"""``policy_loss``: the clipped policy-gradient loss on ragged tokens."""

@@ -1,0 +1,321 @@
+"""The policy loss and its derivative by every log-prob, in one pass: the math, in plain torch.
+
+For a token t of completion i with advantage A, n unmasked tokens, s = logp - old_logp:
+
+    w = s at level "token", mean_i(s) at level "sequence";   r = exp(clamp(w, -20, 20))
+    L = surrogate(r, logp) * sampler_ratio + beta * k3(d) [* r]        (vespo: the ratio is in phi)
+    d = clamp(ref_logp - logp, -20, 20),   k3(d) = exp(d) - d - 1
+    loss = sum_i sum_t L / D          D = denominator, times n for grpo and sapo
+
+With L' the derivative of L through r, and l' the derivative by logp where it stands on its own,
+
+    surrogate                                    L'                           l'
+    clipped  -min(min(r, delta) A, clip(r) A)    -A, or 0 where the side      0
+                                                 that is the minimum is cut
+    cispo    -stop(c) A logp, c = min(r, upper)  0                            -c A
+    sapo     -4/T sigmoid(x) A, x = T (r - 1)    -4 sigmoid(x) sigmoid(-x) A  0
+    vespo    -stop(phi_i) A logp                 0                            -phi_i A
+    KL       beta k3(d) [* r]                    0 [beta k3(d)]               -beta expm1(d) [* r]
+
+(of the surrogate both times sampler_ratio; the KL's l' is 0 where d is clamped), the coefficient
+d loss / d logp_t is
+
+    level "token"       (L'_t r_t [|w_t| <= 20] + l'_t) / D
+    level "sequence"    (mean_i(L' r [|w| <= 20]) + l'_t) / D
+
+At a tie of the minimum each side counts half, and a clip passes the gradient at its bounds, as in
+torch's autograd. ``terms_triton.py`` has the same lines as a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.kernels.custom_op import plain_arithmetic_on
+from fusedgrpo.loss_options import CLIPPED_LOSS_TYPES, LossOptions
+
+# exp(20) is 5e8: no sane ratio is near it, and exp of it and its gradient stay finite in float32.
+MAX_LOG_RATIO = 20.0
+# The least weight that vespo tells from 0, of a token's sampler and of a completion.
+MIN_LOG_WEIGHT = math.log(1e-8)
+
+# What the metrics vector holds, in order.
+METRICS = (
+    "clip_ratio/low_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_mean",
+    "clip_ratio/high_max",
+    "clip_ratio/region_mean",
+    "vespo/phi_seq_mean",
+    "kl",
+    "entropy",
+    "log_ratio_clamped",
+    "sampling/dropped_tokens",
+)
+
+
+class LossTerms(NamedTuple):
+    """``loss``: 0-dim. ``coefficient [N]``: d loss / d logp. ``metrics``: ``[len(METRICS)]``."""
+
+    loss: Tensor
+    coefficient: Tensor
+    metrics: Tensor
+
+
+@torch.no_grad()
+def loss_terms(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    options: LossOptions,
+    denominator: Tensor,
+    counts: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    sampler_ratio: Tensor | None = None,
+    entropy: Tensor | None = None,
+    backend: str,
+) -> LossTerms:
+    """Loss, coefficients and metrics of completions, or of fragments of them; not differentiable.
+
+    Tensors as in ``policy_loss``; all arithmetic and results are float64 for float64 ``logp``
+    (torch only), else float32.
+    denominator: 0-dim, what the sum of the token losses is divided by; for grpo and sapo what the
+        sum of the completions' means is divided by.
+    counts: ``[B]``, unmasked tokens of each whole completion, for grpo and sapo where a
+        completion's tokens are only partly here (default: those that are here).
+    backend: "torch" or "triton", as ``resolve_backend`` gave it.
+
+    A token's coefficient does not depend on the other completions. At level "token", vespo aside,
+    nor does it on the other tokens of its own: any fragment gives it bit by bit. The means in
+    ``metrics`` and the loss are those of the tokens at hand.
+    """
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+
+    def numeric(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(logp.device, dtype)
+
+    cu_seqlens = cu_seqlens.to(logp.device)
+    tensors: dict[str, Any] = {
+        "counts": numeric(counts),
+        "old_logp": numeric(old_logp),
+        "ref_logp": numeric(ref_logp) if options.beta else None,
+        "mask": None if mask is None else mask.bool(),
+        "sampler_ratio": numeric(sampler_ratio),
+        "entropy": numeric(entropy),
+    }
+    required = (
+        logp.to(dtype),
+        advantages.to(logp.device, dtype),
+        cu_seqlens,
+        denominator.to(logp.device, dtype),
+        options,
+    )
+    if backend == "triton":
+        from fusedgrpo.kernels.loss.terms_triton import loss_terms_triton
+
+        with plain_arithmetic_on(logp):
+            return loss_terms_triton(*required, **tensors)
+    return _loss_terms_torch(*required, **tensors)
+
+
+def name_metrics(
+    metrics: Tensor, options: LossOptions, *, entropy: bool, sampler_ratio: bool
+) -> dict[str, Tensor]:
+    """The entries of ``LossTerms.metrics`` that mean something for these options, by name."""
+    named = dict(zip(METRICS, metrics.unbind(), strict=True))
+    if options.loss_type == "cispo":
+        named["cispo_clip_ratio"] = named["clip_ratio/high_mean"]
+    if options.loss_type not in CLIPPED_LOSS_TYPES:
+        named = {k: v for k, v in named.items() if not k.startswith("clip_ratio/")}
+    present = {
+        "vespo/phi_seq_mean": options.loss_type == "vespo",
+        "kl": options.beta != 0,
+        "entropy": entropy,
+        "sampling/dropped_tokens": sampler_ratio,
+    }
+    return {name: value for name, value in named.items() if present.get(name, True)}
+
+
+def _loss_terms_torch(
+    logp: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    denominator: Tensor,
+    options: LossOptions,
+    *,
+    counts: Tensor | None,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    mask: Tensor | None,
+    sampler_ratio: Tensor | None,
+    entropy: Tensor | None,
+) -> LossTerms:
+    per_sequence = options.importance_sampling_level == "sequence"
+    keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+    dropped = logp.new_zeros(())
+    if sampler_ratio is not None:
+        finite = sampler_ratio.isfinite()
+        dropped = (keep & ~finite).sum().to(logp.dtype)
+        keep = keep & finite
+        sampler_ratio = torch.where(keep, sampler_ratio, 1.0)
+    ragged = _Ragged(cu_seqlens, keep, logp.dtype)
+    logp = torch.where(keep, logp, 0.0)
+    log_ratio = logp - (logp if old_logp is None else torch.where(keep, old_logp, 0.0))
+    advantage = ragged.spread(advantages)
+
+    log_weight = ragged.spread(ragged.mean(log_ratio)) if per_sequence else log_ratio
+    clamped = log_weight.abs() > MAX_LOG_RATIO
+    ratio = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    phi = logp.new_zeros(ragged.size)
+    if options.loss_type == "vespo":
+        phi = _vespo_weight(log_ratio, sampler_ratio, advantages, ragged, options)
+
+    value, by_ratio, by_logp, low, high = _surrogate(
+        ratio, advantage, logp, ragged.spread(phi), options
+    )
+    if sampler_ratio is not None and options.loss_type != "vespo":
+        value, by_ratio, by_logp = (x * sampler_ratio for x in (value, by_ratio, by_logp))
+    kl = torch.zeros_like(logp)
+    if ref_logp is not None:
+        gap = torch.where(keep, ref_logp, 0.0) - logp
+        d = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        kl = d.expm1() - d
+        kl_by_logp = torch.where(gap.abs() > MAX_LOG_RATIO, 0.0, -d.expm1())
+        if options.use_bias_correction_kl:
+            by_ratio = by_ratio + options.beta * kl
+            kl, kl_by_logp = kl * ratio, kl_by_logp * ratio
+        value = value + options.beta * kl
+        by_logp = by_logp + options.beta * kl_by_logp
+
+    through_ratio = torch.where(clamped, 0.0, by_ratio * ratio)
+    if per_sequence:
+        through_ratio = ragged.spread(ragged.mean(through_ratio))
+    sums = ragged.sum(value)
+    share = 1 / denominator
+    if options.mean_per_completion:
+        counts = (ragged.count if counts is None else counts).clamp(min=1)
+        sums = sums / counts
+        share = ragged.spread(share / counts)
+    coefficient = torch.where(keep, (through_ratio + by_logp) * share, 0.0)
+    loss = sums.sum() / denominator
+
+    def mean(x: Tensor) -> Tensor:
+        """Over tokens; over completions where x is constant in each."""
+        if per_sequence:
+            return ragged.mean(x).sum() / (ragged.count > 0).sum().clamp(min=1)
+        return ragged.token_mean(x)
+
+    low, high = low.to(logp.dtype), high.to(logp.dtype)
+    empty = ragged.count == 0
+    metrics = [
+        mean(low),
+        _or_zero(ragged.mean(low).masked_fill(empty, torch.inf), torch.amin),
+        mean(high),
+        _or_zero(ragged.mean(high).masked_fill(empty, -torch.inf), torch.amax),
+        mean(low + high),
+        phi.sum() / max(ragged.size, 1),
+        ragged.token_mean(kl),
+        logp.new_zeros(()) if entropy is None else ragged.token_mean(entropy),
+        mean(clamped.to(logp.dtype)),
+        dropped,
+    ]
+    return LossTerms(loss, coefficient, torch.stack(metrics))
+
+
+class _Ragged:
+    """Sums over completions ``[B]`` of kept tokens ``[N]``, in an order that never changes."""
+
+    def __init__(self, cu_seqlens: Tensor, keep: Tensor, dtype: torch.dtype):
+        self.cu_seqlens, self.keep = cu_seqlens, keep
+        self.size = len(cu_seqlens) - 1
+        self.count = self.sum(torch.ones_like(keep, dtype=dtype))  # [B]
+        rows = torch.arange(self.size, device=keep.device)
+        self.sequence = rows.repeat_interleave(cu_seqlens.diff(), output_size=len(keep))  # [N]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``[B]`` to ``[N]``."""
+        return x[self.sequence]
+
+    def sum(self, x: Tensor) -> Tensor:
+        # Not index_add, which on a GPU adds atomically, in any order.
+        x = torch.where(self.keep, x, 0.0)
+        return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """``[B]``; 0 for a completion without a kept token."""
+        return self.sum(x) / self.count.clamp(min=1)
+
+    def token_mean(self, x: Tensor) -> Tensor:
+        return self.sum(x).sum() / self.count.sum().clamp(min=1)
+
+
+def _surrogate(
+    ratio: Tensor, advantage: Tensor, logp: Tensor, phi: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All ``[N]``: the loss, its derivative by the ratio, and by logp where it stands on its own;
+    is the ratio clipped from below, from above."""
+    zero = torch.zeros_like(ratio)
+    never = torch.zeros_like(ratio, dtype=torch.bool)
+    if options.loss_type in CLIPPED_LOSS_TYPES:
+        lower, upper = 1 - options.epsilon, 1 + options.upper
+        capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
+        a, b = capped * advantage, ratio.clamp(lower, upper) * advantage
+        a_counts = torch.where(a == b, 0.5, (a < b).to(ratio.dtype))
+        b_counts = 1 - a_counts
+        if options.delta is not None:
+            a_counts = torch.where(ratio > options.delta, 0.0, a_counts)
+        b_counts = torch.where((ratio < lower) | (ratio > upper), 0.0, b_counts)
+        low = (capped < lower) & (advantage < 0)
+        high = (capped > upper) & (advantage > 0)
+        return -torch.minimum(a, b), -advantage * (a_counts + b_counts), zero, low, high
+    if options.loss_type == "cispo":
+        by_logp = -ratio.clamp(max=options.upper) * advantage
+        high = (ratio > options.upper) & (advantage > 0)
+        return by_logp * logp, zero, by_logp, never, high
+    if options.loss_type == "sapo":
+        t = _choose(advantage > 0, options.sapo_temperature_pos, options.sapo_temperature_neg, logp)
+        x = t * (ratio - 1)
+        value = -torch.sigmoid(x) * 4 / t * advantage
+        by_ratio = -4 * torch.sigmoid(x) * torch.sigmoid(-x) * advantage
+        return value, by_ratio, zero, never, never
+    by_logp = -phi * advantage
+    return by_logp * logp, zero, by_logp, never, never
+
+
+def _vespo_weight(
+    log_ratio: Tensor,
+    sampler_ratio: Tensor | None,
+    advantages: Tensor,
+    ragged: _Ragged,
+    options: LossOptions,
+) -> Tensor:
+    """``phi [B] = w^k exp(lambda (1 - w))`` of the completion's importance weight w; phi(1) = 1."""
+    log_w = ragged.sum(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    if sampler_ratio is not None:
+        log_w = log_w + ragged.sum(sampler_ratio.log().clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO))
+    log_w = log_w.clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+    gain = advantages >= 0
+    k = _choose(gain, options.vespo_k_pos, options.vespo_k_neg, log_w)
+    lam = _choose(gain, options.vespo_lambda_pos, options.vespo_lambda_neg, log_w).clamp(min=1e-4)
+    return (lam + k * log_w - lam * log_w.exp()).exp()
+
+
+def _choose(where: Tensor, a: float, b: float, like: Tensor) -> Tensor:
+    """``where ? a : b`` in the dtype of ``like`` (torch.where of two numbers would be float32)."""
+    return torch.where(where, like.new_full((), a), like.new_full((), b))
+
+
+def _or_zero(x: Tensor, extreme: Callable[[Tensor], Tensor]) -> Tensor:
+    """The least or greatest of ``x [B]``; 0 where no completion has a kept token."""
+    if not len(x):
+        return x.new_zeros(())
+    found = extreme(x)
+    return torch.where(found.isinf(), 0.0, found)

@@ -1,0 +1,1 @@
+"""Adapters of peft: found, checked, trained, saved and put back."""

@@ -1,0 +1,97 @@
+"""Which layout of a batch a model can take: asked of the model itself, on a few tokens."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.errors import ModelError
+from fusedgrpo.models import packed_attention as attention
+from fusedgrpo.models.packed_batch import Layout, PackedBatch
+
+if TYPE_CHECKING:
+    from fusedgrpo.models.policy import Policy
+
+SharedPrompt = Literal["auto", "on", "off"]
+
+log = logging.getLogger("fusedgrpo")
+
+# How far hidden states may be from those of one sequence per row, relative, in the median token:
+# rounding is far below, an attention that sees one token too many or too few far above.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def choose_layout(policy: Policy, shared_prompt: SharedPrompt) -> Layout:
+    """``"shared"``, or ``"packed"`` for ``shared_prompt="off"``, where the model computes the same
+    as with one sequence per row; else ``"rows"``, and the reason is said.
+
+    The attention of packed batches is in the model afterwards, unless it is to take rows.
+    Raises ModelError for ``"on"`` where that cannot be.
+    """
+    wanted: Layout = "packed" if shared_prompt == "off" else "shared"
+    obstacle = _foreign_layers(policy)
+    if obstacle is None:
+        before, _ = _hidden(policy, "rows")
+        changed = attention.install(policy.causal_lm)
+        obstacle = _obstacle(policy, wanted, before)
+        if obstacle is None:
+            return wanted
+        attention.uninstall(changed)
+    name = type(policy.causal_lm).__name__
+    if shared_prompt == "on":
+        raise ModelError(
+            f"shared_prompt: on, but {name} cannot share prompts: {obstacle}. "
+            "Use shared_prompt: auto."
+        )
+    log.warning("%s takes one padded sequence per row: %s.", name, obstacle)
+    return "rows"
+
+
+def _obstacle(policy: Policy, layout: Layout, before: Tensor) -> str | None:
+    """Why ``layout`` would not give what one sequence per row gave; None if it does."""
+    try:
+        rows, _ = _hidden(policy, "rows")
+        packed, windows = _hidden(policy, layout)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        # What models raise for arguments they do not know, or shapes they did not expect.
+        return f"its forward pass fails on packed sequences ({error})"
+    config = policy.causal_lm.config.get_text_config()
+    kinds = _layer_types(policy)
+    sliding = kinds.count("sliding_attention")
+    if not kinds and getattr(config, "sliding_window", None) is not None:
+        sliding = int(getattr(config, "use_sliding_window", True))
+    if sum(window is not None for window in windows) < sliding:
+        # A window wider than these few tokens would not show in the numbers.
+        return "its sliding window is not handed to its attention"
+    return _difference(before, rows, policy.dtype) or _difference(before, packed, policy.dtype)
+
+
+def _layer_types(policy: Policy) -> list[str]:
+    return list(getattr(policy.causal_lm.config.get_text_config(), "layer_types", None) or ())
+
+
+def _foreign_layers(policy: Policy) -> str | None:
+    foreign = sorted(set(_layer_types(policy)) - {"full_attention", "sliding_attention"})
+    return f"it has layers of type {', '.join(foreign)}" if foreign else None
+
+
+def _hidden(policy: Policy, layout: Layout) -> tuple[Tensor, list[int | None]]:
+    """Hidden states ``[N, H]`` float64 of a few completions, and the windows that were used."""
+    ids = torch.arange(16) * 7 % min(policy.vocabulary_size, 97)
+    prompt, other, long, short = (part.tolist() for part in ids.split([5, 3, 5, 3]))
+    pairs = [(prompt, long), (prompt, short), (other, long[::-1]), (prompt, other)]
+    packed = PackedBatch.build(pairs, policy.device, layout)
+    plan = attention.Plan(packed.segments, policy.device)
+    with policy.scoring(), policy.autocast():
+        return policy.hidden(packed, plan).double(), plan.windows
+
+
+def _difference(rows: Tensor, packed: Tensor, dtype: torch.dtype) -> str | None:
+    error = (packed - rows).norm(dim=1) / rows.norm(dim=1).clamp(min=1e-30)
+    median = error.median().item()
+    if median <= TOLERANCE[dtype]:
+        return None
+    return f"hidden states are off by {median:.1e} of their size"

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"do_train": False}, "do_train"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16"),
+        ({"load_in_4bit": True, "finetuning_type": "full"}, "finetuning_type: lora"),
+        ({"gguf_file": "m.gguf"}, "model_name_or_path"),
+        ({"generation_batch_size": 8, "steps_per_generation": 2}, "give one"),
+        ({"max_length": 512, "max_completion_length": 512}, "max_length: 512 leaves no room"),
+        ({"max_steps": 0}, "max_steps: 0"),
+        ({"val_size": 0.1, "eval_dataset": "x"}, "val_size and eval_dataset"),
+        ({"val_size": 1.5}, "val_size: .* got 1.5"),
+        ({"warmup_steps": 10.5}, "warmup_steps: .* got 10.5"),
+        ({"reward_funcs": "accuracy,format", "reward_weights": [1.0]}, "1 weights for 2"),
+        ({"reward_kwargs": {"accuracy": 3}}, "reward_kwargs"),
+        ({"allow_change": ["bta"]}, "'bta' is no option. Did you mean 'beta'"),
+    ],
+)
+def test_combinations_that_cannot_run_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        GRPOConfig(**options)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 513, "max_completion_length": 512},
+        {"max_steps": -1},
+        {"val_size": 10},
+        {"warmup_steps": 0.03},
+        {"reward_funcs": "accuracy,format", "reward_weights": [1.0, 2.0]},
+        {"reward_kwargs": {"accuracy": {}}},
+    ],
+)
+def test_their_neighbours_run(options: dict[str, object]) -> None:
+    GRPOConfig(**options)
+
+
+def test_a_rule_is_silent_about_an_option_that_is_wrong_anyway() -> None:
+    with pytest.raises(ConfigError) as caught:
+        GRPOConfig(max_completion_length="long", max_length=400)
+    assert len(caught.value.problems) == 1

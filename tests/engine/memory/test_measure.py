@@ -1,0 +1,82 @@
+"""Activations of a whole model from two small ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.memory.fake_layers import Batch
+from fusedgrpo.engine.memory.measure import SmallModel, straight_line
+from fusedgrpo.engine.memory.planner import DEPTHS, GIB, plan_memory
+
+LAYERS = 7
+
+
+@pytest.fixture(scope="module")
+def models() -> Any:
+    from transformers import AutoConfig
+
+    settings = AutoConfig.for_model(
+        "qwen2", vocab_size=5000, hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=2, dtype="bfloat16",
+    )  # fmt: skip
+    config = GRPOConfig(load_in_4bit=True)
+    return {n: SmallModel(config, settings, n) for n in (*DEPTHS, LAYERS)}
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_two_depths_tell_all_others(models: Any, gradients: bool) -> None:
+    batch = Batch(tokens=2000, keys=2500, scored=1800)
+
+    def at(layers: int) -> Any:
+        return models[layers].activations(batch, gradients=gradients)
+
+    assert straight_line(at, *DEPTHS, LAYERS) == pytest.approx(at(LAYERS), rel=0.001)
+
+
+def test_repeated_prompts_are_kept_per_key_until_the_layer_is_done(models: Any) -> None:
+    few, many = (
+        models[LAYERS].activations(Batch(4000, keys, 3000), gradients=True)
+        for keys in (4000, 12000)
+    )
+    # keys and values, two heads of 32 in 16 bit; attention's backward may add to it
+    assert many.layers_backward - few.layers_backward >= 8000 * 2 * 2 * 32 * 2
+    assert many.head_forward == few.head_forward
+
+
+def test_a_rollout_keeps_keys_and_values_of_all_layers(models: Any) -> None:
+    found = models[LAYERS].rollout(rows=16, groups=2, prompt=50, length=300)
+    assert found.entries == 16 * 300 * LAYERS * 2 * 2 * 32 * 2
+
+
+def planned(settings: Any, **options: Any) -> dict[str, int]:
+    config = GRPOConfig(bf16=True, max_prompt_length=32, max_completion_length=64, **options)
+    return plan_memory(config, settings, gpu_bytes=16 * GIB, activation_offloading=False).totals
+
+
+def test_dropout_is_counted_where_it_is_on() -> None:
+    settings = tiny.model("Phi3").config
+    settings.dtype = "bfloat16"
+    without = planned(settings)
+    settings.resid_pdrop = settings.embd_pdrop = 0.1
+    assert planned(settings) == without
+    more = planned(settings, disable_dropout=False)
+    assert more["update backward"] > without["update backward"]
+    assert more["rollout"] == without["rollout"]
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GraniteMoe", "Glm4Moe"])
+def test_what_the_router_adds_to_an_update_is_counted(family: str) -> None:
+    settings = tiny.mixture(family).config
+    settings.dtype = "bfloat16"
+    without = planned(settings, router_aux_loss_coef=0)
+    more = planned(settings, router_aux_loss_coef=0.01)
+    # Logits and probabilities of each token, expert and layer are kept for the backward pass.
+    tokens = 32 + 64
+    layers = settings.num_hidden_layers - getattr(settings, "first_k_dense_replace", 0)
+    least = tokens * layers * 4 * 2
+    assert more["update forward"] >= without["update forward"] + least
+    assert more["scoring"] == without["scoring"]

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from fusedgrpo.engine.reporting import plots
+from fusedgrpo.engine.reporting.report import verdict, write_report
+from fusedgrpo.errors import DataError
+
+
+def make_rows(rewards, **more):
+    return [{"step": i, "reward": r, **more} for i, r in enumerate(rewards, start=1)]
+
+
+def make_run(path, rows, config="learning_rate: 5.0e-7\nfinetuning_type: lora\n"):
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "config.resolved.yaml").write_text(config)
+    (path / "completions").mkdir()
+    for step in (1, 20):
+        record = {
+            "step": step,
+            "group": 0,
+            "row": 3,
+            "prompt": [{"role": "user", "content": "<script>alert(1)</script>"}],
+            "completion": f"answer {step} <img src=x onerror=alert(2)>",
+            "finish_reason": "stop",
+            "length": 5,
+            "rewards": {"<b>accuracy</b>": 1.0, "format": None},
+            "reward": 1.0,
+            "advantage": 0.5,
+        }
+        name = f"completions/step-{step:06d}.jsonl"
+        (path / name).write_text(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Drawing has its own tests and takes its time."""
+    monkeypatch.setattr(plots, "render", lambda name, rows: b"png" if name == "reward" else None)
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.seen, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_rise_beyond_the_noise_is_called_learning_with_its_figures():
+    kind, (head, noise) = verdict(make_rows([0.2, 0.3] * 10 + [0.9, 1.0] * 10))
+    assert kind == "good"
+    assert "rose from 0.240 (first 5 rollouts) to 0.960 (last 5), a change of +0.72" in head
+    assert "noise of that change is about 0.035" in noise
+
+
+def test_a_rise_within_the_noise_is_not():
+    kind, (head, _) = verdict(make_rows([0.0, 1.0] * 10))
+    assert kind == "unclear"
+    assert head.startswith("No clear change")
+
+
+def test_a_fall_is_said():
+    kind, (head, _) = verdict(make_rows([0.9] * 10 + [0.1] * 10))
+    assert kind == "bad"
+    assert "got worse" in head
+
+
+def test_a_short_run_gets_no_verdict():
+    kind, (text,) = verdict(make_rows([0.0, 1.0]))
+    assert kind == "unclear"
+    assert "Too short to tell" in text
+
+
+def test_repeated_rows_of_a_rollout_are_not_taken_for_evidence():
+    rows = make_rows([0.0] * 10 + [1.0] * 10)
+    for i, row in enumerate(rows):
+        row["time/sample"] = 1.0 if i % 10 == 0 else 0.0
+    assert "Too short" in verdict(rows)[1][0]
+
+
+def test_held_out_rewards_and_skipped_updates_are_told():
+    rows = make_rows([0.5] * 10)
+    rows[0]["eval_reward"], rows[9]["eval_reward"] = 0.25, 0.75
+    rows[4]["skipped_update"] = 1
+    text = " ".join(verdict(rows)[1])
+    assert "mean reward 0.250 at the first evaluation, 0.750 at the last" in text
+    assert "1 updates were skipped" in text
+
+
+def test_the_report_holds_all_its_parts(tmp_path):
+    rows = make_rows(
+        [i / 20 for i in range(20)],
+        **{
+            "rewards/accuracy/mean": 0.5,
+            "time/sample": 3.0,
+            "time/score": 0.0,
+            "time/update": 1.0,
+            "memory/peak": 2.5e9,
+            "eval_rewards/accuracy/mean": 0.75,
+        },
+    )
+    path = write_report(make_run(tmp_path, rows))
+    page = path.read_text()
+    assert path == tmp_path / "report.html"
+    assert (tmp_path / "plots/reward.png").read_bytes() == b"png"
+    for part in (
+        "The run learned",
+        "far too small for LoRA",
+        "data:image/png;base64,cG5n",
+        "<td>rewards/accuracy/mean</td>",
+        "<td>eval_rewards/accuracy/mean</td>",
+        "(75%)",
+        "Peak memory: 2.5 GB",
+        "Completions of step 1<",
+        "Completions of step 20<",
+        "finetuning_type: lora",
+        "torch ",
+    ):
+        assert part in page
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing_outside(tmp_path):
+    page = write_report(make_run(tmp_path, make_rows([0.5] * 20))).read_text()
+    tags = Tags(page)
+    assert tags.open == []
+    assert "&lt;b&gt;accuracy&lt;/b&gt;" in page
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags.seen}
+    for _, attributes in tags.seen:
+        assert not any(name.startswith("on") or name == "href" for name in attributes)
+        assert attributes.get("src", "data:").startswith("data:")
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_a_run_without_completions_and_config_is_reported_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n')
+    out = write_report(tmp_path, tmp_path / "elsewhere.html")
+    assert "Too short to tell" in out.read_text()
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"metrics\.jsonl' has no rows"):
+        write_report(tmp_path)

@@ -1,0 +1,116 @@
+"""The rollout window: whole groups per step, and a bitwise round trip through a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedgrpo.engine.checkpoint_files import read_json, read_tensors, write_json, write_tensors
+from fusedgrpo.engine.rollout.buffer import RolloutWindow, sampler_logp
+from fusedgrpo.engine.rollout.types import Completion, Group, Rollout
+
+
+def rollout(groups: int, size: int = 2) -> Rollout:
+    made = []
+    for g in range(groups):
+        completions = []
+        for c in range(size):
+            ids = tuple(range(10 * g, 10 * g + 1 + c))
+            logp = None if (g, c) == (1, 0) else torch.randn(len(ids))
+            reason = "length" if c == 1 else "stop"
+            completions.append(Completion(ids, f"té\ud800xt {g} {c}", reason, logp))  # type: ignore[arg-type]
+        made.append(Group(100 + g, (g, g + 1), tuple(completions)))
+    return Rollout(tuple(made))
+
+
+def window(groups: int = 3, steps: int = 2, iterations: int = 2, **fields: object) -> RolloutWindow:
+    sampled = rollout(groups)
+    tokens = sum(len(c.ids) for c in sampled.completions())
+    return RolloutWindow(
+        sampled,
+        torch.randn(2 * groups),
+        steps,
+        iterations,
+        old_logp=torch.arange(tokens).float(),
+        ref_logp=torch.randn(tokens),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(("groups", "steps"), [(1, 1), (3, 2), (5, 3), (4, 4), (7, 2)])
+def test_each_iteration_trains_on_every_group_exactly_once(groups: int, steps: int) -> None:
+    w = window(groups, steps, iterations=2)
+    everything = [(c.ids, w.rollout.groups[g].prompt_ids) for c, g in zip(
+        w.rollout.completions(), w.rollout.group_ids, strict=True)]  # fmt: skip
+    for _ in range(2):
+        seen = []
+        for _ in range(steps):
+            assert not w.finished
+            samples = w.next_samples(mask_truncated=False)
+            assert samples and len(samples) % 2 == 0
+            seen += [(s.completion_ids, s.prompt_ids) for s in samples]
+            w.done += 1
+        assert seen == everything
+    assert w.finished
+
+
+def test_every_sample_gets_its_own_tokens_and_advantage() -> None:
+    w = window(3, 1)
+    samples = w.next_samples(mask_truncated=False)
+    old = torch.cat([s.old_logp for s in samples])  # type: ignore[misc]
+    assert torch.equal(old, w.old_logp)
+    assert [s.advantage for s in samples] == w.advantages.tolist()
+    for sample, completion in zip(samples, w.rollout.completions(), strict=True):
+        assert sample.sampler_logp is completion.logp
+        assert sample.sampler_weight is None
+        assert sample.old_logp is not None and len(sample.old_logp) == len(completion.ids)
+
+
+def test_completions_cut_by_the_limit_leave_the_loss_if_asked() -> None:
+    w = window(2, 1)
+    assert all(s.in_loss for s in w.next_samples(mask_truncated=False))
+    assert [s.in_loss for s in w.next_samples(mask_truncated=True)] == [True, False] * 2
+
+
+def test_a_window_comes_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    before = window(
+        sampler_weight=None, metrics={"reward": 0.1 + 0.2, "kl": math.nan, "n": 3}, done=1
+    )
+    tensors, values = before.state()
+    write_tensors(tmp_path / "w.safetensors", tensors)
+    write_json(tmp_path / "w.json", values)
+    after = RolloutWindow.from_state(
+        read_tensors(tmp_path / "w.safetensors"), read_json(tmp_path / "w.json")
+    )
+    for name in ("advantages", "old_logp", "ref_logp"):
+        assert torch.equal(getattr(after, name), getattr(before, name)), name
+    assert after.sampler_weight is None
+    assert (after.steps, after.iterations, after.done) == (2, 2, 1)
+    assert repr(after.metrics) == repr(before.metrics)
+    for one, other in zip(after.rollout.groups, before.rollout.groups, strict=True):
+        assert (one.row, one.prompt_ids) == (other.row, other.prompt_ids)
+    pairs = zip(after.rollout.completions(), before.rollout.completions(), strict=True)
+    for one, other in pairs:
+        assert (one.ids, one.text, one.finish_reason) == (
+            other.ids,
+            other.text,
+            other.finish_reason,
+        )
+        assert (one.logp is None) == (other.logp is None)
+        assert one.logp is None or torch.equal(one.logp, other.logp)
+    assert [s.completion_ids for s in after.next_samples(mask_truncated=True)] == [
+        s.completion_ids for s in before.next_samples(mask_truncated=True)
+    ]
+
+
+def test_an_unknown_sampler_logp_is_nan_for_its_own_tokens() -> None:
+    completions = [
+        Completion((1, 2), "", "stop", torch.tensor([-1.0, -2.0])),
+        Completion((3,), "", "stop", None),
+    ]
+    flat = sampler_logp(completions)
+    assert flat[:2].tolist() == [-1.0, -2.0] and flat[2:].isnan().all() and len(flat) == 3
+    assert sampler_logp([]).shape == (0,)

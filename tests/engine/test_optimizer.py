@@ -1,0 +1,161 @@
+"""Optimizers by name, and schedules that a resume does not change."""
+
+from __future__ import annotations
+
+import builtins
+import warnings
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+from fusedgrpo.config.schema import GRPOConfig, Optimizer, Scheduler
+from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
+from fusedgrpo.errors import ConfigError
+
+
+def parameters() -> list[tuple[str, nn.Parameter]]:
+    torch.manual_seed(0)
+    shapes = {"a.weight": (80, 80), "a.bias": (8,), "b.weight": (4, 2), "norm.weight": (8,)}
+    return [(name, nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
+
+
+def config(**options: Any) -> GRPOConfig:
+    return GRPOConfig(learning_rate=0.1, **options)
+
+
+def minimise(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> float:
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = sum((p.square().sum() for _, p in named), torch.zeros(()))
+        loss.backward()
+        optimizer.step()
+    return float(loss)
+
+
+@pytest.mark.parametrize("name", get_args(Optimizer))
+def test_every_optimizer_minimises_or_is_refused_by_name(name: str) -> None:
+    named = parameters()
+    start = sum(float(p.detach().square().sum()) for _, p in named)
+    try:
+        optimizer = build_optimizer(config(optim=name), named)
+    except ConfigError as error:
+        assert f"optim: {name} does not run on cpu" in str(error) and "adamw_torch" in str(error)
+        assert "8bit" in name or "paged" in name
+        return
+    assert minimise(optimizer, named) < 0.1 * start
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "bits", "paged"),
+    [
+        ("adamw_8bit", "AdamW8bit", 8, False),
+        ("adamw_bnb_8bit", "AdamW8bit", 8, False),
+        ("paged_adamw_32bit", "PagedAdamW32bit", 32, True),
+        ("paged_adamw_8bit", "PagedAdamW8bit", 8, True),
+    ],
+)
+def test_bitsandbytes_optimizers_are_what_their_names_say(
+    name: str, kind: str, bits: int, paged: bool
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    try:
+        optimizer: Any = build_optimizer(config(optim=name), parameters())
+    except ConfigError:
+        pytest.skip(f"{name} does not run on this CPU")
+    assert isinstance(optimizer, getattr(bnb.optim, kind))
+    assert (optimizer.args.optim_bits, optimizer.is_paged) == (bits, paged)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, AttributeError])
+def test_an_optimizer_that_the_device_cannot_run_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def fail(self: Any) -> None:
+        raise error("no kernel for this device")
+
+    monkeypatch.setattr(bnb.optim.AdamW8bit, "step", fail)
+    with pytest.raises(ConfigError, match=r"optim: adamw_8bit does not run on cpu .*no kernel"):
+        build_optimizer(config(optim="adamw_8bit"), parameters())
+
+
+def test_a_missing_bitsandbytes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    real: Callable[..., Any] = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "bitsandbytes":
+            raise ModuleNotFoundError("No module named 'bitsandbytes'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match="adamw_8bit needs the package bitsandbytes"):
+        build_optimizer(config(optim="adamw_8bit"), parameters())
+
+
+def test_weight_decay_acts_on_matrices_alone() -> None:
+    named = parameters()
+    optimizer = build_optimizer(config(weight_decay=0.5), named)
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert [decay[id(p)] for _, p in named] == [0.5, 0.0, 0.5, 0.0]
+    assert len(build_optimizer(config(), named[:1]).param_groups) == 1
+
+
+def test_adams_constants_arrive() -> None:
+    options = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    (group, _) = build_optimizer(config(**options), parameters()).param_groups
+    assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.95), 1e-6)
+    (group, _) = build_optimizer(config(optim="adamw_torch_fused"), parameters()).param_groups
+    assert group["fused"] is True
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match="No parameter is trainable"):
+        build_optimizer(config(), [])
+
+
+def rates(options: dict[str, Any], total: int, done: int = 0) -> list[float]:
+    optimizer = build_optimizer(config(**options), parameters())
+    scheduler = build_scheduler(config(**options), optimizer, total, done)
+    out = []
+    for _ in range(total - done):
+        out.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[1]["lr"] == out[-1]
+        optimizer.step()
+        scheduler.step()
+    return out
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 0.25])
+@pytest.mark.parametrize("name", get_args(Scheduler))
+def test_a_resumed_schedule_equals_the_uninterrupted_one(name: str, warmup: float) -> None:
+    options = {"lr_scheduler_type": name, "warmup_steps": warmup}
+    whole = rates(options, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for done in (0, 1, 5, 11):
+            assert rates(options, 12, done) == whole[done:]
+
+
+@pytest.mark.parametrize("done", [1, 7])
+def test_a_resume_over_a_loaded_optimizer_gives_the_same_rates(done: int) -> None:
+    """As the trainer does it: a second schedule on an optimizer that already has one."""
+    options = {"lr_scheduler_type": "cosine", "warmup_steps": 2}
+    optimizer = build_optimizer(config(**options), parameters())
+    build_scheduler(config(**options), optimizer, 12)
+    build_scheduler(config(**options), optimizer, 12, done)
+    assert optimizer.param_groups[0]["lr"] == rates(options, 12)[done]
+
+
+def test_warmup_is_a_count_or_a_share_of_the_run() -> None:
+    linear = {"lr_scheduler_type": "constant_with_warmup"}
+    assert rates({**linear, "warmup_steps": 4}, 8) == pytest.approx(
+        [0.0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1]
+    )
+    assert rates({**linear, "warmup_steps": 0.5}, 8) == rates({**linear, "warmup_steps": 4}, 8)
+    assert rates({"lr_scheduler_type": "linear"}, 4) == pytest.approx([0.1, 0.075, 0.05, 0.025])
