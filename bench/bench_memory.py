@@ -37,7 +37,8 @@ import torch
 
 from fusedgrpo import host
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine.memory.planner import GIB, MemoryPlan, plan_memory
+from fusedgrpo.engine.memory.plan import GIB, MemoryPlan
+from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.engine.memory.storage_tracker import Peak
 
 TOLERANCE = 0.1

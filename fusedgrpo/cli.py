@@ -50,8 +50,8 @@ def plan(
     """Say what a run of CONFIG needs of its GPU, before any weight is there. Exit code 1: it does
     not fit. Options can be set after CONFIG, as for train."""
     from fusedgrpo.config.schema import GRPOConfig
+    from fusedgrpo.engine.memory.plan import plan_table
     from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
-    from fusedgrpo.engine.memory.table import plan_table
     from fusedgrpo.errors import ConfigError
     from fusedgrpo.models.adapters.files import planned_options
     from fusedgrpo.models.loading import model_settings

@@ -25,8 +25,8 @@ from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.keeper import Keeper
 from fusedgrpo.engine.learner import Updater, UpdateResult
 from fusedgrpo.engine.memory.oom_retry import MemoryGuard
-from fusedgrpo.engine.memory.planner import MemoryPlan, card_bytes, plan_memory
-from fusedgrpo.engine.memory.table import measured_phases, plan_table
+from fusedgrpo.engine.memory.plan import MemoryPlan, measured_phases, plan_table
+from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.reporting.metrics_log import merged

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.workload import Asked, paged
-
-if TYPE_CHECKING:
-    from fusedgrpo.engine.memory.planner import MemoryPlan
 
 
 def advice(asked: Asked, plan: MemoryPlan, choose: Callable[[Asked], MemoryPlan]) -> Iterator[str]:

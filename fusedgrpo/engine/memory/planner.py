@@ -9,8 +9,6 @@ chosen: tokens per micro-batch, completions in flight, activation offload.
 from __future__ import annotations
 
 import dataclasses
-import re
-from dataclasses import dataclass
 from typing import Any
 
 from fusedgrpo import host
@@ -25,19 +23,11 @@ from fusedgrpo.engine.memory.measure import (
     SmallModel,
     straight_line,
 )
+from fusedgrpo.engine.memory.plan import CONTEXT, FRAGMENTATION, MemoryPlan, parse_bytes
 from fusedgrpo.engine.memory.workload import Asked, paged
-from fusedgrpo.errors import ConfigError, FusedGRPOError, PlanError
+from fusedgrpo.errors import FusedGRPOError, PlanError
 from fusedgrpo.models.activation_offload import CHUNK
 from fusedgrpo.models.device import pick_device
-
-GIB = 2**30
-
-# Beside what tensors take. The context: driver, loaded kernels and cuBLAS workspaces of a process
-# that trains, of which a card's own monitor shows 0.5 to 0.7 GiB. Fragmentation: what the caching
-# allocator keeps and cannot hand out, a share of what is allocated and freed in a step (weights
-# are allocated once, and in whole segments).
-CONTEXT = 3 * GIB // 4
-FRAGMENTATION = 0.05
 
 # Beyond it products of matrices are no faster on any card, and memory is better left alone.
 MOST_TOKENS = 16384
@@ -51,49 +41,6 @@ UNPLANNED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErr
 
 # In flight between layers while activations are offloaded.
 LAYERS_ON_GPU = 2
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes, for the longest case.
-
-    resident: what stays during the whole run, by kind. phases: for each phase what it needs at its
-    peak, by kind, resident parts as one. longest: tokens of prompt and completion, of which a
-    micro-batch holds at least one. host: pinned memory beside the GPU.
-    """
-
-    gpu_bytes: int
-    resident: dict[str, int]
-    phases: dict[str, dict[str, int]]
-    tokens_per_microbatch: int
-    max_in_flight: int
-    activation_offloading: bool
-    longest: int
-    host: dict[str, int]
-    advice: tuple[str, ...] = ()
-
-    @property
-    def totals(self) -> dict[str, int]:
-        """Of tensors, by phase: what ``torch.cuda.max_memory_allocated`` is to be compared with."""
-        return {name: sum(parts.values()) for name, parts in self.phases.items()}
-
-    @property
-    def peak(self) -> int:
-        """The highest of the totals."""
-        return max(self.totals.values())
-
-    @property
-    def reserve(self) -> int:
-        """What has to be free beside the tensors."""
-        return CONTEXT + int(FRAGMENTATION * (self.peak - sum(self.resident.values())))
-
-    @property
-    def needed(self) -> int:
-        return self.peak + self.reserve
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.gpu_bytes
 
 
 def plan_memory(
@@ -118,17 +65,6 @@ def plan_memory(
         prompt_tokens=prompt_tokens,
         activation_offloading=activation_offloading,
     )
-
-
-def parse_bytes(text: str) -> int:
-    """``"24GB"``, ``"24 GiB"`` or ``"24"``: as cards are sold, in units of 2**30.
-
-    Raises ConfigError.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", text, re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise ConfigError(f"gpu_memory: {text!r}: expected the size of a card, such as 24GB.")
-    return int(float(found[1]) * GIB)
 
 
 def card_bytes(config: GRPOConfig) -> int | None:

@@ -100,7 +100,7 @@ def test_offloading_without_checkpointing_is_refused():
 
 
 def test_the_clock_has_the_peak_of_each_phase_on_a_gpu(monkeypatch):
-    from fusedgrpo.engine.memory.table import measured_phases
+    from fusedgrpo.engine.memory.plan import measured_phases
     from fusedgrpo.engine.reporting.phase_timer import StepClock
 
     peaks = iter([30, 10, 20])

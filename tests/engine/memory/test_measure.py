@@ -10,7 +10,8 @@ import tiny
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.memory.fake_layers import Batch
 from fusedgrpo.engine.memory.measure import SmallModel, straight_line
-from fusedgrpo.engine.memory.planner import DEPTHS, GIB, plan_memory
+from fusedgrpo.engine.memory.plan import GIB
+from fusedgrpo.engine.memory.planner import DEPTHS, plan_memory
 
 LAYERS = 7
 

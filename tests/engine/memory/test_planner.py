@@ -14,14 +14,8 @@ import transformers
 
 from fusedgrpo import host
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine.memory.planner import (
-    GIB,
-    MemoryPlan,
-    MemoryPlanner,
-    parse_bytes,
-    plan_memory,
-)
-from fusedgrpo.engine.memory.table import plan_table
+from fusedgrpo.engine.memory.plan import GIB, MemoryPlan, parse_bytes, plan_table
+from fusedgrpo.engine.memory.planner import MemoryPlanner, plan_memory
 from fusedgrpo.errors import ConfigError, PlanError
 from fusedgrpo.models.activation_offload import CHUNK
 

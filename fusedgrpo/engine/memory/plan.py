@@ -1,10 +1,75 @@
-"""A memory plan as text."""
+"""The plan of a run's memory: bytes by phase, whether they fit, and the table that says so."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from fusedgrpo.engine.memory.planner import GIB, MemoryPlan
+from fusedgrpo.errors import ConfigError
+
+GIB = 2**30
+
+# Beside what tensors take. The context: driver, loaded kernels and cuBLAS workspaces of a process
+# that trains, of which a card's own monitor shows 0.5 to 0.7 GiB. Fragmentation: what the caching
+# allocator keeps and cannot hand out, a share of what is allocated and freed in a step (weights
+# are allocated once, and in whole segments).
+CONTEXT = 3 * GIB // 4
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, for the longest case.
+
+    resident: what stays during the whole run, by kind. phases: for each phase what it needs at its
+    peak, by kind, resident parts as one. longest: tokens of prompt and completion, of which a
+    micro-batch holds at least one. host: pinned memory beside the GPU.
+    """
+
+    gpu_bytes: int
+    resident: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    tokens_per_microbatch: int
+    max_in_flight: int
+    activation_offloading: bool
+    longest: int
+    host: dict[str, int]
+    advice: tuple[str, ...] = ()
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Of tensors, by phase: what ``torch.cuda.max_memory_allocated`` is to be compared with."""
+        return {name: sum(parts.values()) for name, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> int:
+        """The highest of the totals."""
+        return max(self.totals.values())
+
+    @property
+    def reserve(self) -> int:
+        """What has to be free beside the tensors."""
+        return CONTEXT + int(FRAGMENTATION * (self.peak - sum(self.resident.values())))
+
+    @property
+    def needed(self) -> int:
+        return self.peak + self.reserve
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.gpu_bytes
+
+
+def parse_bytes(text: str) -> int:
+    """``"24GB"``, ``"24 GiB"`` or ``"24"``: as cards are sold, in units of 2**30.
+
+    Raises ConfigError.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", text, re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ConfigError(f"gpu_memory: {text!r}: expected the size of a card, such as 24GB.")
+    return int(float(found[1]) * GIB)
 
 
 def plan_table(plan: MemoryPlan, measured: Mapping[str, int] | None = None) -> str:
