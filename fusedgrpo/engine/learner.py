@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.metric_names import MISMATCH_MAX, MISMATCH_MEAN
 from fusedgrpo.engine.rollout.training_sample import Sample, concatenated, has_gradient, loss_mask
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
@@ -23,9 +24,6 @@ from fusedgrpo.models.micro_batches import forwarded_tokens, longest, micro_batc
 from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.router import RouterSums
-
-MISMATCH_MEAN = "sampling/sampling_logp_difference/mean"
-MISMATCH_MAX = "sampling/sampling_logp_difference/max"
 
 
 @dataclass(slots=True)

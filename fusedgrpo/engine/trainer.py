@@ -27,9 +27,9 @@ from fusedgrpo.engine.learner import Updater, UpdateResult
 from fusedgrpo.engine.memory.oom_retry import MemoryGuard
 from fusedgrpo.engine.memory.plan import MemoryPlan, measured_phases, plan_table
 from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+from fusedgrpo.engine.metric_names import merged
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
 from fusedgrpo.engine.reporting.completions_log import completion_records
-from fusedgrpo.engine.reporting.metrics_log import merged
 from fusedgrpo.engine.reporting.phase_timer import StepClock
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.run_logger import NoOutputs, RunOutputs

@@ -30,7 +30,6 @@ from fusedgrpo.models.dropout import (
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import check_head, find_head, vocabulary_size
 from fusedgrpo.models.kinds import auto_class, check_causal
-from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.router import find_router
 
 if TYPE_CHECKING:
@@ -196,12 +195,12 @@ def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None]
     return limits
 
 
-def load_policy(
+def policy_parts(
     config: GRPOConfig, model: nn.Module | None = None, peft_config: Any = None
-) -> Policy:
-    """The policy of a run: ``model`` if given, else loaded by name. An adapter that it has, or that
-    ``config`` names, is trained further; else one is added, unless ``finetuning_type`` is ``full``.
-    Raises ModelError or ConfigError.
+) -> dict[str, Any]:
+    """The arguments of a run's ``Policy``: ``model`` if given, else loaded by name. An adapter that
+    it has, or that ``config`` names, is trained further; else one is added, unless
+    ``finetuning_type`` is ``full``. Raises ModelError or ConfigError.
     """
     device = pick_device(config.use_cpu)
     compute_dtype = pick_compute_dtype(config.bf16, config.fp16, device)
@@ -254,16 +253,16 @@ def load_policy(
     model.train()
     with autocast() if mixed else contextlib.nullcontext():
         calm = _trains_as_it_samples(model, causal_lm, config)
-    return Policy(
-        model,
-        compute_dtype=compute_dtype,
-        temperature=config.temperature,
-        keep_reference=keep if config.beta else None,
-        shared_prompt=config.shared_prompt,
-        router=router,
-        disable_dropout=config.disable_dropout,
-        trains_as_it_samples=calm,
-    )
+    return {
+        "model": model,
+        "compute_dtype": compute_dtype,
+        "temperature": config.temperature,
+        "keep_reference": keep if config.beta else None,
+        "shared_prompt": config.shared_prompt,
+        "router": router,
+        "disable_dropout": config.disable_dropout,
+        "trains_as_it_samples": calm,
+    }
 
 
 def _trains_as_it_samples(model: Any, causal_lm: Any, config: GRPOConfig) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +12,6 @@ from torch import Tensor
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models import packed_attention as attention
 from fusedgrpo.models.packed_batch import Layout, PackedBatch
-
-if TYPE_CHECKING:
-    from fusedgrpo.models.policy import Policy
 
 SharedPrompt = Literal["auto", "on", "off"]
 
@@ -24,7 +22,23 @@ log = logging.getLogger("fusedgrpo")
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def choose_layout(policy: Policy, shared_prompt: SharedPrompt) -> Layout:
+class Probed(Protocol):
+    """The parts of a ``Policy`` that a probe uses."""
+
+    @property
+    def causal_lm(self) -> Any: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def vocabulary_size(self) -> int: ...
+    def scoring(self) -> AbstractContextManager[None]: ...
+    def autocast(self) -> AbstractContextManager[Any]: ...
+    def hidden(self, packed: PackedBatch, plan: attention.Plan | None = None) -> Tensor: ...
+
+
+def choose_layout(policy: Probed, shared_prompt: SharedPrompt) -> Layout:
     """``"shared"``, or ``"packed"`` for ``shared_prompt="off"``, where the model computes the same
     as with one sequence per row; else ``"rows"``, and the reason is said.
 
@@ -50,7 +64,7 @@ def choose_layout(policy: Policy, shared_prompt: SharedPrompt) -> Layout:
     return "rows"
 
 
-def _obstacle(policy: Policy, layout: Layout, before: Tensor) -> str | None:
+def _obstacle(policy: Probed, layout: Layout, before: Tensor) -> str | None:
     """Why ``layout`` would not give what one sequence per row gave; None if it does."""
     try:
         rows, _ = _hidden(policy, "rows")
@@ -69,16 +83,16 @@ def _obstacle(policy: Policy, layout: Layout, before: Tensor) -> str | None:
     return _difference(before, rows, policy.dtype) or _difference(before, packed, policy.dtype)
 
 
-def _layer_types(policy: Policy) -> list[str]:
+def _layer_types(policy: Probed) -> list[str]:
     return list(getattr(policy.causal_lm.config.get_text_config(), "layer_types", None) or ())
 
 
-def _foreign_layers(policy: Policy) -> str | None:
+def _foreign_layers(policy: Probed) -> str | None:
     foreign = sorted(set(_layer_types(policy)) - {"full_attention", "sliding_attention"})
     return f"it has layers of type {', '.join(foreign)}" if foreign else None
 
 
-def _hidden(policy: Policy, layout: Layout) -> tuple[Tensor, list[int | None]]:
+def _hidden(policy: Probed, layout: Layout) -> tuple[Tensor, list[int | None]]:
     """Hidden states ``[N, H]`` float64 of a few completions, and the windows that were used."""
     ids = torch.arange(16) * 7 % min(policy.vocabulary_size, 97)
     prompt, other, long, short = (part.tolist() for part in ids.split([5, 3, 5, 3]))

@@ -17,6 +17,7 @@ from fusedgrpo.models.adapters.attached import Adapters, has_adapters, unwrapped
 from fusedgrpo.models.dropout import as_it_samples, own_dropout, switched_off
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import Head, find_head, head_layer, vocabulary_size
+from fusedgrpo.models.loading import policy_parts
 from fusedgrpo.models.packed_batch import Ids, Layout, PackedBatch
 from fusedgrpo.models.packing_probe import SharedPrompt, choose_layout
 from fusedgrpo.models.router import RouterLoss, RouterSums
@@ -76,10 +77,8 @@ class Policy:
     def load(
         cls, config: GRPOConfig, model: nn.Module | None = None, peft_config: Any = None
     ) -> Policy:
-        """The policy that ``config`` describes; see ``loading.load_policy``."""
-        from fusedgrpo.models.loading import load_policy
-
-        return load_policy(config, model, peft_config)
+        """The policy that ``config`` describes; see ``loading.policy_parts``."""
+        return cls(**policy_parts(config, model, peft_config))
 
     @property
     def causal_lm(self) -> Any:

@@ -130,8 +130,8 @@ def test_another_device_or_an_unknown_argument_is_refused(tmp_path):
 
 
 def test_what_is_about_loading_has_no_part_in_a_model_that_is_given(tmp_path, caplog):
-    from fusedgrpo.models.loading import load_policy
+    from fusedgrpo.models.policy import Policy
 
     caplog.set_level(logging.WARNING)
-    load_policy(config(load_in_4bit=True, attn_implementation="eager"), tiny.model())
+    Policy.load(config(load_in_4bit=True, attn_implementation="eager"), tiny.model())
     assert "not its name: attn_implementation, load_in_4bit have no part in it" in caplog.text

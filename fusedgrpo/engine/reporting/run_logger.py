@@ -20,9 +20,10 @@ from fusedgrpo.engine.reporting.display import Display
 from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, read_metrics
 from fusedgrpo.engine.reporting.report import write_report
 from fusedgrpo.engine.reporting.run_dir import RunDir
+from fusedgrpo.engine.reporting.sample_dump import dump_samples
 from fusedgrpo.engine.reporting.trackers import Sinks
 from fusedgrpo.engine.reporting.unwritten import Unwritten
-from fusedgrpo.engine.rollout.training_sample import Sample, dump_samples
+from fusedgrpo.engine.rollout.training_sample import Sample
 from fusedgrpo.errors import OutputDirError
 
 log = logging.getLogger("fusedgrpo")

@@ -15,7 +15,7 @@ import torch
 
 from fusedgrpo.config.redaction import hide_known
 from fusedgrpo.engine.interrupts import StopSignals
-from fusedgrpo.engine.reporting.metrics_log import USER_METRIC, is_own_metric
+from fusedgrpo.engine.metric_names import USER_METRIC, is_own_metric
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
 from fusedgrpo.engine.rewards.in_process import Concurrent, EventLoop, Inline
 from fusedgrpo.engine.rewards.labels import unique_labels

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.learner import MISMATCH_MAX, MISMATCH_MEAN
-from fusedgrpo.engine.reporting.metrics_log import merged
+from fusedgrpo.engine.metric_names import MISMATCH_MAX, MISMATCH_MEAN, merged
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rollout.types import Rollout

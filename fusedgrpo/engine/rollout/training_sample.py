@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.reporting.metrics_log import to_json_line
 from fusedgrpo.kernels import LossOptions
 
 
@@ -73,19 +69,3 @@ def loss_mask(samples: Sequence[Sample], device: torch.device) -> Tensor:
     """``[N]`` bool."""
     lengths = torch.tensor([len(s.completion_ids) for s in samples])
     return torch.tensor([s.in_loss for s in samples]).repeat_interleave(lengths).to(device)
-
-
-def dump_samples(
-    path: Path, samples: Sequence[Sample], *, decode: Callable[[Any], str], **facts: Any
-) -> Path:
-    """Write the samples of a step that went wrong, with ``facts``, so that it can be studied."""
-    rows = []
-    for sample in samples:
-        row: dict[str, Any] = {"completion": decode(sample.completion_ids)}
-        for field in dataclasses.fields(sample):
-            value = getattr(sample, field.name)
-            row[field.name] = value.tolist() if isinstance(value, Tensor) else value
-        rows.append(row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json_line(facts | {"samples": rows}), encoding="utf-8")
-    return path
