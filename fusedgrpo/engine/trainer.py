@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -14,15 +14,15 @@ from typing import Any
 
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import checkpointing as trainer_state
+from fusedgrpo.engine import checkpoint_files, checkpointing
 from fusedgrpo.engine.batch_plan import resolve_batch
+from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.evaluation import evaluate
 from fusedgrpo.engine.interrupts import StopSignals
-from fusedgrpo.engine.keeper import Keeper
 from fusedgrpo.engine.learner import Updater, UpdateResult
 from fusedgrpo.engine.memory.oom_retry import MemoryGuard
 from fusedgrpo.engine.memory.plan import MemoryPlan, measured_phases, plan_table
@@ -30,6 +30,7 @@ from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
 from fusedgrpo.engine.metric_names import merged
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
 from fusedgrpo.engine.reporting.completions_log import completion_records
+from fusedgrpo.engine.reporting.metrics_log import Row
 from fusedgrpo.engine.reporting.phase_timer import StepClock
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.run_logger import NoOutputs, RunOutputs
@@ -41,6 +42,7 @@ from fusedgrpo.engine.rollout.sampler import GenerateSampler, Sampler, SamplingP
 from fusedgrpo.engine.rollout.training_sample import Sample
 from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.run_clock import RunClock
+from fusedgrpo.engine.same_run import RunIdentity
 from fusedgrpo.engine.scoring import loss_options, make_window, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
@@ -122,7 +124,7 @@ class GRPOTrainer(TRLSurface):
         for text in doubtful(args):
             log.warning(text)
         # A launcher passes on the signal that the terminal has sent to everybody already.
-        self.keeper = Keeper(self)
+        self.checkpointer = Checkpointer(self)
         self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
         tracker_classes(args.report_to)
         given = tokenizer if processing_class is None else processing_class
@@ -206,7 +208,7 @@ class GRPOTrainer(TRLSurface):
             poll=self.signals.check,
             processes=self.processes,
             offload=OffloadActivations(self.policy.device) if offloads else None,
-            changing=self.keeper.begins,
+            changing=self.checkpointer.begins,
         )
         self.sampler = sampler or GenerateSampler(
             self.policy,
@@ -286,6 +288,55 @@ class GRPOTrainer(TRLSurface):
         if self.eval_dataset is not None:
             self.eval_dataset = self.eval_dataset.encoded_again()
 
+    @property
+    def identity(self) -> RunIdentity:
+        return RunIdentity(
+            self.args, self.policy.precision, self.train_dataset, self.plan, self.processes.size
+        )
+
+    def state_dict(self, unsynced: Sequence[Row] = ()) -> dict[str, Any]:
+        """The state after the last completed step, without the weights. ``state``: plain values;
+        ``optimizer``: tensors; ``window``: tensors and values of an unfinished rollout, or None.
+
+        unsynced: rows of metrics that are written, and would be lost if the machine stopped now.
+        """
+        window = self.window if self.window and not self.window.finished else None
+        tensors, values = checkpoint_files.optimizer_state(self.updater.optimizer)
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "optimizer": values,
+            "scaler": self.updater.scaler.state_dict(),
+            "started": self.clock.started.isoformat(),
+            "unwritten": self.unwritten.state(unsynced),
+            "window": window is not None,
+            **self.identity.to_record(),
+        }
+        window_state = None if window is None else window.state()
+        return {"state": state, "optimizer": tensors, "window": window_state}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` gave. Raises CheckpointError."""
+        state, window = saved["state"], saved["window"]
+        checkpoint_files.load_optimizer_state(
+            self.updater.optimizer, saved["optimizer"], state["optimizer"]
+        )
+        self.updater.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.unwritten = Unwritten()
+        if "unwritten" in state:  # else it is of version 0.1
+            self.unwritten = Unwritten.from_state(state["unwritten"])
+        self.window = None if window is None else RolloutWindow.from_state(*window)
+
+    def restore(self, path: Path) -> None:
+        """Become what was saved in the checkpoint ``path``. Raises CheckpointError."""
+        state = checkpointing.read_state(path)
+        if "started" in state:  # else it is of version 0.1
+            self.set_clock(datetime.fromisoformat(state["started"]))
+        self.identity.check(state, path)
+        with self.checkpointer.loading(path):
+            checkpointing.load_weights(self.policy, path)
+            self.load_state_dict(checkpointing.read(path, state))
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -311,10 +362,10 @@ class GRPOTrainer(TRLSurface):
         with ExitStack() as stack:
             stack.enter_context(self.signals)
             with self.signals.at_once():
-                found = self.processes.in_main(lambda: trainer_state.find(resume, checkpoints))
+                found = self.processes.in_main(lambda: checkpointing.find(resume, checkpoints))
                 if found is not None:
-                    trainer_state.restore(self, found)
-                self.keeper.check_whole()
+                    self.restore(found)
+                self.checkpointer.check_whole()
             self.stream.cursor = self.progress.cursor
             self.updater.scheduler = build_scheduler(
                 args, self.updater.optimizer, self.plan.total_steps, self.progress.step
@@ -340,16 +391,16 @@ class GRPOTrainer(TRLSurface):
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
                 outputs.display.note(self.rehearse())
             row: dict[str, Any] = {}
-            with self.keeper.saved_if_it_ends(outputs), missing_backward.refused():
+            with self.checkpointer.saved_if_it_ends(outputs), missing_backward.refused():
                 outputs.write(self.unwritten, self.progress.step)
                 if self.unwritten.evaluation_due:
                     row = self._finish_row(outputs)
                 elif found is not None and found.resolve().parent != checkpoints.resolve():
                     # The run's own checkpoints are of another run, if there are any.
-                    self.keeper.save_if_due(outputs, args.save_strategy != "no")
+                    self.checkpointer.save_if_due(outputs, args.save_strategy != "no")
                 while self.progress.step < self.plan.total_steps:
                     row = self.step(outputs)
-                self.keeper.settle(outputs)
+                self.checkpointer.settle(outputs)
             measured = measured_phases(self.memory_peaks)
             if self.memory_plan is not None and measured:
                 table = plan_table(self.memory_plan, measured)
@@ -413,13 +464,13 @@ class GRPOTrainer(TRLSurface):
         assert self.window is not None
         samples = self.window.next_samples(mask_truncated=args.mask_truncated_completions)
         learning_rate = self.updater.learning_rate
-        with self.keeper.one_change(f"the update of step {self.progress.step + 1}"):
+        with self.checkpointer.one_change(f"the update of step {self.progress.step + 1}"):
             with clock.phase("update"):
                 result = self.updater.step(samples, self.progress.step)
             self._accept(result, samples, outputs, learning_rate, clock)
         self._measure(self.unwritten.rows[-1])
         row = self._finish_row(outputs)
-        self.keeper.save_if_due(outputs, self._is_due(args.save_strategy, args.save_steps))
+        self.checkpointer.save_if_due(outputs, self._is_due(args.save_strategy, args.save_steps))
         self.processes.together(self.signals.check)
         return row
 
@@ -611,7 +662,7 @@ class GRPOTrainer(TRLSurface):
             into = Path(output_dir).expanduser()
             if self.processes.is_main:
                 self._check_savable()
-                trainer_state.write_weights(self.policy, self.processing_class, into)
+                checkpointing.write_weights(self.policy, self.processing_class, into)
             return into
         directory = Path(self.args.output_dir)
         if not self.processes.is_main:
@@ -620,11 +671,11 @@ class GRPOTrainer(TRLSurface):
 
     def _save_into(self, directory: Path) -> Path:
         self._check_savable()
-        return trainer_state.save_weights(self.policy, self.processing_class, directory)
+        return checkpointing.save_weights(self.policy, self.processing_class, directory)
 
     def _check_savable(self) -> None:
         """Raise CheckpointError or NonFiniteError where the weights are nobody's wish."""
-        self.keeper.check_whole()
+        self.checkpointer.check_whole()
         if problem := not_finite(self.policy.trainable()):
             raise NonFiniteError(f"The weights are not saved: {problem}.")
 

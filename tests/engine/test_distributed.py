@@ -19,7 +19,7 @@ import yaml
 from patience import HUNG
 from process_runs import PROMPTS, RUNS, make
 
-from fusedgrpo.engine import checkpointing as trainer_state
+from fusedgrpo.engine import checkpointing
 from fusedgrpo.engine.batch_plan import resolve_batch
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
@@ -121,13 +121,17 @@ def test_a_step_that_depends_on_the_number_of_processes_is_not_resumed_by_anothe
     """Saved by one process with 4 completions each; two would take 8."""
     saved = make(tmp_path / "run", per_device_train_batch_size=4, save_strategy="steps")
     saved.train()
-    path = trainer_state.save(saved, tmp_path / "checkpoints")
+    path = checkpointing.save(
+        tmp_path / "checkpoints",
+        saved.state_dict(),
+        lambda path: checkpointing.save_weights(saved.policy, saved.processing_class, path),
+    )
     again = make(tmp_path / "again", per_device_train_batch_size=4)
     again.args = saved.args
-    trainer_state.restore(again, path)
+    again.restore(path)
     again.plan = resolve_batch(again.args, len(PROMPTS), 2)
     with pytest.raises(CheckpointError, match=r"\[1, 1\] -> \[2, 2\].*prompts_per_step"):
-        trainer_state.restore(again, path)
+        again.restore(path)
 
 
 @pytest.mark.slow

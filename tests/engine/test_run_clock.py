@@ -112,7 +112,6 @@ def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path: Path) -> None:
     import json
 
     from fusedgrpo.engine import checkpoint_files as checkpoint
-    from fusedgrpo.engine import checkpointing as trainer_state
 
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     first = trainer(tmp_path / "a", template)
@@ -130,7 +129,7 @@ def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path: Path) -> None:
         (path / "state.json").write_text(json.dumps(state))
 
     old = checkpoint.write_checkpoint(tmp_path / "old", 2, as_then)
-    trainer_state.restore(trainer(tmp_path / "b", template), old)
+    trainer(tmp_path / "b", template).restore(old)
     other = trainer(tmp_path / "c", template + "w4")
     with pytest.raises(CheckpointError, match="the training prompts are not the same"):
-        trainer_state.restore(other, old)
+        other.restore(old)

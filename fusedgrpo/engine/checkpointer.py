@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine import checkpoint_files as checkpoint
-from fusedgrpo.engine import checkpointing as trainer_state
-from fusedgrpo.engine.interrupts import Interrupted
+from fusedgrpo.engine.checkpointing import Progress, missing_file, save, save_weights
+from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.interrupts import Interrupted, StopSignals
+from fusedgrpo.engine.reporting.metrics_log import Row
 from fusedgrpo.engine.reporting.run_logger import RunOutputs
+from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.errors import CheckpointError, NonFiniteError, OutputDirError
 from fusedgrpo.models.finite import not_finite
-
-if TYPE_CHECKING:
-    from fusedgrpo.engine.trainer import GRPOTrainer
+from fusedgrpo.models.policy import Policy
 
 log = logging.getLogger("fusedgrpo")
 
 
-class Keeper:
+class Checkpointed(Protocol):
+    """The parts of a trainer that its checkpoints are about."""
+
+    args: GRPOConfig
+    policy: Policy
+    processing_class: Any
+    processes: Processes
+    signals: StopSignals
+    progress: Progress
+    unwritten: Unwritten
+
+    def state_dict(self, unsynced: Sequence[Row] = ()) -> dict[str, Any]: ...
+
+
+class Checkpointer:
     """Saves the checkpoints of a trainer, and never one of half a step.
 
     torn: in what an error has left the trainer's state half changed; None while it is that of a
     completed step.
     """
 
-    def __init__(self, trainer: GRPOTrainer):
+    def __init__(self, trainer: Checkpointed):
         self.trainer = trainer
         self.torn: str | None = None
         self._overdue = False
@@ -74,7 +90,11 @@ class Keeper:
         outputs.run.check()
         if problem := not_finite(trainer.policy.trainable()):
             raise NonFiniteError(f"The weights after step {trainer.progress.step}: {problem}.")
-        path = trainer_state.save(trainer, outputs.run.checkpoints, outputs.unsynced_rows())
+        path = save(
+            outputs.run.checkpoints,
+            trainer.state_dict(outputs.unsynced_rows()),
+            lambda path: save_weights(trainer.policy, trainer.processing_class, path),
+        )
         self._overdue = False
         log.info("Checkpoint: %s", path)
         if prune and trainer.args.save_total_limit:
@@ -134,7 +154,7 @@ class Keeper:
     def _last_good(self, outputs: RunOutputs) -> str:
         if not self.trainer.processes.is_main:
             return ""
-        path = checkpoint.newest_valid(outputs.run.checkpoints, trainer_state.missing_file)
+        path = checkpoint.newest_valid(outputs.run.checkpoints, missing_file)
         if path is None:
             return "There is no checkpoint to go on from."
         return f"The last good checkpoint is {path}; go on with resume_from_checkpoint: auto."
