@@ -32,6 +32,13 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def pick_device(use_cpu: bool) -> torch.device:
+    """CUDA if there is one and the CPU was not asked for."""
+    import torch
+
+    return torch.device("cuda" if has_gpu() and not use_cpu else "cpu")
+
+
 def gpu_count() -> int:
     import torch
 

@@ -60,6 +60,17 @@ def test_a_gpu_has_bfloat16_by_its_generation(fresh, capability, native: bool) -
     assert fresh.has_bfloat16("cuda") is native
 
 
+@pytest.mark.parametrize(
+    ("gpu", "use_cpu", "device"),
+    [(True, True, "cpu"), (True, False, "cuda"), (False, False, "cpu")],
+)
+def test_the_gpu_is_used_unless_the_cpu_is_asked_for(
+    monkeypatch, gpu: bool, use_cpu: bool, device: str
+) -> None:
+    monkeypatch.setattr(host, "has_gpu", lambda: gpu)
+    assert host.pick_device(use_cpu) == torch.device(device)
+
+
 ASKING = re.compile(
     r"cuda\.(is_available|device_count|get_device_name|get_device_properties|mem_get_info"
     r"|get_device_capability|is_bf16_supported)|torch\.version\.|cpuinfo|cpu_count|getaffinity"

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from fusedgrpo import host
+
 
 class TrainingArgumentsSurface:
     """Names of ``transformers.TrainingArguments`` that are no options."""
@@ -56,9 +58,7 @@ class TrainingArgumentsSurface:
     @property
     def device(self) -> Any:
         """Where the model of this process is."""
-        from fusedgrpo.models.device import pick_device
-
-        return pick_device(bool(vars(self)["use_cpu"]))
+        return host.pick_device(bool(vars(self)["use_cpu"]))
 
     @property
     def n_gpu(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fusedgrpo import host
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine import checkpoint_files, checkpointing
@@ -51,7 +52,6 @@ from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.activation_offload import OffloadActivations
 from fusedgrpo.models.adapters.files import planned_options
-from fusedgrpo.models.device import pick_device
 from fusedgrpo.models.finite import check_loaded, not_finite
 from fusedgrpo.models.kinds import accepted
 from fusedgrpo.models.loading import (
@@ -137,7 +137,7 @@ class GRPOTrainer(TRLSurface):
             kwargs=args.reward_kwargs,
             on_error=args.on_reward_error,
             timeout=args.reward_timeout,
-            device=pick_device(args.use_cpu),
+            device=host.pick_device(args.use_cpu),
             reward_processing_classes=reward_processing_classes,
             model_kwargs={"trust_remote_code": args.trust_remote_code},
             search_paths=search_paths,

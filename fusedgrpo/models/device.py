@@ -1,4 +1,4 @@
-"""Which device and which precision a run computes in."""
+"""Which precision a run computes in."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from fusedgrpo import host
 from fusedgrpo.errors import ConfigError
 
 log = logging.getLogger("fusedgrpo")
-
-
-def pick_device(use_cpu: bool) -> torch.device:
-    """CUDA if there is one and the CPU was not asked for."""
-    return torch.device("cuda" if host.has_gpu() and not use_cpu else "cpu")
 
 
 def pick_compute_dtype(bf16: bool | None, fp16: bool, device: torch.device) -> torch.dtype | None:

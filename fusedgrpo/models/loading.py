@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from fusedgrpo import host
 from fusedgrpo.config.from_pretrained import PLACES, READING
 from fusedgrpo.errors import ConfigError, FusedGRPOError, ModelError, brief, did_you_mean, reason
 from fusedgrpo.models.adapters.attached import has_adapters, only_gguf, unwrapped
@@ -20,7 +21,7 @@ from fusedgrpo.models.adapters.checks import prepare
 from fusedgrpo.models.adapters.files import base_of, check_options, find_adapter, put_onto
 from fusedgrpo.models.adapters.kinds import acts_outside
 from fusedgrpo.models.adapters.lora_targets import all_linear
-from fusedgrpo.models.device import pick_compute_dtype, pick_device
+from fusedgrpo.models.device import pick_compute_dtype
 from fusedgrpo.models.dropout import (
     as_it_samples,
     computes_otherwise_in_training,
@@ -202,7 +203,7 @@ def policy_parts(
     it has, or that ``config`` names, is trained further; else one is added, unless
     ``finetuning_type`` is ``full``. Raises ModelError or ConfigError.
     """
-    device = pick_device(config.use_cpu)
+    device = host.pick_device(config.use_cpu)
     compute_dtype = pick_compute_dtype(config.bf16, config.fp16, device)
     given = model is not None
     if given:

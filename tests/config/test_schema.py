@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,11 @@ def refusals(**options: object) -> list[str]:
 def changed(config: GRPOConfig) -> dict[str, object]:
     default = GRPOConfig().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != default[name]}
+
+
+def test_options_are_read_without_torch() -> None:
+    code = "import fusedgrpo.config.schema, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_llama_factory_recipe_means_what_it_says(tmp_path: Path) -> None:

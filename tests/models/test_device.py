@@ -1,4 +1,4 @@
-"""Which device and which precision a run computes in, on which hardware."""
+"""Which precision a run computes in, on which hardware."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from fusedgrpo import host
 from fusedgrpo.errors import ConfigError
 from fusedgrpo.models import device as devices
-from fusedgrpo.models.device import pick_compute_dtype, pick_device
+from fusedgrpo.models.device import pick_compute_dtype
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -70,11 +70,3 @@ def test_fp16_needs_a_gpu(hardware) -> None:
     assert pick_compute_dtype(None, True, CUDA) == torch.float16
     with pytest.raises(ConfigError, match="fp16"):
         pick_compute_dtype(None, True, CPU)
-
-
-def test_the_cpu_is_used_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "has_gpu", lambda: True)
-    assert pick_device(use_cpu=True) == CPU
-    assert pick_device(use_cpu=False) == CUDA
-    monkeypatch.setattr(host, "has_gpu", lambda: False)
-    assert pick_device(use_cpu=False) == CPU

@@ -27,7 +27,6 @@ from fusedgrpo.engine.memory.plan import CONTEXT, FRAGMENTATION, MemoryPlan, par
 from fusedgrpo.engine.memory.workload import Asked, paged
 from fusedgrpo.errors import FusedGRPOError, PlanError
 from fusedgrpo.models.activation_offload import CHUNK
-from fusedgrpo.models.device import pick_device
 
 # Beyond it products of matrices are no faster on any card, and memory is better left alone.
 MOST_TOKENS = 16384
@@ -71,7 +70,7 @@ def card_bytes(config: GRPOConfig) -> int | None:
     """The card to plan for: ``gpu_memory``, else the one that is here; None without either."""
     if config.gpu_memory is not None:
         return parse_bytes(config.gpu_memory)
-    if pick_device(config.use_cpu).type == "cuda":
+    if host.pick_device(config.use_cpu).type == "cuda":
         return host.gpu_memory()[1]
     return None
 
