@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from fusedgrpo.config.foreign import Refused
+
 OPTIONS = {
     "dtype": "dtype",
     "torch_dtype": "dtype",
@@ -33,30 +35,24 @@ _ONE_DEVICE = (
 )
 _GIVE_THE_MODEL = "load the model yourself and give it as `model`"
 
-
-class _Refused(NamedTuple):
-    remedy: str
-    inert: tuple[Any, ...] = ()
-
-
 _SPREADING = (
     "max_memory", "offload_folder", "offload_state_dict", "offload_buffers", "tp_plan", "tp_size",
     "device_mesh", "distributed_config",
 )  # fmt: skip
 _REFUSED = {
-    **dict.fromkeys(_SPREADING, _Refused(_ONE_DEVICE, (False,))),
-    "low_cpu_mem_usage": _Refused("weights are always loaded that way; leave it out", (True,)),
+    **dict.fromkeys(_SPREADING, Refused(_ONE_DEVICE, (False,))),
+    "low_cpu_mem_usage": Refused("weights are always loaded that way; leave it out", (True,)),
     # The update never has a cache, and sampling always.
-    "use_cache": _Refused("expected true or false", (True, False)),
-    "load_in_8bit": _Refused("only 4 bits can be trained: load_in_4bit: true", (False,)),
-    "output_loading_info": _Refused("what was loaded is checked here; leave it out", (False,)),
-    "ignore_mismatched_sizes": _Refused("weights of another shape would be random", (False,)),
-    "from_tf": _Refused("convert the weights to safetensors first", (False,)),
-    "from_flax": _Refused("convert the weights to safetensors first", (False,)),
-    "config": _Refused(_GIVE_THE_MODEL),
-    "state_dict": _Refused(_GIVE_THE_MODEL),
-    "generation_config": _Refused("sampling is set by temperature, top_p, top_k, min_p"),
-    "return_unused_kwargs": _Refused("leave it out", (False,)),
+    "use_cache": Refused("expected true or false", (True, False)),
+    "load_in_8bit": Refused("only 4 bits can be trained: load_in_4bit: true", (False,)),
+    "output_loading_info": Refused("what was loaded is checked here; leave it out", (False,)),
+    "ignore_mismatched_sizes": Refused("weights of another shape would be random", (False,)),
+    "from_tf": Refused("convert the weights to safetensors first", (False,)),
+    "from_flax": Refused("convert the weights to safetensors first", (False,)),
+    "config": Refused(_GIVE_THE_MODEL),
+    "state_dict": Refused(_GIVE_THE_MODEL),
+    "generation_config": Refused("sampling is set by temperature, top_p, top_k, min_p"),
+    "return_unused_kwargs": Refused("leave it out", (False,)),
 }
 
 # BitsAndBytesConfig: what an option stands for, and the defaults of what nothing stands for.
@@ -96,7 +92,7 @@ def settle(given: Mapping[str, Any]) -> Settled:
                     settled.arguments[name] = _device_map(value)
             elif name not in _REFUSED:
                 settled.arguments[name] = value
-            elif value is not None and not any(value is inert for inert in _REFUSED[name].inert):
+            elif not _REFUSED[name].accepts(value):
                 raise ValueError(f"not supported: {_REFUSED[name].remedy}.")
         except ValueError as error:
             settled.problems.append((label, str(error)))

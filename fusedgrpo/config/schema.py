@@ -275,7 +275,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         def __getattr__(self, name: str) -> Any:
             # Only for what is no option: those of other trainers are as they would be there.
             if name in REFUSED:
-                return next(iter(REFUSED[name].inert), None)
+                return next(iter(REFUSED[name].harmless), None)
             if name in ALIASES and ALIASES[name].convert is None:
                 return getattr(self, ALIASES[name].option)
             if name in ALIASES:

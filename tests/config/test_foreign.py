@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
-from fusedgrpo.config.foreign import REFUSED
+from fusedgrpo.config import foreign
+from fusedgrpo.config.foreign import REFUSED, read_options
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ConfigError
 
@@ -44,6 +48,24 @@ def test_values_that_ask_for_what_happens_anyway_are_taken(key: str, value: obje
     assert GRPOConfig(**{key: value}) == GRPOConfig()
 
 
-def test_inert_values_are_compared_with_their_type() -> None:
+def test_harmless_values_are_compared_with_their_type() -> None:
     assert not REFUSED["dataloader_num_workers"].accepts(False)
     assert not REFUSED["use_vllm"].accepts(0)
+
+
+def test_a_script_reads_the_first_harmless_value() -> None:
+    config = GRPOConfig()
+    assert config.packing is None and config.use_v1_kernels is False
+    assert config.include_for_metrics == [] and config.galore_rank is None
+
+
+def test_an_option_belongs_to_one_group() -> None:
+    with pytest.raises(ValueError, match="use_x is named twice"):
+        read_options('[a]\nremedy = ""\nunset = ["use_x"]\n[b]\nremedy = ""\nharmless.use_x = 1')
+
+
+def test_the_list_is_shipped() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    (shipped,) = Path(foreign.__file__).parent.glob("*.toml")
+    listed = project["tool"]["setuptools"]["package-data"]["fusedgrpo"]
+    assert f"config/{shipped.name}" in listed
