@@ -22,6 +22,7 @@ from fusedgrpo.config.rules import broken_rules
 from fusedgrpo.config.script_surface import TrainingArgumentsSurface
 from fusedgrpo.config.values import (
     check_text,
+    is_free,
     limits_of,
     option,
     read_value,
@@ -90,9 +91,11 @@ class GRPOConfig(TrainingArgumentsSurface):
     use_bnb_nested_quant: bool = option(True, "quantise the 4-bit scales too")
 
     # data
-    dataset: str | None = option(None, "file, directory, name in dataset_dir or Hub name")
-    dataset_dir: str = option("data", "where dataset_info.json and named data sets are")
-    eval_dataset: str | None = option(None, "data set for evaluation")
+    dataset: str | None = option(
+        None, "file, directory, name in dataset_dir or Hub name", free=True
+    )
+    dataset_dir: str = option("data", "where dataset_info.json and named data sets are", free=True)
+    eval_dataset: str | None = option(None, "data set for evaluation", free=True)
     val_size: float = option(
         0.0, "rows held out for evaluation: a share if < 1, else a count", low=0
     )
@@ -114,11 +117,13 @@ class GRPOConfig(TrainingArgumentsSurface):
     # batch
     num_generations: int = option(8, "completions per prompt: the group size", low=2, high=65536)
     num_generations_eval: int | None = option(
-        None, "group size in evaluation; null: num_generations", low=1, high=65536
+        None, "group size in evaluation; null: num_generations", low=1, high=65536, free=True
     )
     max_completion_length: int = option(512, "limit of a completion (tokens)", low=1)
     per_device_train_batch_size: int = option(8, "completions per device and micro-batch", low=1)
-    per_device_eval_batch_size: int = option(8, "completions sampled together in eval", low=1)
+    per_device_eval_batch_size: int = option(
+        8, "completions sampled together in eval", low=1, free=True
+    )
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", low=1)
     prompts_per_step: int | None = option(
         None, "prompts per optimizer step; null: from the batch sizes", low=1
@@ -147,7 +152,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         True, "in the text of completions; false keeps all but the EOS at their end"
     )
     max_in_flight: int | None = option(
-        None, "completions decoded together; null: what the plan says, or all", low=1
+        None, "completions decoded together; null: what the plan says, or all", low=1, free=True
     )
 
     # loss
@@ -189,6 +194,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         300.0,
         "seconds per batch, of reward functions in a worker process and of async ones",
         above=0,
+        free=True,
     )
 
     # optimizer
@@ -203,38 +209,50 @@ class GRPOConfig(TrainingArgumentsSurface):
     warmup_steps: float = option(0.0, "steps, or a share of the run if < 1", low=0)
     num_train_epochs: float = option(3.0, "passes over the data", above=0)
     max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1)
-    max_nonfinite_steps: int = option(0, "non-finite updates skipped in a row before a halt", low=0)
+    max_nonfinite_steps: int = option(
+        0, "non-finite updates skipped in a row before a halt", low=0, free=True
+    )
 
     # precision and memory
     bf16: bool | None = option(None, "compute in bfloat16; null: where the device has it")
     fp16: bool = option(False, "compute in float16")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
     activation_offloading: bool | None = option(
-        None, "keep checkpointed activations in host memory; null: if the plan needs it"
+        None, "keep checkpointed activations in host memory; null: if the plan needs it", free=True
     )
     gpu_memory: str | None = option(
-        None, "size of the card to plan for, such as 24GB; null: that of the device"
+        None, "size of the card to plan for, such as 24GB; null: that of the device", free=True
     )
-    rehearsal: bool | None = option(None, "try the greatest lengths before step 1; null: on a GPU")
+    rehearsal: bool | None = option(
+        None, "try the greatest lengths before step 1; null: on a GPU", free=True
+    )
     use_cpu: bool = option(False, "stay on the CPU")
 
     # run
     do_train: bool = option(True, "this program only trains")
-    output_dir: str = option("trainer_output", "everything a run writes")
-    overwrite_output_dir: bool = option(False, "delete a previous run there instead of moving it")
+    output_dir: str = option("trainer_output", "everything a run writes", free=True)
+    overwrite_output_dir: bool = option(
+        False, "delete a previous run there instead of moving it", free=True
+    )
     seed: int = option(42, "of every random choice", low=0)
-    logging_steps: int = option(10, "show a line every so many steps", low=1)
-    save_strategy: Literal["no", "steps"] = option("steps", "when to checkpoint")
-    save_steps: int = option(500, "optimizer steps between checkpoints", low=1)
-    save_total_limit: int | None = option(None, "checkpoints to keep; null: all", low=1)
-    eval_strategy: Literal["no", "steps"] = option("no", "when to evaluate")
-    eval_steps: int | None = option(None, "steps between evaluations; null: logging_steps", low=1)
-    resume_from_checkpoint: str | None = option(None, "a path; true or auto: the newest")
-    allow_change: tuple[str, ...] = option((), "options that may differ from the checkpoint's")
-    report_to: str | list[str] = option("none", "trackers beside metrics.jsonl")
-    run_name: str | None = option(None, "name of the run in the trackers")
-    log_completions: bool = option(False, "show sample completions")
-    num_completions_to_print: int | None = option(None, "how many of them; null: all", low=1)
+    logging_steps: int = option(10, "show a line every so many steps", low=1, free=True)
+    save_strategy: Literal["no", "steps"] = option("steps", "when to checkpoint", free=True)
+    save_steps: int = option(500, "optimizer steps between checkpoints", low=1, free=True)
+    save_total_limit: int | None = option(None, "checkpoints to keep; null: all", low=1, free=True)
+    eval_strategy: Literal["no", "steps"] = option("no", "when to evaluate", free=True)
+    eval_steps: int | None = option(
+        None, "steps between evaluations; null: logging_steps", low=1, free=True
+    )
+    resume_from_checkpoint: str | None = option(None, "a path; true or auto: the newest", free=True)
+    allow_change: tuple[str, ...] = option(
+        (), "options that may differ from the checkpoint's", free=True
+    )
+    report_to: str | list[str] = option("none", "trackers beside metrics.jsonl", free=True)
+    run_name: str | None = option(None, "name of the run in the trackers", free=True)
+    log_completions: bool = option(False, "show sample completions", free=True)
+    num_completions_to_print: int | None = option(
+        None, "how many of them; null: all", low=1, free=True
+    )
 
     if not TYPE_CHECKING:  # type checkers and editors see the generated signature
 
@@ -328,6 +346,12 @@ _HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
 # text and bool.
 _HINTS["resume_from_checkpoint"] = str | bool | None
 _LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
+
+
+def free_to_change() -> set[str]:
+    """The options that a resumed run may have other values of."""
+    return {spec.name for spec in fields(GRPOConfig) if is_free(spec)}
+
 
 # Everywhere else an empty text is a mistake, often a variable of a shell that is not set; as a
 # path it would mean the working directory.

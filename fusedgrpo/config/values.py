@@ -23,6 +23,7 @@ from fusedgrpo.errors import brief, did_you_mean
 # Beside the fields and not in their metadata, all of which transformers' HfArgumentParser takes
 # for arguments of argparse.
 _LIMITS: dict[Field[Any], dict[str, float]] = {}
+_FREE: set[Field[Any]] = set()
 
 # Values in values, and how deep. A few lines of YAML aliases make billions, and a value may hold
 # itself; nobody's reward or chat template takes so many.
@@ -40,18 +41,30 @@ def option(
     above: float | None = None,
     high: float | None = None,
     below: float | None = None,
+    free: bool = False,
 ) -> Any:
-    """A dataclass field with its help text and range (``low <= x``, ``above < x``, ...)."""
+    """A dataclass field with its help text and range (``low <= x``, ``above < x``, ...).
+
+    free: a resumed run may have another value than its checkpoint, because the option only says
+    where, how loud or how often, and does not change what is computed.
+    """
     bounds = {">=": low, ">": above, "<=": high, "<": below}
     limits = {sign: bound for sign, bound in bounds.items() if bound is not None}
     made: Field[Any] = field(default=default, metadata={"help": help})
     _LIMITS[made] = limits
+    if free:
+        _FREE.add(made)
     return made
 
 
 def limits_of(spec: Field[Any]) -> Mapping[str, float]:
     """The range of an option, as ``{sign: bound}``."""
     return _LIMITS[spec]
+
+
+def is_free(spec: Field[Any]) -> bool:
+    """Whether a resumed run may have another value of the option."""
+    return spec in _FREE
 
 
 def read_value(value: Any, hint: Any, limits: Mapping[str, float]) -> Any:

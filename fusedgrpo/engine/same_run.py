@@ -9,20 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo.config.redaction import redacted
-from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig, free_to_change
 from fusedgrpo.engine.batch_plan import BatchPlan
 from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.errors import CheckpointError, brief
-
-# Options that say where, how loud and how often, and do not change what is computed.
-FREE_TO_CHANGE = {
-    "output_dir", "overwrite_output_dir", "logging_steps", "save_strategy", "save_steps",
-    "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
-    "num_generations_eval", "eval_dataset", "resume_from_checkpoint", "allow_change", "report_to",
-    "run_name", "log_completions", "num_completions_to_print", "reward_timeout",
-    "max_nonfinite_steps", "dataset", "dataset_dir", "rehearsal", "max_in_flight",
-    "activation_offloading", "gpu_memory",
-}  # fmt: skip
 
 # What the precision follows from, together with the machine.
 PRECISION = {"bf16", "fp16", "dtype"}
@@ -66,7 +56,7 @@ class RunIdentity:
         changed = [
             f"{name}: {brief(then[name])} -> {brief(value)}"
             for name, value in now.items()
-            if name not in FREE_TO_CHANGE | allowed and then[name] != value
+            if name not in free_to_change() | allowed and then[name] != value
         ]
         precision = self.precision
         if not allowed & PRECISION and state.get("precision", precision) != precision:

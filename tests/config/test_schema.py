@@ -12,7 +12,7 @@ import yaml
 
 from fusedgrpo.config.aliases import ALIASES
 from fusedgrpo.config.foreign import REFUSED
-from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.config.schema import GRPOConfig, free_to_change
 from fusedgrpo.errors import ConfigError
 
 RECIPE = """\
@@ -115,6 +115,18 @@ def test_every_option_has_help_and_a_default_inside_its_own_range() -> None:
     defaults = {spec.name: spec.default for spec in dataclasses.fields(GRPOConfig)}
     assert GRPOConfig(**defaults) == GRPOConfig()
     assert all(spec.metadata["help"] for spec in dataclasses.fields(GRPOConfig))
+
+
+def test_a_resumed_run_may_differ_in_what_changes_no_result() -> None:
+    assert free_to_change() == {
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_change"),
+        *("logging_steps", "log_completions", "num_completions_to_print", "report_to", "run_name"),
+        *("save_strategy", "save_steps", "save_total_limit"),
+        *("eval_strategy", "eval_steps", "eval_dataset", "per_device_eval_batch_size"),
+        *("num_generations_eval", "reward_timeout", "max_nonfinite_steps"),
+        *("dataset", "dataset_dir"),  # the prompts themselves are compared
+        *("rehearsal", "max_in_flight", "activation_offloading", "gpu_memory"),
+    }
 
 
 def test_all_violations_are_listed_at_once() -> None:
