@@ -31,6 +31,7 @@ from fusedgrpo.config.values import (
 )
 from fusedgrpo.config.yaml_file import parse_override, read_config_file
 from fusedgrpo.errors import ConfigError, brief, did_you_mean
+from fusedgrpo.loss_options import ImportanceSamplingLevel, LossOptions, LossType
 
 Optimizer = Literal[
     "adamw_torch",
@@ -49,7 +50,8 @@ Scheduler = Literal[
     "constant_with_warmup",
     "inverse_sqrt",
 ]
-LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
+# The defaults of the loss are written there.
+_LOSS = LossOptions()
 
 
 @dataclass(kw_only=True, repr=False)
@@ -156,19 +158,29 @@ class GRPOConfig(TrainingArgumentsSurface):
     )
 
     # loss
-    beta: float = option(0.0, "weight of the KL to the reference; 0: no reference", low=0)
-    epsilon: float = option(0.2, "lower clip bound of the ratio", low=0)
-    epsilon_high: float | None = option(None, "upper clip bound; null: epsilon", low=0)
-    delta: float | None = option(None, "cap of the ratio for negative advantages", above=1)
-    loss_type: LossType = option("dapo", "the surrogate and its normaliser")
-    importance_sampling_level: Literal["token", "sequence"] = option("token", "level of the ratio")
-    use_bias_correction_kl: bool = option(True, "multiply the KL by the ratio")
-    sapo_temperature_pos: float = option(1.0, "SAPO, positive advantages", above=0)
-    sapo_temperature_neg: float = option(1.05, "SAPO, negative advantages", above=0)
-    vespo_k_pos: float = option(2.0, "VESPO, positive advantages", low=0)
-    vespo_lambda_pos: float = option(3.0, "VESPO, positive advantages", low=0)
-    vespo_k_neg: float = option(3.0, "VESPO, negative advantages", low=0)
-    vespo_lambda_neg: float = option(2.0, "VESPO, negative advantages", low=0)
+    beta: float = option(_LOSS.beta, "weight of the KL to the reference; 0: no reference", low=0)
+    epsilon: float = option(_LOSS.epsilon, "lower clip bound of the ratio", low=0)
+    epsilon_high: float | None = option(
+        _LOSS.epsilon_high, "upper clip bound; null: epsilon", low=0
+    )
+    delta: float | None = option(_LOSS.delta, "cap of the ratio for negative advantages", above=1)
+    loss_type: LossType = option(_LOSS.loss_type, "the surrogate and its normaliser")
+    importance_sampling_level: ImportanceSamplingLevel = option(
+        _LOSS.importance_sampling_level, "level of the ratio"
+    )
+    use_bias_correction_kl: bool = option(
+        _LOSS.use_bias_correction_kl, "multiply the KL by the ratio"
+    )
+    sapo_temperature_pos: float = option(
+        _LOSS.sapo_temperature_pos, "SAPO, positive advantages", above=0
+    )
+    sapo_temperature_neg: float = option(
+        _LOSS.sapo_temperature_neg, "SAPO, negative advantages", above=0
+    )
+    vespo_k_pos: float = option(_LOSS.vespo_k_pos, "VESPO, positive advantages", low=0)
+    vespo_lambda_pos: float = option(_LOSS.vespo_lambda_pos, "VESPO, positive advantages", low=0)
+    vespo_k_neg: float = option(_LOSS.vespo_k_neg, "VESPO, negative advantages", low=0)
+    vespo_lambda_neg: float = option(_LOSS.vespo_lambda_neg, "VESPO, negative advantages", low=0)
     mask_truncated_completions: bool = option(False, "leave cut completions out of the loss")
     entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
     router_aux_loss_coef: float | None = option(
