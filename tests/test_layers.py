@@ -18,7 +18,7 @@ LAYERS = [
     ["models"],
     ["engine.earlier_run", "engine.metric_names"],
     ["engine.seeding", "engine.interrupts", "engine.batch_plan", "engine.checkpoint_files",
-     "engine.optimizer", "engine.run_clock"],
+     "engine.optimizer", "engine.run_clock", "engine.columns"],
     ["engine.distributed"],
     ["engine.memory", "engine.data", "engine.rewards"],
     ["engine.rollout"],

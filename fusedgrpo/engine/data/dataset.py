@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.columns import ANSWER, CONVENTION, NOT_COLUMNS
 from fusedgrpo.engine.data.encoder import PromptEncoder
 from fusedgrpo.engine.data.fingerprint import joined, row_digest
 from fusedgrpo.engine.data.formats import (
@@ -31,9 +32,6 @@ from fusedgrpo.input_files import exists
 
 logger = logging.getLogger("fusedgrpo")
 
-# Columns that the reward functions do not get (TRL's rule), and names that they get otherwise.
-_DROPPED = ("prompt", "completion", "completion_ids")
-_TAKEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 _SHOWN = 5
 
 
@@ -191,8 +189,8 @@ def _layout(source: Source) -> Layout:
     layout = source.layout or guess_layout(columns, source.name)
     if layout.required not in columns:
         raise missing_column(layout.required, columns, source.name)
-    for name in _TAKEN:
-        if name in columns:
+    for name in CONVENTION:
+        if name in columns and name not in NOT_COLUMNS:
             raise DataError(
                 f"{source.name}: reward functions get their own {name!r}; rename the column."
             )
@@ -214,9 +212,9 @@ def _encode(index: int, row: Row, layout: Layout, encoder: PromptEncoder) -> Exa
         raise DataError(f"{row.where}: {error}") from error
     except Exception as error:  # values of any type may be in a row
         raise BadRowError(f"it cannot be read: {type(error).__name__}: {error}") from error
-    columns = {key: value for key, value in row.values.items() if key not in _DROPPED}
+    columns = {key: value for key, value in row.values.items() if key not in NOT_COLUMNS}
     if prompt.answer is not None:
-        columns.setdefault("solution", prompt.answer)
+        columns.setdefault(ANSWER, prompt.answer)
     return Example(index, prompt.given, prompt_ids, columns, prompt, digest)
 
 

@@ -12,6 +12,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from fusedgrpo.engine.columns import ANSWER, CONVENTION
 from fusedgrpo.engine.rewards.math_answer import is_correct, latex_verdict, text_of
 from fusedgrpo.errors import RewardError
 
@@ -20,7 +21,7 @@ Rewards = list[float | None]
 LogExtra = Callable[[str, list[Any]], None]
 
 REFERENCE_COLUMNS = (
-    "solution",
+    ANSWER,
     "references",
     "reference",
     "answer",
@@ -28,16 +29,6 @@ REFERENCE_COLUMNS = (
     "ground_truth",
     "label",
     "target",
-)
-
-# Every function gets these beside the columns of the data.
-CONVENTION = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
 )
 
 _FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")

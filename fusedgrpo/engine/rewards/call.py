@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fusedgrpo.engine.columns import CONVENTION
 from fusedgrpo.engine.interrupts import Interrupted
-from fusedgrpo.engine.rewards.builtin import CONVENTION
 from fusedgrpo.engine.rewards.own_copy import own_containers, own_copy
 from fusedgrpo.errors import RewardError, did_you_mean
 

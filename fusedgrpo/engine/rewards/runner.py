@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from fusedgrpo.config.redaction import hide_known
+from fusedgrpo.engine.columns import NOT_COLUMNS
 from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.metric_names import USER_METRIC, is_own_metric
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply, RewardCall
@@ -27,8 +28,6 @@ from fusedgrpo.errors import RewardError, did_you_mean
 
 logger = logging.getLogger("fusedgrpo")
 
-# What a prompt's row holds under these names is no column to the reward functions.
-NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 SHARED_WITH_TOKENIZER = ("cache_dir", "revision", "token", "trust_remote_code")
 FAILED_BATCHES_IN_A_ROW = 3
 SECONDS_TO_FIND_THE_CULPRIT = 30.0
