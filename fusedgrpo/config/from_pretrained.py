@@ -23,7 +23,7 @@ OPTIONS = {
 
 # Where files come from: for the model, its configuration and its tokenizer alike.
 PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-# How a model is read; whatever is no argument of from_pretrained is one of its configuration.
+# How a model is read. Names that from_pretrained does not know go to the model's configuration.
 READING = (
     "subfolder", "code_revision", "variant", "use_safetensors", "key_mapping", "use_kernels",
     "experts_implementation", "quantization_config", "device_map", "weights_only",
@@ -55,7 +55,8 @@ _REFUSED = {
     "return_unused_kwargs": Refused("leave it out", (False,)),
 }
 
-# BitsAndBytesConfig: what an option stands for, and the defaults of what nothing stands for.
+# BitsAndBytesConfig: settings that are options here, with their defaults there, and the only value
+# of settings that are none.
 _FOUR_BIT = {
     "bnb_4bit_quant_type": ("bnb_4bit_quant_type", "fp4"),
     "bnb_4bit_use_double_quant": ("use_bnb_nested_quant", False),
@@ -68,8 +69,8 @@ _FOUR_BIT_DEFAULTS = {
 
 
 class Settled(NamedTuple):
-    """``(the argument, the option, its value)``; what goes to transformers; ``(the argument, what
-    is wrong with it)``."""
+    """options: ``(argument, option, value)``. arguments: passed on to transformers. problems:
+    ``(argument, message)``."""
 
     options: list[tuple[str, str, Any]]
     arguments: dict[str, Any]

@@ -74,7 +74,7 @@ def redacted(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hide_option(name: str, value: Any) -> Any:
-    if isinstance(value, (list, tuple)):  # of modules, trackers, functions
+    if isinstance(value, (list, tuple)):  # modules, trackers, functions
         return [_hide(item) for item in value]
     if name == "reward_kwargs" and isinstance(value, Mapping):  # functions may be called anything
         return {function: _hide(arguments) for function, arguments in value.items()}
@@ -192,8 +192,8 @@ def _hide_known(text: str) -> str:
 
 
 def _remember(secret: str) -> None:
-    """Only what is unlike a word: a key of a dictionary that is called ``key`` is hidden where it
-    is configured, and nowhere else."""
+    """Remember a secret unless it looks like a word: the value of a dictionary's ``key`` is hidden
+    where it is configured, and nowhere else."""
     mixed = re.search("[0-9]", secret) and re.search("[A-Za-z]", secret)
     if MARK not in secret and len(secret) >= 8 and (mixed or len(secret) >= 20):
         _known.add(secret)

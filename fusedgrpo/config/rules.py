@@ -8,7 +8,7 @@ from typing import Any
 
 from fusedgrpo.errors import brief, did_you_mean
 
-# In one rollout, whose prompts, texts and rewards are in memory together.
+# Per rollout: its prompts, texts and rewards are in memory together.
 MOST_COMPLETIONS = 1 << 20
 
 

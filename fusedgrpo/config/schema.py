@@ -50,7 +50,7 @@ Scheduler = Literal[
     "constant_with_warmup",
     "inverse_sqrt",
 ]
-# The defaults of the loss are written there.
+# The defaults of the loss's options are written there.
 _LOSS = LossOptions()
 
 
@@ -143,7 +143,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     )
 
     # sampling
-    temperature: float = option(1.0, "of sampling and of all log-probabilities", above=0)
+    temperature: float = option(1.0, "divides the logits, in sampling and in scoring", above=0)
     top_p: float = option(1.0, "nucleus sampling", above=0, high=1)
     top_k: int = option(0, "sample from the k most likely tokens; 0: from all", low=0)
     min_p: float | None = option(
@@ -211,10 +211,10 @@ class GRPOConfig(TrainingArgumentsSurface):
 
     # optimizer
     learning_rate: float = option(1e-6, "peak learning rate", low=0)
-    weight_decay: float = option(0.0, "of AdamW", low=0)
-    adam_beta1: float = option(0.9, "of AdamW", low=0, below=1)
-    adam_beta2: float = option(0.999, "of AdamW", low=0, below=1)
-    adam_epsilon: float = option(1e-8, "of AdamW", above=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", low=0)
+    adam_beta1: float = option(0.9, "AdamW's first beta", low=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's second beta", low=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "clip the gradient norm; 0: never", low=0)
     optim: Optimizer = option("adamw_torch_fused", "the optimizer")
     lr_scheduler_type: Scheduler = option("linear", "the schedule of transformers")
@@ -246,7 +246,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     overwrite_output_dir: bool = option(
         False, "delete a previous run there instead of moving it", free=True
     )
-    seed: int = option(42, "of every random choice", low=0)
+    seed: int = option(42, "seed of every random choice", low=0)
     logging_steps: int = option(10, "show a line every so many steps", low=1, free=True)
     save_strategy: Literal["no", "steps"] = option("steps", "when to checkpoint", free=True)
     save_steps: int = option(500, "optimizer steps between checkpoints", low=1, free=True)
@@ -303,7 +303,7 @@ class GRPOConfig(TrainingArgumentsSurface):
                 )
 
         def __getattr__(self, name: str) -> Any:
-            # Only for what is no option: those of other trainers are as they would be there.
+            # Called for what is no option. Those of other trainers read as they would there.
             if name in REFUSED:
                 return next(iter(REFUSED[name].harmless), None)
             if name in ALIASES and ALIASES[name].convert is None:
@@ -354,8 +354,8 @@ def _own_fields(config: GRPOConfig) -> set[str]:
 
 
 _HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
-# As in transformers it is annotated without the truth values: HfArgumentParser stops at a union of
-# text and bool.
+# The annotation leaves out bool, as in transformers: HfArgumentParser refuses a union of text and
+# bool.
 _HINTS["resume_from_checkpoint"] = str | bool | None
 _LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
 

@@ -1,5 +1,5 @@
-"""What scripts written for TRL do with a configuration: set options one by one, and read those of
-transformers that do not exist here."""
+"""For scripts written for TRL: the attributes of transformers' training arguments that are no
+options here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TrainingArgumentsSurface:
 
     @contextlib.contextmanager
     def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
-        """Processes of a run do not wait for each other here: what is read is only read."""
+        """Nobody waits for the main process here: preparing the data writes nothing."""
         yield
 
     @property

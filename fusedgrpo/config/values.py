@@ -20,13 +20,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from fusedgrpo.errors import brief, did_you_mean
 
-# Beside the fields and not in their metadata, all of which transformers' HfArgumentParser takes
-# for arguments of argparse.
+# Kept beside the fields: transformers' HfArgumentParser passes all of their metadata to argparse.
 _LIMITS: dict[Field[Any], dict[str, float]] = {}
 _FREE: set[Field[Any]] = set()
 
-# Values in values, and how deep. A few lines of YAML aliases make billions, and a value may hold
-# itself; nobody's reward or chat template takes so many.
+# Limits of nested values. A few lines of YAML aliases expand to billions, and a value may hold
+# itself; no reward or chat template needs so many.
 MOST_VALUES, DEEPEST = 100_000, 50
 
 _TRUE = ("true", "yes", "on")

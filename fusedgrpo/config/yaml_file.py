@@ -16,7 +16,7 @@ import yaml
 from fusedgrpo.errors import ConfigError, brief, reason
 from fusedgrpo.input_files import read_text
 
-# Far above what a configuration needs, far below what aliases of aliases can make of a few lines.
+# Far above what a configuration needs, far below what nested aliases expand to.
 _MOST_MERGED = 100
 
 
@@ -83,7 +83,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# Tags for other things than JSON has: a set has no order, a date is no value of any option.
+# Only the types that JSON has: a set has no order, and no option takes a date.
 _Loader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
