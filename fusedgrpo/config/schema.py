@@ -11,27 +11,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fusedgrpo.config.aliases import ALIASES, Alias
 from fusedgrpo.config.foreign import REFUSED
-from fusedgrpo.config.from_pretrained import settle
-from fusedgrpo.config.redaction import marks, redacted, remember
+from fusedgrpo.config.reading import Problem, label_of, left_out, plain, raise_all, resolve
+from fusedgrpo.config.redaction import redacted, remember
 from fusedgrpo.config.rules import broken_rules
 from fusedgrpo.config.script_surface import TrainingArgumentsSurface
-from fusedgrpo.config.values import (
-    check_text,
-    is_free,
-    limits_of,
-    option,
-    read_value,
-    takes_text,
-    takes_truth,
-)
+from fusedgrpo.config.values import is_free, limits_of, option, takes_text, takes_truth
 from fusedgrpo.config.yaml_file import parse_override, read_config_file
-from fusedgrpo.errors import ConfigError, brief, did_you_mean
+from fusedgrpo.errors import ConfigError, did_you_mean
 from fusedgrpo.loss_options import ImportanceSamplingLevel, LossOptions, LossType
+
+log = logging.getLogger("fusedgrpo")
 
 Optimizer = Literal[
     "adamw_torch",
@@ -273,19 +266,19 @@ class GRPOConfig(TrainingArgumentsSurface):
                 raise ConfigError("Options are given by name, and output_dir once.")
             if output_dir:
                 given["output_dir"] = output_dir[0]
-            values, problems = _resolve(given)
+            values, problems = resolve(given, _HINTS, _LIMITS)
             for spec in fields(self):
                 object.__setattr__(self, spec.name, values.get(spec.name, spec.default))
             remember(values)
-            problems += _left_out(values)
+            problems += left_out(values)
             problems += broken_rules(self, skip={name for name, _ in problems})
-            _raise_all(problems)
+            raise_all(problems)
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name.startswith("_") or (name not in _HINTS and name in _own_fields(self)):
                 object.__setattr__(self, name, value)  # private, or of a derived class
                 return
-            values, problems = _resolve({name: value})
+            values, problems = resolve({name: value}, _HINTS, _LIMITS)
             before = {option: getattr(self, option) for option in values}
             for option, read in values.items():
                 object.__setattr__(self, option, read)
@@ -293,7 +286,7 @@ class GRPOConfig(TrainingArgumentsSurface):
             if problems:
                 for option, read in before.items():
                     object.__setattr__(self, option, read)
-                _raise_all(problems)
+                raise_all(problems)
             changed = [option for option in values if values[option] != before[option]]
             if changed and vars(self).get("_used"):
                 log.warning(
@@ -318,7 +311,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> GRPOConfig:
         """The configuration that a mapping of option names (any known spelling) describes."""
-        return cls(**{_label(key): value for key, value in options.items()})
+        return cls(**{label_of(key): value for key, value in options.items()})
 
     @classmethod
     def from_file(
@@ -332,17 +325,17 @@ class GRPOConfig(TrainingArgumentsSurface):
             alias = ALIASES.get(key, Alias(key))
             hint = _HINTS.get(alias.option, bool)
             if text is None and alias.convert is None and not takes_truth(hint):
-                bare.append((alias.option, f"{_label(key)}: has no value on the command line."))
+                bare.append((alias.option, f"{label_of(key)}: has no value on the command line."))
             else:
                 typed[key] = True if text is None else parse_override(text, takes_text(hint))
-        values, problems = _resolve(read_config_file(path))
-        winning, more = _resolve(typed)
-        _raise_all(problems + more + bare)
+        values, problems = resolve(read_config_file(path), _HINTS, _LIMITS)
+        winning, more = resolve(typed, _HINTS, _LIMITS)
+        raise_all(problems + more + bare)
         return cls(**{**values, **winning})
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON and YAML types; callables by their import path."""
-        return {spec.name: _plain(getattr(self, spec.name)) for spec in fields(self)}
+        return {spec.name: plain(getattr(self, spec.name)) for spec in fields(self)}
 
     def to_record(self) -> dict[str, Any]:
         """``to_dict()`` as it is stored and shown, a mark in place of keys, passwords, tokens."""
@@ -363,131 +356,3 @@ _LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
 def free_to_change() -> set[str]:
     """The options that a resumed run may have other values of."""
     return {spec.name for spec in fields(GRPOConfig) if is_free(spec)}
-
-
-# Everywhere else an empty text is a mistake, often a variable of a shell that is not set; as a
-# path it would mean the working directory.
-_MAY_BE_EMPTY = ("system_prompt",)
-
-log = logging.getLogger("fusedgrpo")
-
-# A violation: the option (or unknown key) that it is about, and the line to print.
-Problem = tuple[str, str]
-
-
-def _resolve(given: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Our names and read values of what was ``given``, and what is wrong with the rest."""
-    values: dict[str, Any] = {}
-    spelled: dict[str, str] = {}
-    problems: list[Problem] = []
-    asked = [(_label(key), key, value) for key, value in given.items()]
-    if isinstance(more := given.get("model_init_kwargs"), Mapping):
-        settled = settle(more)
-        asked += settled.options
-        problems += [("model_init_kwargs", f"{name}: {text}") for name, text in settled.problems]
-        asked = [
-            (label, key, (settled.arguments or None) if key == "model_init_kwargs" else value)
-            for label, key, value in asked
-        ]
-    for label, key, value in asked:
-        name = ALIASES[key].option if key in ALIASES else _label(key)
-        try:
-            if key in REFUSED:
-                if REFUSED[key].accepts(value):
-                    continue
-                raise ValueError(f"not supported: {REFUSED[key].remedy}.")
-            if name not in _HINTS:
-                raise ValueError(f"unknown option.{did_you_mean(name, [*_HINTS, *ALIASES])}")
-            convert = ALIASES[key].convert if key in ALIASES else None
-            value = _tidy(name, convert(value) if convert else value)
-            if isinstance(value, str) and not value.strip() and name not in _MAY_BE_EMPTY:
-                raise ValueError(
-                    f"expected text, got {value!r}. Leave the option out for its default."
-                )
-            value = read_value(value, _HINTS[name], _LIMITS[name])
-        except ValueError as error:
-            problems.append((name, f"{label}: {error}"))
-            continue
-        if name in values and values[name] != value:
-            both = f"given as {brief(values[name])} and {brief(value)}"
-            problems.append((name, f"{spelled[name]} and {label} are one option, {both}."))
-        values[name] = value
-        spelled[name] = label
-    return values, problems
-
-
-def _left_out(values: Mapping[str, Any]) -> list[Problem]:
-    """The secrets that are missing in options which come from the record of another run."""
-    found = [(name, path) for name, value in values.items() for path in marks(value, name)]
-    return [
-        (name, f"{path}: was a secret and left out where this was written; give it anew.")
-        for name, path in found
-    ]
-
-
-def _label(key: Any) -> str:
-    """The name of an option, or whatever was given as one, for a message."""
-    return key if isinstance(key, str) and len(key) <= 100 else brief(key)
-
-
-def _tidy(name: str, value: Any) -> Any:
-    """Bring the accepted spellings of a few options to one form. The type check comes after."""
-    if name == "reward_funcs":
-        return _reward_funcs(value)
-    if name == "dtype" and type(value).__module__ == "torch":
-        return str(value).removeprefix("torch.")
-    if not isinstance(value, (str, bool, list, tuple, NoneType)):  # == may be anything: an array's
-        return value
-    if name in ("lora_target_modules", "report_to") and isinstance(value, str):
-        value = [word.strip() for word in value.split(",") if word.strip()]
-    if name == "lora_target_modules":
-        if value is None:  # TRL's default
-            return "all-linear"
-        if value == []:
-            raise ValueError("expected module names or all-linear, got none.")
-        return "all-linear" if value in (["all"], ["all-linear"]) else value
-    if name == "report_to":
-        return "none" if value in (None, [], ["none"]) else value
-    if name == "scale_rewards" and value in (True, "true"):
-        return "group"
-    if name == "scale_rewards" and value == "false":
-        return "none"
-    if name == "resume_from_checkpoint" and value in ("true", "false"):
-        return value == "true"
-    return value
-
-
-def _reward_funcs(value: Any) -> list[Any] | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = [word.strip() for word in value.split(",") if word.strip()]
-    funcs = list(value) if isinstance(value, (list, tuple)) else [value]
-    for func in funcs:
-        if isinstance(func, str):
-            check_text(func)
-        elif not callable(func):
-            kind = type(func).__name__
-            raise ValueError(f"expected names or callables, got {brief(func)} ({kind}).")
-    if not funcs:
-        raise ValueError("expected at least one reward function, got none.")
-    return funcs
-
-
-def _raise_all(problems: list[Problem]) -> None:
-    if problems:
-        raise ConfigError(text for _, text in problems)
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        scalar = (str, int, float, bool, NoneType)
-        return {k if isinstance(k, scalar) else str(k): _plain(item) for k, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if callable(value):
-        value = value if hasattr(value, "__qualname__") else type(value)
-        return f"{value.__module__}:{value.__qualname__}"
-    return str(value)
