@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +19,10 @@ import torch
 from torch.utils import _device
 
 from fusedgrpo import host
+
+# What a shell starts in the background ignores Ctrl-C, and so would every Python that we start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models gain nothing from a second thread, and on a busy machine lose a lot by waiting for it.
 torch.set_num_threads(1)
