@@ -20,9 +20,12 @@ from torch.utils import _device
 
 from fusedgrpo import host
 
-# What a shell starts in the background ignores Ctrl-C, and so would every Python that we start.
+# nohup, and a shell that starts something in the background, have signals ignored, and so would
+# every Python that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tiny models gain nothing from a second thread, and on a busy machine lose a lot by waiting for it.
 torch.set_num_threads(1)

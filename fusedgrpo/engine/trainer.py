@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -12,57 +11,38 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fusedgrpo import host
-from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine import checkpoint_files, checkpointing
-from fusedgrpo.engine.batch_plan import resolve_batch
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
-from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
-from fusedgrpo.engine.data.stream import PromptStream
-from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.data.dataset import Example, load_prompts
 from fusedgrpo.engine.evaluation import evaluate
-from fusedgrpo.engine.interrupts import StopSignals
-from fusedgrpo.engine.learner import Updater, UpdateResult
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard
-from fusedgrpo.engine.memory.plan import MemoryPlan, measured_phases, plan_table
-from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+from fusedgrpo.engine.learner import UpdateResult
+from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.metric_names import merged
-from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
+from fusedgrpo.engine.optimizer import build_scheduler
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.reporting.metrics_log import Row
 from fusedgrpo.engine.reporting.phase_timer import StepClock
-from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.run_logger import NoOutputs, RunOutputs
-from fusedgrpo.engine.reporting.trackers import tracker_classes
 from fusedgrpo.engine.reporting.unwritten import Unwritten
-from fusedgrpo.engine.rewards import RewardBatch, build_rewards
+from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.buffer import RolloutWindow
-from fusedgrpo.engine.rollout.sampler import GenerateSampler, Sampler, SamplingParams, SharedSampler
+from fusedgrpo.engine.rollout.sampler import Sampler, SharedSampler
 from fusedgrpo.engine.rollout.training_sample import Sample
 from fusedgrpo.engine.rollout.types import Rollout
-from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.same_run import RunIdentity
-from fusedgrpo.engine.scoring import loss_options, make_window, per_completion, score_rollout
+from fusedgrpo.engine.scoring import make_window, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive
+from fusedgrpo.engine.setup import all_examples, build_parts, describe
 from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
 from fusedgrpo.engine.warmup import rehearse
-from fusedgrpo.errors import ConfigError, NonFiniteError, PlanError
+from fusedgrpo.errors import ConfigError, NonFiniteError
 from fusedgrpo.models import missing_backward
-from fusedgrpo.models.activation_offload import OffloadActivations
-from fusedgrpo.models.adapters.files import planned_options
-from fusedgrpo.models.finite import check_loaded, not_finite
-from fusedgrpo.models.kinds import accepted
+from fusedgrpo.models.finite import not_finite
 from fusedgrpo.models.loading import (
-    check_tokenizer,
-    eos_ids,
-    load_tokenizer,
     model_limits,
-    model_settings,
 )
-from fusedgrpo.models.policy import Policy
-from fusedgrpo.models.processing import text_tokenizer
 
 log = logging.getLogger("fusedgrpo")
 
@@ -118,168 +98,43 @@ class GRPOTrainer(TRLSurface):
                 "environment_factory": environment_factory,
             }
         )
-        self.args = args = _own_options(args, model, quantization_config)
-        self.processes = Processes.start(args.use_cpu)
-        self.processes.in_main(lambda: RunDir.probe(args.output_dir))
-        for text in doubtful(args):
-            log.warning(text)
-        # A launcher passes on the signal that the terminal has sent to everybody already.
-        self.checkpointer = Checkpointer(self)
-        self.signals = StopSignals(echo_seconds=10.0 if self.processes.size > 1 else 0.0)
-        tracker_classes(args.report_to)
-        given = tokenizer if processing_class is None else processing_class
-        self.processing_class = load_tokenizer(args) if given is None else given
-        self.tokenizer = text_tokenizer(self.processing_class)
-        self.clock = RunClock(self.processes.in_main(datetime.now))
-        self.reward_funcs = build_rewards(
-            args.reward_funcs if reward_funcs is None else reward_funcs,
-            weights=args.reward_weights,
-            kwargs=args.reward_kwargs,
-            on_error=args.on_reward_error,
-            timeout=args.reward_timeout,
-            device=host.pick_device(args.use_cpu),
+        parts = build_parts(
+            args,
+            model,
+            reward_funcs,
+            train_dataset,
+            eval_dataset,
+            tokenizer if processing_class is None else processing_class,
             reward_processing_classes=reward_processing_classes,
-            model_kwargs={"trust_remote_code": args.trust_remote_code},
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            sampler=sampler,
             search_paths=search_paths,
-            signals=self.signals,
-            clock=self.clock,
         )
-        try:
-            self._assemble(model, train_dataset, eval_dataset, peft_config, sampler)
-        except BaseException:
-            self.reward_funcs.close()
-            raise
-
-    def _assemble(
-        self,
-        model: Any,
-        train_dataset: Any,
-        eval_dataset: Any,
-        peft_config: Any,
-        sampler: Sampler | None,
-    ) -> None:
-        args = self.args
-        named = model is None or isinstance(model, (str, os.PathLike))
-        model = None if named else accepted(model)
-        # Data errors come before gigabytes are loaded, where the model's limits are known by then.
-        limits = model_limits(args, model)
-        if limits is None:
-            self.policy = Policy.load(args, model, peft_config)
-            limits = model_limits(args, self.policy.causal_lm)
-        self.train_dataset, self.eval_dataset = self._load_data(train_dataset, eval_dataset, limits)
-        self.memory_plan = None
-        if model is None and peft_config is None:  # else the options do not describe the model
-            self.memory_plan = self._plan_memory(getattr(self, "policy", None))
-        if not hasattr(self, "policy"):
-            self.policy = Policy.load(args, model, peft_config)
-        check_tokenizer(self.tokenizer, self.policy.causal_lm)
-        self.eos_ids = eos_ids(self.policy.causal_lm, self.tokenizer)
-        held_out = self.eval_dataset and self.eval_dataset.fingerprint
-        self.processes.agree(
-            {
-                "the training data": self.train_dataset.fingerprint,
-                "the evaluation data": held_out,
-                "the precision": self.policy.precision,
-            }
-            | {name: value for name, value in args.to_record().items() if name != "output_dir"}
-        )
-        check_loaded(self.policy.model)
-        self.processes.agree_on_weights(self.policy.model)
-        self.plan = resolve_batch(args, len(self.train_dataset), self.processes.size)
-        self.stream = PromptStream(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
-        plan = self.memory_plan
-        tokens, in_flight = args.tokens_per_microbatch, args.max_in_flight
-        if plan is not None:
-            tokens, in_flight = tokens or plan.tokens_per_microbatch, plan.max_in_flight
-        self.guard = MemoryGuard(
-            tokens or TOKENS_PER_MICROBATCH[self.policy.device.type], in_flight
-        )
-        offloads = args.activation_offloading or (plan is not None and plan.activation_offloading)
-        optimizer = build_optimizer(args, self.policy.trainable())
-        self.updater = Updater(
-            self.policy,
-            optimizer,
-            build_scheduler(args, optimizer, self.plan.total_steps),
-            loss_options(args),
-            max_grad_norm=args.max_grad_norm,
-            guard=self.guard,
-            entropy_coef=args.entropy_coef,
-            seed=args.seed,
-            poll=self.signals.check,
-            processes=self.processes,
-            offload=OffloadActivations(self.policy.device) if offloads else None,
-            changing=self.checkpointer.begins,
-        )
-        self.sampler = sampler or GenerateSampler(
-            self.policy,
-            self.tokenizer,
-            self.eos_ids,
-            guard=self.guard,
-            poll=self.signals.check,
-            skip_special_tokens=args.skip_special_tokens,
-        )
-        if self.processes.size > 1:
-            self.sampler = SharedSampler(self.sampler, self.processes)
-        self.sampling = SamplingParams(
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-        )
+        self.args = parts.args
+        self.processes = parts.processes
+        self.signals = parts.signals
+        self.processing_class = parts.processing_class
+        self.tokenizer = parts.tokenizer
+        self.clock = parts.clock
+        self.reward_funcs = parts.reward_funcs
+        self.train_dataset = parts.train_dataset
+        self.eval_dataset = parts.eval_dataset
+        self.policy = parts.policy
+        self.eos_ids = parts.eos_ids
+        self.memory_plan = parts.memory_plan
+        self.plan = parts.plan
+        self.stream = parts.stream
+        self.guard = parts.guard
+        self.updater = parts.updater
+        self.sampler = parts.sampler
+        self.sampling = parts.sampling
         self.progress = Progress()
         self.unwritten = Unwritten()
         self.window: RolloutWindow | None = None
         self.memory_peaks: dict[str, float] = {}
-
-    def _plan_memory(self, policy: Policy | None) -> MemoryPlan | None:
-        """What the run will need of its card; None where there is none and none was named, and for
-        models that cannot be planned."""
-        args, card = self.args, card_bytes(self.args)
-        if card is None:
-            return None
-        try:
-            return plan_memory(
-                planned_options(args),
-                model_settings(args) if policy is None else policy.causal_lm.config,
-                gpu_bytes=card,
-                prompt_tokens=max(len(e.prompt_ids) for e in self._examples()),
-                activation_offloading=args.activation_offloading,
-                world_size=self.processes.size,
-            )
-        except PlanError as error:
-            log.warning("%s The run goes on without a plan.", error)
-            return None
-
-    def _examples(self) -> list[Example]:
-        """All that may be sampled."""
-        held_out = self.eval_dataset.examples if self.eval_dataset else []
-        return [*self.train_dataset.examples, *held_out]
-
-    def _load_data(
-        self, train: Any, held_out: Any, limits: Any
-    ) -> tuple[PromptDataset, PromptDataset | None]:
-        args = self.args
-        source = args.dataset if train is None else train
-        if source is None:
-            raise ConfigError(
-                "dataset is missing: give a file, a directory, a name in dataset_dir, or pass "
-                "train_dataset."
-            )
-        limits = {**limits, "clock": self.clock}
-        prompts = load_prompts(source, args, self.processing_class, **limits)
-        held_out = args.eval_dataset if held_out is None else held_out
-        evaluation = None
-        if held_out is not None:
-            evaluation = load_prompts(held_out, args, self.processing_class, split="test", **limits)
-        elif args.val_size:
-            prompts, evaluation = prompts.split(args.val_size, args.seed)
-        if args.eval_strategy != "no" and evaluation is None:
-            raise ConfigError(
-                f"eval_strategy: {args.eval_strategy} needs an eval_dataset or a val_size."
-            )
-        return prompts, evaluation
+        self.checkpointer = Checkpointer(self)
+        self.updater.changing = self.checkpointer.begins
 
     def set_clock(self, started: datetime) -> None:
         """Go on with the prompts of a run that was started at another time. Raises DataError."""
@@ -376,7 +231,7 @@ class GRPOTrainer(TRLSurface):
                     resume=self.progress.step > 0,
                     total_steps=self.plan.total_steps,
                     done=self.progress.step,
-                    plan_line=self._plan_line(),
+                    plan_line=describe(self.policy, self.plan, self.processes),
                     eos_ids=self.eos_ids,
                     unwritten=self.unwritten,
                     branch=found is not None,
@@ -423,7 +278,10 @@ class GRPOTrainer(TRLSurface):
                 self.updater,
                 sampler,
                 self.sampling,
-                prompt_lengths=[len(example.prompt_ids) for example in self._examples()],
+                prompt_lengths=[
+                    len(example.prompt_ids)
+                    for example in all_examples(self.train_dataset, self.eval_dataset)
+                ],
                 n=self.args.num_generations,
                 groups_per_step=-(-self.plan.groups_per_step // share),
                 groups_per_rollout=-(-self.plan.groups_per_rollout // share),
@@ -688,47 +546,3 @@ class GRPOTrainer(TRLSurface):
             max_steps=self.plan.total_steps,
             epoch=self.stream.epoch,
         )
-
-    def _plan_line(self) -> str:
-        trained = sum(p.numel() for _, p in self.policy.trainable())
-        what = "all weights"
-        if self.policy.adapters is not None:
-            adapter = self.policy.adapters.describe()
-            what = f"{adapter} on {_bits(self.policy.causal_lm)} weights"
-        line = (
-            f"{self.plan.describe()}; {what}, {trained / 1e6:.3g}M trained, computing in "
-            f"{self.policy.precision} on {self.policy.device.type}"
-        )
-        return line + (f"; {self.processes.size} processes" if self.processes.size > 1 else "")
-
-
-def _own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
-    """A copy of the configuration with the name of the model that was passed, for the record, and
-    with what ``quantization_config`` describes."""
-    if args is not None and not isinstance(args, GRPOConfig):
-        raise ConfigError(
-            f"args: expected a fusedgrpo.GRPOConfig, got {type(args).__module__}."
-            f"{type(args).__qualname__}. from fusedgrpo import GRPOConfig: the names are TRL's."
-        )
-    args = args or GRPOConfig()
-    object.__setattr__(args, "_used", True)
-    config = getattr(model, "config", None)
-    by_name = isinstance(model, (str, os.PathLike))
-    name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
-    own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
-    if quantization_config is not None:
-        if not by_name and model is not None:
-            raise ConfigError(
-                "quantization_config: the model is loaded already; give its name, or load it in "
-                "4 bits yourself."
-            )
-        given = {**(own.model_init_kwargs or {}), "quantization_config": quantization_config}
-        own.model_init_kwargs = given
-    object.__setattr__(own, "_used", True)
-    return own
-
-
-def _bits(model: Any) -> str:
-    if getattr(model, "is_loaded_in_4bit", False):
-        return "4-bit"
-    return str(next(model.parameters()).dtype).removeprefix("torch.")

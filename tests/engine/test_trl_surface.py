@@ -95,10 +95,10 @@ def test_a_configuration_of_trl_is_refused_with_the_import_to_use(tmp_path):
 
 
 def test_a_quantization_config_sets_the_options(tmp_path):
-    from fusedgrpo.engine.trainer import _own_options
+    from fusedgrpo.engine.setup import own_options
 
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    own = _own_options(args, "a/model", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    own = own_options(args, "a/model", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
     assert own.load_in_4bit and own.model_name_or_path == "a/model"
     assert not args.load_in_4bit
 

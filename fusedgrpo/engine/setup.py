@@ -1,0 +1,340 @@
+"""The parts of a trainer, made from its options and checked against each other.
+
+Nothing here trains. Everything that can be wrong with options, data, rewards and model is found
+here, the cheap checks before the expensive ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fusedgrpo import host
+from fusedgrpo.config.rules import doubtful
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
+from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
+from fusedgrpo.engine.data.stream import PromptStream
+from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.interrupts import StopSignals
+from fusedgrpo.engine.learner import Updater
+from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.memory.plan import MemoryPlan
+from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
+from fusedgrpo.engine.reporting.run_dir import RunDir
+from fusedgrpo.engine.reporting.trackers import tracker_classes
+from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
+from fusedgrpo.engine.rollout.sampler import GenerateSampler, Sampler, SamplingParams, SharedSampler
+from fusedgrpo.engine.run_clock import RunClock
+from fusedgrpo.engine.scoring import loss_options
+from fusedgrpo.errors import ConfigError, PlanError
+from fusedgrpo.models.activation_offload import OffloadActivations
+from fusedgrpo.models.adapters.files import planned_options
+from fusedgrpo.models.finite import check_loaded
+from fusedgrpo.models.kinds import accepted
+from fusedgrpo.models.loading import (
+    check_tokenizer,
+    eos_ids,
+    load_tokenizer,
+    model_limits,
+    model_settings,
+)
+from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.processing import text_tokenizer
+
+log = logging.getLogger("fusedgrpo")
+
+TOKENS_PER_MICROBATCH = {"cuda": 8192, "cpu": 4096}
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """Everything that a trainer is made of, in the order in which it is made."""
+
+    args: GRPOConfig
+    processes: Processes
+    signals: StopSignals
+    processing_class: Any
+    tokenizer: Any
+    clock: RunClock
+    reward_funcs: RewardFunctions
+    train_dataset: PromptDataset
+    eval_dataset: PromptDataset | None
+    memory_plan: MemoryPlan | None
+    policy: Policy
+    eos_ids: list[int]
+    plan: BatchPlan
+    stream: PromptStream
+    guard: MemoryGuard
+    updater: Updater
+    sampler: Sampler
+    sampling: SamplingParams
+
+
+def build_parts(
+    args: GRPOConfig | None,
+    model: Any,
+    reward_funcs: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    *,
+    reward_processing_classes: Any,
+    quantization_config: Any,
+    peft_config: Any,
+    sampler: Sampler | None,
+    search_paths: Sequence[str | Path],
+) -> Parts:
+    """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
+    RewardError, ModelError or OutputDirError."""
+    args = own_options(args, model, quantization_config)
+    processes = Processes.start(args.use_cpu)
+    processes.in_main(lambda: RunDir.probe(args.output_dir))
+    for text in doubtful(args):
+        log.warning(text)
+    # A launcher passes on the signal that the terminal has sent to everybody already.
+    signals = StopSignals(echo_seconds=10.0 if processes.size > 1 else 0.0)
+    tracker_classes(args.report_to)
+    processing_class = load_tokenizer(args) if processing_class is None else processing_class
+    tokenizer = text_tokenizer(processing_class)
+    clock = RunClock(processes.in_main(datetime.now))
+    rewards = build_rewards(
+        args.reward_funcs if reward_funcs is None else reward_funcs,
+        weights=args.reward_weights,
+        kwargs=args.reward_kwargs,
+        on_error=args.on_reward_error,
+        timeout=args.reward_timeout,
+        device=host.pick_device(args.use_cpu),
+        reward_processing_classes=reward_processing_classes,
+        model_kwargs={"trust_remote_code": args.trust_remote_code},
+        search_paths=search_paths,
+        signals=signals,
+        clock=clock,
+    )
+    try:
+        named = model is None or isinstance(model, (str, os.PathLike))
+        model = None if named else accepted(model)
+        # Data errors come before gigabytes are loaded, where the model's limits are known by then.
+        policy = None
+        limits = model_limits(args, model)
+        if limits is None:
+            policy = Policy.load(args, model, peft_config)
+            limits = model_limits(args, policy.causal_lm)
+        train, held_out = _load_data(
+            args, processing_class, train_dataset, eval_dataset, {**(limits or {}), "clock": clock}
+        )
+        memory_plan = None
+        if model is None and peft_config is None:  # else the options do not describe the model
+            memory_plan = _plan_memory(args, policy, all_examples(train, held_out), processes.size)
+        policy = policy or Policy.load(args, model, peft_config)
+        check_tokenizer(tokenizer, policy.causal_lm)
+        _check_equal(processes, args, train, held_out, policy)
+        guard = MemoryGuard(
+            args.tokens_per_microbatch
+            or (memory_plan and memory_plan.tokens_per_microbatch)
+            or TOKENS_PER_MICROBATCH[policy.device.type],
+            memory_plan.max_in_flight if memory_plan else args.max_in_flight,
+        )
+        plan = resolve_batch(args, len(train), processes.size)
+        ends = eos_ids(policy.causal_lm, tokenizer)
+        return Parts(
+            args=args,
+            processes=processes,
+            signals=signals,
+            processing_class=processing_class,
+            tokenizer=tokenizer,
+            clock=clock,
+            reward_funcs=rewards,
+            train_dataset=train,
+            eval_dataset=held_out,
+            memory_plan=memory_plan,
+            policy=policy,
+            eos_ids=ends,
+            plan=plan,
+            stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
+            guard=guard,
+            updater=_updater(args, policy, plan, guard, signals, processes, memory_plan),
+            sampler=_sampler(args, policy, tokenizer, ends, guard, signals, processes, sampler),
+            sampling=SamplingParams(
+                max_new_tokens=args.max_completion_length,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                top_k=args.top_k,
+                min_p=args.min_p,
+                repetition_penalty=args.repetition_penalty,
+            ),
+        )
+    except BaseException:
+        rewards.close()
+        raise
+
+
+def _check_equal(
+    processes: Processes,
+    args: GRPOConfig,
+    train: PromptDataset,
+    held_out: PromptDataset | None,
+    policy: Policy,
+) -> None:
+    """Whether all processes have the same run."""
+    processes.agree(
+        {
+            "the training data": train.fingerprint,
+            "the evaluation data": held_out and held_out.fingerprint,
+            "the precision": policy.precision,
+        }
+        | {name: value for name, value in args.to_record().items() if name != "output_dir"}
+    )
+    check_loaded(policy.model)
+    processes.agree_on_weights(policy.model)
+
+
+def _updater(
+    args: GRPOConfig,
+    policy: Policy,
+    plan: BatchPlan,
+    guard: MemoryGuard,
+    signals: StopSignals,
+    processes: Processes,
+    memory_plan: MemoryPlan | None,
+) -> Updater:
+    offloads = args.activation_offloading or (
+        memory_plan is not None and memory_plan.activation_offloading
+    )
+    optimizer = build_optimizer(args, policy.trainable())
+    return Updater(
+        policy,
+        optimizer,
+        build_scheduler(args, optimizer, plan.total_steps),
+        loss_options(args),
+        max_grad_norm=args.max_grad_norm,
+        guard=guard,
+        entropy_coef=args.entropy_coef,
+        seed=args.seed,
+        poll=signals.check,
+        processes=processes,
+        offload=OffloadActivations(policy.device) if offloads else None,
+    )
+
+
+def _sampler(
+    args: GRPOConfig,
+    policy: Policy,
+    tokenizer: Any,
+    ends: list[int],
+    guard: MemoryGuard,
+    signals: StopSignals,
+    processes: Processes,
+    given: Sampler | None,
+) -> Sampler:
+    made = given or GenerateSampler(
+        policy,
+        tokenizer,
+        ends,
+        guard=guard,
+        poll=signals.check,
+        skip_special_tokens=args.skip_special_tokens,
+    )
+    return SharedSampler(made, processes) if processes.size > 1 else made
+
+
+def _plan_memory(
+    args: GRPOConfig, policy: Policy | None, examples: Sequence[Example], world_size: int
+) -> MemoryPlan | None:
+    """The memory that the run will need of its card; None where there is none and none was named,
+    and for models that cannot be planned."""
+    card = card_bytes(args)
+    if card is None:
+        return None
+    try:
+        return plan_memory(
+            planned_options(args),
+            model_settings(args) if policy is None else policy.causal_lm.config,
+            gpu_bytes=card,
+            prompt_tokens=max(len(example.prompt_ids) for example in examples),
+            activation_offloading=args.activation_offloading,
+            world_size=world_size,
+        )
+    except PlanError as error:
+        log.warning("%s The run goes on without a plan.", error)
+        return None
+
+
+def all_examples(train: PromptDataset, held_out: PromptDataset | None) -> list[Example]:
+    """All that may be sampled."""
+    return [*train.examples, *(held_out.examples if held_out else [])]
+
+
+def _load_data(
+    args: GRPOConfig, processing_class: Any, train: Any, held_out: Any, limits: dict[str, Any]
+) -> tuple[PromptDataset, PromptDataset | None]:
+    source = args.dataset if train is None else train
+    if source is None:
+        raise ConfigError(
+            "dataset is missing: give a file, a directory, a name in dataset_dir, or pass "
+            "train_dataset."
+        )
+    prompts = load_prompts(source, args, processing_class, **limits)
+    held_out = args.eval_dataset if held_out is None else held_out
+    evaluation = None
+    if held_out is not None:
+        evaluation = load_prompts(held_out, args, processing_class, split="test", **limits)
+    elif args.val_size:
+        prompts, evaluation = prompts.split(args.val_size, args.seed)
+    if args.eval_strategy != "no" and evaluation is None:
+        raise ConfigError(
+            f"eval_strategy: {args.eval_strategy} needs an eval_dataset or a val_size."
+        )
+    return prompts, evaluation
+
+
+def describe(policy: Policy, plan: BatchPlan, processes: Processes) -> str:
+    """The run in one line."""
+    trained = sum(p.numel() for _, p in policy.trainable())
+    trains = "all weights"
+    if policy.adapters is not None:
+        trains = f"{policy.adapters.describe()} on {_bits(policy.causal_lm)} weights"
+    line = (
+        f"{plan.describe()}; {trains}, {trained / 1e6:.3g}M trained, computing in "
+        f"{policy.precision} on {policy.device.type}"
+    )
+    return line + (f"; {processes.size} processes" if processes.size > 1 else "")
+
+
+def own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
+    """A copy of the configuration with the name of the model that was passed, for the record, and
+    with what ``quantization_config`` describes."""
+    if args is not None and not isinstance(args, GRPOConfig):
+        raise ConfigError(
+            f"args: expected a fusedgrpo.GRPOConfig, got {type(args).__module__}."
+            f"{type(args).__qualname__}. from fusedgrpo import GRPOConfig: the names are TRL's."
+        )
+    args = args or GRPOConfig()
+    object.__setattr__(args, "_used", True)
+    config = getattr(model, "config", None)
+    by_name = isinstance(model, (str, os.PathLike))
+    name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
+    own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
+    if quantization_config is not None:
+        if not by_name and model is not None:
+            raise ConfigError(
+                "quantization_config: the model is loaded already; give its name, or load it in "
+                "4 bits yourself."
+            )
+        given = {**(own.model_init_kwargs or {}), "quantization_config": quantization_config}
+        own.model_init_kwargs = given
+    object.__setattr__(own, "_used", True)
+    return own
+
+
+def _bits(model: Any) -> str:
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "4-bit"
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
