@@ -182,7 +182,8 @@ def trl_peaks(case: Case, rows: int) -> dict[str, int]:
 def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     """The same phases for real, on random weights: bytes by phase. The sampler runs its whole
     rollout, with no end-of-sequence token, so that every completion has full length."""
-    from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+    from fusedgrpo.engine.execution import Execution
+    from fusedgrpo.engine.memory.oom_retry import OOMRetry
     from fusedgrpo.engine.optimizer import build_optimizer
     from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams
     from fusedgrpo.models import loading
@@ -210,7 +211,7 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     optimizer = build_optimizer(config, run.trainable())
     with phase("weights"):
         pass
-    guard = MemoryGuard(plan.tokens_per_microbatch, plan.max_in_flight)
+    execution = Execution(OOMRetry(plan.tokens_per_microbatch, plan.max_in_flight))
 
     class NoText:
         pad_token_id = 0
@@ -218,7 +219,7 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
         def decode(self, ids: Any, **_: Any) -> str:
             return ""
 
-    sampler = GenerateSampler(run, NoText(), [-1], guard=guard)
+    sampler = GenerateSampler(run, NoText(), [-1], execution=execution)
     with phase("rollout"):
         params = SamplingParams(max_new_tokens=case.C)
         sampler.sample([[1] * case.P], case.G, params, seed=0)

@@ -3,7 +3,7 @@
     python bench/bench_update.py --peers trl --threads 1 --json update.jsonl
 
 Everybody gets the same weights, the same float32 LoRA adapter, the same rollouts and advantages, in
-a process of their own, and takes its turn: the engine's ``Updater`` up to where the optimizer would
+a process of their own, and takes its turn: the engine's ``Learner`` up to where the optimizer would
 step, ``_compute_loss`` and ``backward`` of the peer over all its micro-batches. No gradient
 checkpointing, no dropout. Ours packs what it is given (that is timed); the peer's padded tensors
 are made before (that is not). A second variant of ours, ``shared_prompt=off``, is reported as a
@@ -387,25 +387,26 @@ def start_memory(cuda: bool) -> int:
 
 
 def run_ours(turns: harness.Turns, case: Case, shared_prompt: Any) -> None:
-    from fusedgrpo.engine.learner import Updater
-    from fusedgrpo.engine.memory.oom_retry import MemoryGuard
-    from fusedgrpo.engine.rollout.training_sample import Sample
+    from fusedgrpo.engine.execution import Execution
+    from fusedgrpo.engine.learner import Learner
+    from fusedgrpo.engine.memory.oom_retry import OOMRetry
+    from fusedgrpo.engine.rollout.training_sample import TrainingSample
     from fusedgrpo.kernels import LossOptions
     from fusedgrpo.models.policy import Policy
 
     model = load(case)
     low = case.dtype != torch.float32
     policy = Policy(model, compute_dtype=case.dtype if low else None, shared_prompt=shared_prompt)
-    updater = Updater(
+    learner = Learner(
         policy,
         torch.optim.SGD([p for _, p in policy.trainable()]),  # never steps
         None,
         LossOptions(),
         max_grad_norm=0.0,
-        guard=MemoryGuard(case.max_tokens),
+        execution=Execution(OOMRetry(case.max_tokens)),
     )
-    samples = [Sample(*rollout) for rollout in rollouts(case, policy.vocabulary_size)]
-    serve(turns, model, case.device, lambda: updater._accumulate(samples, 0)[0])
+    samples = [TrainingSample(*rollout) for rollout in rollouts(case, policy.vocabulary_size)]
+    serve(turns, model, case.device, lambda: learner._accumulate(samples, 0)[0])
 
 
 def run_trl(turns: harness.Turns, case: Case, output: str) -> None:

@@ -32,11 +32,12 @@ from transformers import masking_utils
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.batch_plan import resolve_batch
-from fusedgrpo.engine.learner import Updater
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.learner import Learner
+from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.storage_tracker import Peak, StorageTracker, fake_tensors
 from fusedgrpo.engine.optimizer import build_optimizer
-from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.rollout.types import sampler as sampling
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.models import decoding
@@ -112,11 +113,11 @@ def _now(tracker: StorageTracker) -> Peak:
     return tracker.peak
 
 
-def longest_samples(config: GRPOConfig, P: int, prompts: int) -> list[Sample]:
+def longest_samples(config: GRPOConfig, P: int, prompts: int) -> list[TrainingSample]:
     """One step's samples, all at their limits, each with a gradient."""
     zeros = (0,) * config.max_completion_length
     return [
-        Sample((prompt + 1,) * P, zeros, 1.0 if i % 2 else -1.0)
+        TrainingSample((prompt + 1,) * P, zeros, 1.0 if i % 2 else -1.0)
         for prompt in range(prompts)
         for i in range(config.num_generations)
     ]
@@ -166,7 +167,7 @@ def _rollout(
     return tracker.peak
 
 
-def score(run: Policy, config: GRPOConfig, samples: list[Sample]) -> None:
+def score(run: Policy, config: GRPOConfig, samples: list[TrainingSample]) -> None:
     """The log-probs of a first micro-batch, as ``rollout_logprobs`` computes them."""
     assert config.tokens_per_microbatch is not None
     pairs = [sample.pair for sample in samples]
@@ -185,18 +186,18 @@ def update_peaks(
     optimizer: Any,
     tracker: Any,
     config: GRPOConfig,
-    samples: list[Sample],
+    samples: list[TrainingSample],
     offload: OffloadActivations | None = None,
 ) -> dict[str, Peak]:
-    """``Updater.step`` as it is, its three phases told apart."""
+    """``Learner.step`` as it is, its three phases told apart."""
     assert config.tokens_per_microbatch is not None
-    updater = Updater(
+    learner = Learner(
         run,
         optimizer,
         _NoSchedule(),
         loss_options(config),
         max_grad_norm=config.max_grad_norm,
-        guard=MemoryGuard(config.tokens_per_microbatch),
+        execution=Execution(OOMRetry(config.tokens_per_microbatch)),
         entropy_coef=config.entropy_coef,
         seed=config.seed,
         offload=offload,
@@ -223,12 +224,14 @@ def update_peaks(
         mock.patch.object(Tensor, "backward", announced("update backward", backward)),
         mock.patch.object(optimizer, "step", announced("optimizer step", optimizer.step)),
     ):
-        updater.step(samples, 0)
+        learner.step(samples, 0)
     begin("")
     return peaks
 
 
-def first_parts(config: GRPOConfig, samples: list[Sample], layout: Any) -> list[Sample]:
+def first_parts(
+    config: GRPOConfig, samples: list[TrainingSample], layout: Any
+) -> list[TrainingSample]:
     """Those of the first two micro-batches: the second one finds gradients, and the rest is like
     it."""
     assert config.tokens_per_microbatch is not None

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 
 from fusedgrpo import host
 from fusedgrpo.engine import learner as update
-from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.kernels.logprob import backward as head_backward
 from fusedgrpo.kernels.logprob import tiles_triton, vocab_pass
@@ -108,7 +108,7 @@ def _cuda_tiling(weight: Tensor) -> Any:
     return tiling(H, V, weight.dtype.itemsize, "cuda")
 
 
-def _loss_mask(samples: Sequence[Sample], device: torch.device) -> Tensor:
+def _loss_mask(samples: Sequence[TrainingSample], device: torch.device) -> Tensor:
     return torch.ones(sum(len(s.completion_ids) for s in samples), dtype=torch.bool, device=device)
 
 

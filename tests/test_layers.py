@@ -21,6 +21,7 @@ LAYERS = [
      "engine.optimizer", "engine.run_clock", "engine.columns"],
     ["engine.distributed"],
     ["engine.memory", "engine.data", "engine.rewards"],
+    ["engine.execution"],
     ["engine.rollout"],
     ["engine.reporting"],
     ["engine.learner", "engine.scoring"],

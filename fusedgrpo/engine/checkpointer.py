@@ -14,7 +14,7 @@ from fusedgrpo.engine.checkpointing import Progress, missing_file, save, save_we
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.interrupts import Interrupted, StopSignals
 from fusedgrpo.engine.reporting.metrics_log import Row
-from fusedgrpo.engine.reporting.run_logger import RunOutputs
+from fusedgrpo.engine.reporting.run_logger import RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.errors import CheckpointError, NonFiniteError, OutputDirError
 from fusedgrpo.models.finite import not_finite
@@ -80,7 +80,7 @@ class Checkpointer:
                 "resume_from_checkpoint, or make a new trainer."
             )
 
-    def save(self, outputs: RunOutputs, *, prune: bool = True) -> Path | None:
+    def save(self, outputs: RunLogger, *, prune: bool = True) -> Path | None:
         """Write a checkpoint of the last completed step. Raises what the disk says, CheckpointError
         and NonFiniteError."""
         trainer = self.trainer
@@ -101,7 +101,7 @@ class Checkpointer:
             checkpoint.prune(outputs.run.checkpoints, trainer.args.save_total_limit, path)
         return path
 
-    def save_if_due(self, outputs: RunOutputs, due: bool, *, insist: bool = False) -> None:
+    def save_if_due(self, outputs: RunLogger, due: bool, *, insist: bool = False) -> None:
         """Save if it is ``due``, or if the disk would not take it the last time."""
         self._overdue |= due
         if self._overdue and self.trainer.processes.is_main:
@@ -112,13 +112,13 @@ class Checkpointer:
                 insist=insist,
             )
 
-    def settle(self, outputs: RunOutputs) -> None:
+    def settle(self, outputs: RunLogger) -> None:
         """The run is at its end: what the disk would not take before, it has to take now."""
         outputs.write(self.trainer.unwritten, self.trainer.progress.step, insist=True)
         self.save_if_due(outputs, False, insist=True)
 
     @contextmanager
-    def saved_if_it_ends(self, outputs: RunOutputs) -> Iterator[None]:
+    def saved_if_it_ends(self, outputs: RunLogger) -> Iterator[None]:
         """Whatever ends the run early, its last completed step is saved first, if it is whole."""
         try:
             yield
@@ -131,7 +131,7 @@ class Checkpointer:
                 raise NonFiniteError(f"{error} {said}") from error
             raise
 
-    def _save_at_the_end(self, error: BaseException, outputs: RunOutputs) -> str:
+    def _save_at_the_end(self, error: BaseException, outputs: RunLogger) -> str:
         """Save; returns what became of it."""
         trainer = self.trainer
         step = trainer.progress.step
@@ -151,7 +151,7 @@ class Checkpointer:
             return f"after step {step}, not saved: {_reason(failure)}. {self._last_good(outputs)}"
         return f"after step {step}. Saved {path}; go on with resume_from_checkpoint: auto."
 
-    def _last_good(self, outputs: RunOutputs) -> str:
+    def _last_good(self, outputs: RunLogger) -> str:
         if not self.trainer.processes.is_main:
             return ""
         path = checkpoint.newest_valid(outputs.run.checkpoints, missing_file)

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.distributed import Processes
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.metric_names import MISMATCH_MAX, MISMATCH_MEAN
-from fusedgrpo.engine.rollout.training_sample import Sample, concatenated, has_gradient, loss_mask
+from fusedgrpo.engine.rollout.training_sample import (
+    TrainingSample,
+    concatenated,
+    has_gradient,
+    loss_mask,
+)
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.kernels import LossOptions, policy_loss
 from fusedgrpo.models import missing_backward
@@ -51,16 +55,16 @@ class MicroBatch:
     aux_loss: float = 0.0
 
 
-class Updater:
+class Learner:
     """Holds the optimizer, its schedule and, in float16, the loss scale.
 
     A mixture of experts has a load-balancing loss over all tokens of the step. It depends on how
     often each expert is chosen in all of them, so where they are cut, into micro-batches or
     processes, a forward pass without gradients counts first.
 
-    poll: called between micro-batches, so that a signal does not wait for a long step.
-    processes: each forwards its share of the samples, and gradients are summed. offload: entered
-    around the forward pass. changing: called before anything of weights or optimizer changes.
+    execution: signals are looked for between micro-batches; each process forwards its share of the
+    samples, and gradients are summed. offload: entered around the forward pass. changing: called
+    before anything of weights or optimizer changes.
     """
 
     def __init__(
@@ -71,11 +75,9 @@ class Updater:
         options: LossOptions,
         *,
         max_grad_norm: float,
-        guard: MemoryGuard,
+        execution: Execution,
         entropy_coef: float = 0.0,
         seed: int = 0,
-        poll: Callable[[], None] = lambda: None,
-        processes: Processes | None = None,
         offload: AbstractContextManager[Any] | None = None,
         changing: Callable[[], None] = lambda: None,
     ):
@@ -84,11 +86,10 @@ class Updater:
         self.scheduler = scheduler
         self.options = options
         self.max_grad_norm = max_grad_norm
-        self.guard = guard
+        self.execution = execution
+        self.processes = execution.processes
         self.entropy_coef = entropy_coef
         self.seed = seed
-        self.poll = poll
-        self.processes = processes or Processes()
         self.offload = offload or nullcontext()
         self.changing = changing
         self.scaler = torch.amp.GradScaler(
@@ -97,10 +98,10 @@ class Updater:
         # It makes its state with the first loss, which a process without work never has.
         self.scaler.scale(torch.zeros((), device=policy.device))
 
-    def step(self, samples: Sequence[Sample], step: int) -> UpdateResult:
+    def step(self, samples: Sequence[TrainingSample], step: int) -> UpdateResult:
         """Update on ``samples``; the denominators are those of all of them together.
 
-        The weights change only if loss and gradient norm are finite. A signal that ``poll`` raises
+        The weights change only if loss and gradient norm are finite. A signal that is raised
         leaves weights, optimizer and gradients as they were.
         """
         try:
@@ -113,7 +114,9 @@ class Updater:
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
             self.scaler.unscale_(self.optimizer)
-            norm = self.guard.repeat(lambda: self._norm(parameters), "the gradient norm")
+            norm = self.execution.oom_retry.repeat(
+                lambda: self._norm(parameters), "the gradient norm"
+            )
             result = UpdateResult(False, loss, norm.item(), metrics)
             result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
             if result.applied:
@@ -134,7 +137,9 @@ class Updater:
         """Of the step that comes next."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _accumulate(self, samples: Sequence[Sample], step: int) -> tuple[float, dict[str, float]]:
+    def _accumulate(
+        self, samples: Sequence[TrainingSample], step: int
+    ) -> tuple[float, dict[str, float]]:
         """This process's share of the gradients in ``.grad``; loss and metrics of all samples."""
         num_items = sum(sample.loss_tokens for sample in samples)
         skipped = [sample for sample in samples if not self._has_gradient(sample)]
@@ -160,35 +165,39 @@ class Updater:
             merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
         return math.fsum(part.loss for part in parts), merged
 
-    def _load_that_fits(self, samples: Sequence[Sample]) -> RouterSums:
+    def _load_that_fits(self, samples: Sequence[TrainingSample]) -> RouterSums:
         work = functools.partial(self._load, samples)
-        return self.guard.update(work, lambda: self._longest(samples), "counting experts")
+        return self.execution.oom_retry.update(
+            work, lambda: self._longest(samples), "counting experts"
+        )
 
-    def _load(self, samples: Sequence[Sample]) -> RouterSums:
+    def _load(self, samples: Sequence[TrainingSample]) -> RouterSums:
         """What the router does with the tokens of ``samples``, without gradients, on the CPU."""
         assert self.policy.router is not None
         nothing = self.policy.router.nothing("cpu")
         routed: list[RouterSums] = []
         with self.policy.scoring(), self.policy.autocast():
             for members in self._cut(samples):
-                self.poll()
+                self.execution.check_interrupt()
                 self.policy.hidden(self._packed([samples[i] for i in members]), routed=routed)
         return sum((sums.to("cpu") for sums in routed), nothing)
 
-    def _cut(self, samples: Sequence[Sample]) -> list[list[int]]:
+    def _cut(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         pairs = [sample.pair for sample in samples]
-        return micro_batches(pairs, self.guard.tokens, self.policy.layout, whole=self.policy.whole)
+        return micro_batches(
+            pairs, self.execution.oom_retry.tokens, self.policy.layout, whole=self.policy.whole
+        )
 
-    def _longest(self, samples: Sequence[Sample]) -> int:
+    def _longest(self, samples: Sequence[TrainingSample]) -> int:
         return longest([sample.pair for sample in samples], whole=self.policy.whole)
 
-    def _packed(self, batch: Sequence[Sample]) -> PackedBatch:
+    def _packed(self, batch: Sequence[TrainingSample]) -> PackedBatch:
         # As in TRL, a completion that is out of the loss is out of the router's as well.
         return self.policy.pack([s.pair for s in batch], counted=[s.in_loss for s in batch])
 
     def _backward_that_fits(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[TrainingSample],
         num_items: int,
         num_sequences: int,
         step: int,
@@ -199,11 +208,11 @@ class Updater:
             share = {} if load is None else {"load": load}
             return self.backward(samples, num_items, num_sequences, step, **share)
 
-        return self.guard.update(work, lambda: self._longest(samples), "the update")
+        return self.execution.oom_retry.update(work, lambda: self._longest(samples), "the update")
 
     def backward(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[TrainingSample],
         num_items: int,
         num_sequences: int,
         step: int,
@@ -222,7 +231,7 @@ class Updater:
         measured: list[Tensor] = []
         names: list[str] = []
         for index, members in enumerate(cut):
-            self.poll()
+            self.execution.check_interrupt()
             batch = [samples[i] for i in members]
             # Dropout, if there is any, repeats itself when the step is run again after a resume.
             with (
@@ -253,13 +262,13 @@ class Updater:
     def _norm(self, parameters: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def _has_gradient(self, sample: Sample) -> bool:
+    def _has_gradient(self, sample: TrainingSample) -> bool:
         # The router's loss has a gradient in all of them.
         return self.policy.whole or has_gradient(sample, self.options, self.entropy_coef)
 
     def _loss(
         self,
-        batch: Sequence[Sample],
+        batch: Sequence[TrainingSample],
         num_items: int,
         num_sequences: int,
         load: RouterSums | None,
@@ -312,7 +321,7 @@ SUMS = ("policy_loss", "sampling/dropped_tokens")
 
 
 def merge_metrics(
-    parts: Sequence[MicroBatch], skipped: Sequence[Sample], options: LossOptions
+    parts: Sequence[MicroBatch], skipped: Sequence[TrainingSample], options: LossOptions
 ) -> dict[str, float]:
     """The metrics of micro-batches as those of the step, as if it had been one batch.
 
@@ -325,7 +334,7 @@ def merge_metrics(
 
 
 def _merge(
-    name: str, parts: Sequence[MicroBatch], skipped: Sequence[Sample], options: LossOptions
+    name: str, parts: Sequence[MicroBatch], skipped: Sequence[TrainingSample], options: LossOptions
 ) -> float:
     values = [part.metrics[name] for part in parts]
     unclipped = sum(sample.loss_tokens > 0 for sample in skipped)

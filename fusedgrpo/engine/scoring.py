@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,16 +15,16 @@ from torch import Tensor
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.dataset import Example
 from fusedgrpo.engine.distributed import Processes
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
-from fusedgrpo.engine.rollout.buffer import RolloutWindow, sampler_logp
+from fusedgrpo.engine.rollout.buffer import RolloutBuffer, sampler_logp
 from fusedgrpo.engine.rollout.metrics import (
     length_metrics,
     mismatch_metrics,
     reward_metrics,
     weight_metrics,
 )
-from fusedgrpo.engine.rollout.training_sample import Sample, has_gradient
+from fusedgrpo.engine.rollout.training_sample import TrainingSample, has_gradient
 from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.errors import NonFiniteError
@@ -99,13 +98,11 @@ def _score(
 
 def rollout_logprobs(
     policy: Policy,
-    window: RolloutWindow,
-    needs: Callable[[Sample], bool],
+    window: RolloutBuffer,
+    needs: Callable[[TrainingSample], bool],
     *,
     mask_truncated: bool,
-    guard: MemoryGuard,
-    processes: Processes,
-    poll: Callable[[], None] = lambda: None,
+    execution: Execution,
 ) -> Tensor:
     """Log-probs ``[N]`` float32 on the CPU of the completions that ``needs`` names, NaN for others,
     without gradients.
@@ -115,11 +112,14 @@ def rollout_logprobs(
     the reference's.
     """
 
+    processes = execution.processes
     logp = torch.full((sum(len(c.ids) for c in window.rollout.completions()),), torch.nan)
 
     def score(pairs: Sequence[Pair], places: Sequence[slice]) -> None:
-        for members in micro_batches(pairs, guard.tokens, policy.layout, whole=policy.whole):
-            poll()
+        for members in micro_batches(
+            pairs, execution.oom_retry.tokens, policy.layout, whole=policy.whole
+        ):
+            execution.check_interrupt()
             batch = policy.logprobs(policy.pack([pairs[k] for k in members])).logp.cpu()
             sizes = [len(pairs[k][1]) for k in members]
             for k, values in zip(members, batch.split(sizes), strict=True):
@@ -132,7 +132,7 @@ def rollout_logprobs(
             own = shares([samples[i].pair for i in chosen], processes.size)[processes.rank]
             chosen = chosen[own.start : own.stop]
             pairs = [samples[i].pair for i in chosen]
-            guard.update(
+            execution.oom_retry.update(
                 functools.partial(score, pairs, [places[i] for i in chosen]),
                 functools.partial(longest, pairs, whole=policy.whole),
                 "scoring",
@@ -153,7 +153,7 @@ def rollout_logprobs(
     return whole
 
 
-def make_window(
+def make_buffer(
     rollout: Rollout,
     rewards: RewardBatch,
     functions: RewardFunctions,
@@ -161,11 +161,8 @@ def make_window(
     config: GRPOConfig,
     *,
     steps: int,
-    guard: MemoryGuard,
-    processes: Processes,
-    poll: Callable[[], None] = lambda: None,
-    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> RolloutWindow:
+    execution: Execution,
+) -> RolloutBuffer:
     """Advantages, and the log-probs that the loss will compare with, of a scored rollout."""
     group_ids = torch.tensor(rollout.group_ids)
     advantages = group_advantages(
@@ -178,21 +175,19 @@ def make_window(
     metrics = length_metrics(rollout) | reward_metrics(
         functions.names, rewards, group_ids, config.scale_rewards
     )
-    window = RolloutWindow(rollout, advantages, steps, config.num_iterations, metrics=metrics)
+    window = RolloutBuffer(rollout, advantages, steps, config.num_iterations, metrics=metrics)
     options, truncated = loss_options(config), config.mask_truncated_completions
 
-    def trains(sample: Sample) -> bool:
+    def trains(sample: TrainingSample) -> bool:
         return policy.whole or has_gradient(sample, options, config.entropy_coef)
 
-    def logprobs(needs: Callable[[Sample], bool] = trains) -> Tensor:
+    def logprobs(needs: Callable[[TrainingSample], bool] = trains) -> Tensor:
         return rollout_logprobs(
             policy,
             window,
             needs,
             mask_truncated=truncated,
-            guard=guard,
-            processes=processes,
-            poll=poll,
+            execution=execution,
         )
 
     # One update on its own rollout needs no old log-probs: they are the policy's own.
@@ -213,7 +208,7 @@ def make_window(
         metrics |= mismatch_metrics(sampled, logprobs(lambda s: s.pair == shortest.pair))
     if config.beta:
         # Weights may be swapped for it: held, they come back whatever signal there is.
-        with hold(), policy.reference():
+        with execution.signals.held(), policy.reference():
             window.ref_logp = logprobs()
     return window
 

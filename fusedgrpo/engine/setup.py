@@ -22,9 +22,10 @@ from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.interrupts import StopSignals
-from fusedgrpo.engine.learner import Updater
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.learner import Learner
+from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
@@ -59,8 +60,7 @@ class Parts:
     """Everything that a trainer is made of, in the order in which it is made."""
 
     args: GRPOConfig
-    processes: Processes
-    signals: StopSignals
+    execution: Execution
     processing_class: Any
     tokenizer: Any
     clock: RunClock
@@ -72,8 +72,7 @@ class Parts:
     eos_ids: list[int]
     plan: BatchPlan
     stream: PromptStream
-    guard: MemoryGuard
-    updater: Updater
+    learner: Learner
     sampler: Sampler
     sampling: SamplingParams
 
@@ -136,18 +135,18 @@ def build_parts(
         policy = policy or Policy.load(args, model, peft_config)
         check_tokenizer(tokenizer, policy.causal_lm)
         _check_equal(processes, args, train, held_out, policy)
-        guard = MemoryGuard(
+        oom_retry = OOMRetry(
             args.tokens_per_microbatch
             or (memory_plan and memory_plan.tokens_per_microbatch)
             or TOKENS_PER_MICROBATCH[policy.device.type],
             memory_plan.max_in_flight if memory_plan else args.max_in_flight,
         )
+        execution = Execution(oom_retry, processes, signals)
         plan = resolve_batch(args, len(train), processes.size)
         ends = eos_ids(policy.causal_lm, tokenizer)
         return Parts(
             args=args,
-            processes=processes,
-            signals=signals,
+            execution=execution,
             processing_class=processing_class,
             tokenizer=tokenizer,
             clock=clock,
@@ -159,9 +158,8 @@ def build_parts(
             eos_ids=ends,
             plan=plan,
             stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
-            guard=guard,
-            updater=_updater(args, policy, plan, guard, signals, processes, memory_plan),
-            sampler=_sampler(args, policy, tokenizer, ends, guard, signals, processes, sampler),
+            learner=_learner(args, policy, plan, execution, memory_plan),
+            sampler=_sampler(args, policy, tokenizer, ends, execution, sampler),
             sampling=SamplingParams(
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature,
@@ -196,30 +194,26 @@ def _check_equal(
     processes.agree_on_weights(policy.model)
 
 
-def _updater(
+def _learner(
     args: GRPOConfig,
     policy: Policy,
     plan: BatchPlan,
-    guard: MemoryGuard,
-    signals: StopSignals,
-    processes: Processes,
+    execution: Execution,
     memory_plan: MemoryPlan | None,
-) -> Updater:
+) -> Learner:
     offloads = args.activation_offloading or (
         memory_plan is not None and memory_plan.activation_offloading
     )
     optimizer = build_optimizer(args, policy.trainable())
-    return Updater(
+    return Learner(
         policy,
         optimizer,
         build_scheduler(args, optimizer, plan.total_steps),
         loss_options(args),
         max_grad_norm=args.max_grad_norm,
-        guard=guard,
+        execution=execution,
         entropy_coef=args.entropy_coef,
         seed=args.seed,
-        poll=signals.check,
-        processes=processes,
         offload=OffloadActivations(policy.device) if offloads else None,
     )
 
@@ -229,19 +223,17 @@ def _sampler(
     policy: Policy,
     tokenizer: Any,
     ends: list[int],
-    guard: MemoryGuard,
-    signals: StopSignals,
-    processes: Processes,
+    execution: Execution,
     given: Sampler | None,
 ) -> Sampler:
     made = given or GenerateSampler(
         policy,
         tokenizer,
         ends,
-        guard=guard,
-        poll=signals.check,
+        execution=execution,
         skip_special_tokens=args.skip_special_tokens,
     )
+    processes = execution.processes
     return SharedSampler(made, processes) if processes.size > 1 else made
 
 

@@ -23,20 +23,20 @@ from fusedgrpo.engine.metric_names import merged
 from fusedgrpo.engine.optimizer import build_scheduler
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.reporting.metrics_log import Row
-from fusedgrpo.engine.reporting.phase_timer import StepClock
-from fusedgrpo.engine.reporting.run_logger import NoOutputs, RunOutputs
+from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
+from fusedgrpo.engine.reporting.run_logger import NoLogger, RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rewards import RewardBatch
-from fusedgrpo.engine.rollout.buffer import RolloutWindow
+from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.sampler import Sampler, SharedSampler
-from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.same_run import RunIdentity
-from fusedgrpo.engine.scoring import make_window, per_completion, score_rollout
+from fusedgrpo.engine.scoring import make_buffer, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.setup import all_examples, build_parts, describe
 from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
-from fusedgrpo.engine.warmup import rehearse
+from fusedgrpo.engine.warmup import warm_up
 from fusedgrpo.errors import ConfigError, NonFiniteError
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.finite import not_finite
@@ -112,8 +112,9 @@ class GRPOTrainer(TRLSurface):
             search_paths=search_paths,
         )
         self.args = parts.args
-        self.processes = parts.processes
-        self.signals = parts.signals
+        self.execution = parts.execution
+        self.processes = parts.execution.processes
+        self.signals = parts.execution.signals
         self.processing_class = parts.processing_class
         self.tokenizer = parts.tokenizer
         self.clock = parts.clock
@@ -125,16 +126,15 @@ class GRPOTrainer(TRLSurface):
         self.memory_plan = parts.memory_plan
         self.plan = parts.plan
         self.stream = parts.stream
-        self.guard = parts.guard
-        self.updater = parts.updater
+        self.learner = parts.learner
         self.sampler = parts.sampler
         self.sampling = parts.sampling
         self.progress = Progress()
         self.unwritten = Unwritten()
-        self.window: RolloutWindow | None = None
+        self.window: RolloutBuffer | None = None
         self.memory_peaks: dict[str, float] = {}
         self.checkpointer = Checkpointer(self)
-        self.updater.changing = self.checkpointer.begins
+        self.learner.changing = self.checkpointer.begins
 
     def set_clock(self, started: datetime) -> None:
         """Go on with the prompts of a run that was started at another time. Raises DataError."""
@@ -156,11 +156,11 @@ class GRPOTrainer(TRLSurface):
         unsynced: rows of metrics that are written, and would be lost if the machine stopped now.
         """
         window = self.window if self.window and not self.window.finished else None
-        tensors, values = checkpoint_files.optimizer_state(self.updater.optimizer)
+        tensors, values = checkpoint_files.optimizer_state(self.learner.optimizer)
         state = {
             "progress": dataclasses.asdict(self.progress),
             "optimizer": values,
-            "scaler": self.updater.scaler.state_dict(),
+            "scaler": self.learner.scaler.state_dict(),
             "started": self.clock.started.isoformat(),
             "unwritten": self.unwritten.state(unsynced),
             "window": window is not None,
@@ -173,14 +173,14 @@ class GRPOTrainer(TRLSurface):
         """Put back what ``state_dict`` gave. Raises CheckpointError."""
         state, window = saved["state"], saved["window"]
         checkpoint_files.load_optimizer_state(
-            self.updater.optimizer, saved["optimizer"], state["optimizer"]
+            self.learner.optimizer, saved["optimizer"], state["optimizer"]
         )
-        self.updater.scaler.load_state_dict(state["scaler"])
+        self.learner.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.unwritten = Unwritten()
         if "unwritten" in state:  # else it is of version 0.1
             self.unwritten = Unwritten.from_state(state["unwritten"])
-        self.window = None if window is None else RolloutWindow.from_state(*window)
+        self.window = None if window is None else RolloutBuffer.from_state(*window)
 
     def restore(self, path: Path) -> None:
         """Become what was saved in the checkpoint ``path``. Raises CheckpointError."""
@@ -222,11 +222,11 @@ class GRPOTrainer(TRLSurface):
                     self.restore(found)
                 self.checkpointer.check_whole()
             self.stream.cursor = self.progress.cursor
-            self.updater.scheduler = build_scheduler(
-                args, self.updater.optimizer, self.plan.total_steps, self.progress.step
+            self.learner.scheduler = build_scheduler(
+                args, self.learner.optimizer, self.plan.total_steps, self.progress.step
             )
             outputs = stack.enter_context(
-                (RunOutputs if self.processes.is_main else NoOutputs).opened(
+                (RunLogger if self.processes.is_main else NoLogger).opened(
                     args,
                     resume=self.progress.step > 0,
                     total_steps=self.plan.total_steps,
@@ -244,7 +244,7 @@ class GRPOTrainer(TRLSurface):
             if self.memory_plan is not None:
                 outputs.display.note(f"Memory, planned:\n{plan_table(self.memory_plan)}")
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
-                outputs.display.note(self.rehearse())
+                outputs.display.note(self.warm_up())
             row: dict[str, Any] = {}
             with self.checkpointer.saved_if_it_ends(outputs), missing_backward.refused():
                 outputs.write(self.unwritten, self.progress.step)
@@ -265,7 +265,7 @@ class GRPOTrainer(TRLSurface):
             global_step=self.progress.step, training_loss=row.get("loss"), metrics=row
         )
 
-    def rehearse(self) -> str:
+    def warm_up(self) -> str:
         """Hold the memory that the largest rollout and update will take; says what was found.
 
         What does not fit is halved, for the rest of the run. Raises MemoryExhaustedError.
@@ -274,8 +274,8 @@ class GRPOTrainer(TRLSurface):
         sampler = self.sampler.sampler if isinstance(self.sampler, SharedSampler) else self.sampler
         share = self.processes.size
         said = self.processes.together(
-            lambda: rehearse(
-                self.updater,
+            lambda: warm_up(
+                self.learner,
                 sampler,
                 self.sampling,
                 prompt_lengths=[
@@ -293,27 +293,24 @@ class GRPOTrainer(TRLSurface):
             text if len(said) == 1 else f"Process {rank}: {text}" for rank, text in enumerate(said)
         )
 
-    def step(self, outputs: RunOutputs) -> dict[str, Any]:
+    def step(self, outputs: RunLogger) -> dict[str, Any]:
         """One optimizer step: sample and score if the last rollout is used up, then update."""
         args = self.args
-        clock = StepClock(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
+        clock = PhaseTimer(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
         if self.window is None or self.window.finished:
             examples = self._next_prompts()
             with clock.phase("sample"):
                 rollout = self._sample(examples)
             with clock.phase("score"):
                 rewards = self._score(rollout, examples)
-                window = make_window(
+                window = make_buffer(
                     rollout,
                     rewards,
                     self.reward_funcs,
                     self.policy,
                     args,
                     steps=-(-len(rollout.groups) // self.plan.groups_per_step),
-                    guard=self.guard,
-                    processes=self.processes,
-                    poll=self.signals.check,
-                    hold=self.signals.held,
+                    execution=self.execution,
                 )
             records = self._records(window, rewards, examples)
             self._take(window, records)
@@ -321,10 +318,10 @@ class GRPOTrainer(TRLSurface):
             outputs.completions(self.progress.step + 1, records)
         assert self.window is not None
         samples = self.window.next_samples(mask_truncated=args.mask_truncated_completions)
-        learning_rate = self.updater.learning_rate
+        learning_rate = self.learner.learning_rate
         with self.checkpointer.one_change(f"the update of step {self.progress.step + 1}"):
             with clock.phase("update"):
-                result = self.updater.step(samples, self.progress.step)
+                result = self.learner.step(samples, self.progress.step)
             self._accept(result, samples, outputs, learning_rate, clock)
         self._measure(self.unwritten.rows[-1])
         row = self._finish_row(outputs)
@@ -339,10 +336,10 @@ class GRPOTrainer(TRLSurface):
             self.memory_peaks[name] = max(self.memory_peaks.get(name, 0), row[name])
         if self.memory_plan is not None:
             row["memory/planned"] = self.memory_plan.peak
-        if retries := sum(self.processes.gather(self.guard.take_retries())):
+        if retries := sum(self.processes.gather(self.execution.oom_retry.take_retries())):
             row["memory/retries"] = retries
 
-    def _finish_row(self, outputs: RunOutputs) -> dict[str, Any]:
+    def _finish_row(self, outputs: RunLogger) -> dict[str, Any]:
         """Evaluate if the row of the last step waits for that, then write and show it."""
         row = self.unwritten.rows[-1]
         if self.unwritten.evaluation_due:
@@ -382,7 +379,7 @@ class GRPOTrainer(TRLSurface):
             processes=self.processes,
         )
 
-    def _take(self, window: RolloutWindow, records: list[dict[str, Any]]) -> None:
+    def _take(self, window: RolloutBuffer, records: list[dict[str, Any]]) -> None:
         """The rollout is whole: from here on its prompts are used and its tokens counted."""
         groups = window.rollout.groups
         tokens = sum(
@@ -397,7 +394,7 @@ class GRPOTrainer(TRLSurface):
             self.progress.num_tokens += tokens
 
     def _records(
-        self, window: RolloutWindow, rewards: RewardBatch, examples: Sequence[Example]
+        self, window: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]
     ) -> list[dict[str, Any]]:
         """What the log of completions will say of a rollout."""
         rollout = window.rollout
@@ -414,10 +411,10 @@ class GRPOTrainer(TRLSurface):
     def _accept(
         self,
         result: UpdateResult,
-        samples: Sequence[Sample],
-        outputs: RunOutputs,
+        samples: Sequence[TrainingSample],
+        outputs: RunLogger,
         learning_rate: float,
-        clock: StepClock,
+        clock: PhaseTimer,
     ) -> None:
         """Count a step and make its row; halt on one that is not finite."""
         if result.largest_weight is not None and not result.largest_weight.isfinite():
@@ -440,7 +437,7 @@ class GRPOTrainer(TRLSurface):
             )
             self.progress.nonfinite_in_a_row += 1
             tolerated = self.args.max_nonfinite_steps
-            if self.updater.scaler.is_enabled():
+            if self.learner.scaler.is_enabled():
                 tolerated = max(tolerated, 20)  # the loss scale is still being searched
             if self.progress.nonfinite_in_a_row > tolerated:
                 self.progress.nonfinite_in_a_row -= 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fusedgrpo.config.schema import GRPOConfig
     from fusedgrpo.engine.checkpointing import Progress
     from fusedgrpo.engine.distributed import Processes
-    from fusedgrpo.engine.learner import Updater
+    from fusedgrpo.engine.learner import Learner
     from fusedgrpo.models.policy import Policy
 
 _CALLBACKS = (
@@ -96,7 +96,7 @@ class TRLSurface:
 
     args: GRPOConfig
     policy: Policy
-    updater: Updater
+    learner: Learner
     processes: Processes
     progress: Progress
     plan: Any
@@ -114,11 +114,11 @@ class TRLSurface:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self.updater.optimizer
+        return self.learner.optimizer
 
     @property
     def lr_scheduler(self) -> Any:
-        return self.updater.scheduler
+        return self.learner.scheduler
 
     @functools.cached_property
     def accelerator(self) -> Accelerator:

@@ -15,16 +15,16 @@ import torch
 
 from fusedgrpo.engine.memory.oom_retry import release
 from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams
-from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.models.micro_batches import forwarded_tokens, longest, micro_batches
 
 if TYPE_CHECKING:
-    from fusedgrpo.engine.learner import Updater
+    from fusedgrpo.engine.learner import Learner
 
 
-def rehearse(
-    updater: Updater,
+def warm_up(
+    learner: Learner,
     sampler: object,
     params: SamplingParams,
     *,
@@ -42,20 +42,20 @@ def rehearse(
     out. Raises MemoryExhaustedError.
     """
     started = time.perf_counter()
-    on_gpu = updater.policy.device.type == "cuda"
+    on_gpu = learner.policy.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    guard = updater.guard
+    guard = learner.execution.oom_retry
     before = guard.tokens, guard.in_flight
     lengths = sorted(prompt_lengths, reverse=True)
     parts = ["an update"]
     with seeded(derive(seed, "rehearsal")):
         if isinstance(sampler, GenerateSampler):
-            wave = _prompts(updater, lengths, groups_per_rollout)
-            sampler.rehearse(wave, n, params)
+            wave = _prompts(learner, lengths, groups_per_rollout)
+            sampler.warm_up(wave, n, params)
             parts.insert(0, "a rollout")
-        step = _prompts(updater, lengths, groups_per_step)
-        _rehearse_update(updater, step, n, params.max_new_tokens, keeps_old)
+        step = _prompts(learner, lengths, groups_per_step)
+        _warm_up_update(learner, step, n, params.max_new_tokens, keeps_old)
     release()
     said = f"Rehearsed {' and '.join(parts)} at the greatest lengths"
     if on_gpu:
@@ -68,28 +68,28 @@ def rehearse(
     return f"{said} ({time.perf_counter() - started:.1f} s)."
 
 
-def _prompts(updater: Updater, lengths: Sequence[int], count: int) -> list[list[int]]:
+def _prompts(learner: Learner, lengths: Sequence[int], count: int) -> list[list[int]]:
     """``count`` prompts of random tokens, as long as the longest of the data; two tokens at least,
     so that there is a prefill."""
-    vocabulary = updater.policy.vocabulary_size
+    vocabulary = learner.policy.vocabulary_size
     chosen = [max(lengths[i % len(lengths)], 2) for i in range(count)]
     return [torch.randint(vocabulary, (length,)).tolist() for length in chosen]
 
 
-def _rehearse_update(
-    updater: Updater, prompts: Sequence[Sequence[int]], n: int, length: int, keeps_old: bool
+def _warm_up_update(
+    learner: Learner, prompts: Sequence[Sequence[int]], n: int, length: int, keeps_old: bool
 ) -> None:
-    vocabulary = updater.policy.vocabulary_size
-    guard, layout, whole = updater.guard, updater.policy.layout, updater.policy.whole
-    samples: list[Sample] = []
+    vocabulary = learner.policy.vocabulary_size
+    guard, layout, whole = learner.execution.oom_retry, learner.policy.layout, learner.policy.whole
+    samples: list[TrainingSample] = []
     for prompt in prompts:
         samples += [
-            Sample(
+            TrainingSample(
                 prompt_ids=tuple(prompt),
                 completion_ids=tuple(torch.randint(vocabulary, (length,)).tolist()),
                 advantage=1.0 if i % 2 else -1.0,
                 old_logp=torch.zeros(length) if keeps_old else None,
-                ref_logp=torch.zeros(length) if updater.options.beta else None,
+                ref_logp=torch.zeros(length) if learner.options.beta else None,
             )
             for i in range(n)
         ]
@@ -100,12 +100,12 @@ def _rehearse_update(
 
     def work() -> None:
         # Any micro-batch but the first finds the gradients of those before it.
-        for _, parameter in updater.policy.trainable():
+        for _, parameter in learner.policy.trainable():
             parameter.grad = torch.zeros_like(parameter)
         largest = micro_batches(pairs, guard.tokens, layout, whole=whole)[0]
-        updater.backward([samples[i] for i in largest], n * length, n, step=0)
+        learner.backward([samples[i] for i in largest], n * length, n, step=0)
 
     try:
         guard.update(work, lambda: longest(pairs, whole=whole), "the rehearsal of an update")
     finally:
-        updater.optimizer.zero_grad(set_to_none=True)
+        learner.optimizer.zero_grad(set_to_none=True)

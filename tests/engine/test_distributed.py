@@ -66,14 +66,14 @@ def two(tmp_path_factory):
     """The output of ``process_runs.run_all`` in two processes."""
     directory = tmp_path_factory.mktemp("two")
     cut = make(directory / "from_one", **RUNS["a window with kl"])
-    step = cut.updater.step
+    step = cut.learner.step
 
     def until_three(samples, number):
         if number == 3:
             raise Stop
         return step(samples, number)
 
-    cut.updater.step = until_three
+    cut.learner.step = until_three
     with pytest.raises(Stop):
         cut.train()
     done = launch(directory)

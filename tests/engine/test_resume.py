@@ -63,14 +63,14 @@ def state(trainer):
 
 
 def interrupt_after(trainer, steps: int):
-    step = trainer.updater.step
+    step = trainer.learner.step
 
     def counting(samples, number):
         if number == steps:
             raise Stop
         return step(samples, number)
 
-    trainer.updater.step = counting
+    trainer.learner.step = counting
     with pytest.raises(Stop):
         trainer.train()
 

@@ -78,7 +78,7 @@ def test_loss_and_metric_are_those_of_trl(tmp_path, monkeypatch):
     once per completion, padding aside."""
     made = trainer(tmp_path, model=mixture(), max_steps=1)
     seen = {}
-    step = made.updater.step
+    step = made.learner.step
 
     def watched(samples, number):
         model = made.policy.model
@@ -91,12 +91,12 @@ def test_loss_and_metric_are_those_of_trl(tmp_path, monkeypatch):
         ).router_logits
         seen["aux_loss"] = load_balancing_loss_func(logits, 4, 2, mask).item()
         made.policy.router, router = None, made.policy.router
-        seen["loss"], _ = made.updater._accumulate(samples, number)
-        made.updater.optimizer.zero_grad(set_to_none=True)
+        seen["loss"], _ = made.learner._accumulate(samples, number)
+        made.learner.optimizer.zero_grad(set_to_none=True)
         made.policy.router = router
         return step(samples, number)
 
-    monkeypatch.setattr(made.updater, "step", watched)
+    monkeypatch.setattr(made.learner, "step", watched)
     made.train()
     row = rows_of(made)[0]
     assert row["aux_loss"] == pytest.approx(seen["aux_loss"], rel=1e-5)

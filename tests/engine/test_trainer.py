@@ -182,13 +182,13 @@ def first_gradient(tmp_path, **changes):
     """Of the first step, and its metrics."""
     run = trainer(tmp_path, max_steps=1, **changes)
     assert run.policy.precision == "bfloat16"
-    norm, found = run.updater._norm, []
+    norm, found = run.learner._norm, []
 
     def watched(parameters):
         found.extend(p.grad.flatten().clone() for p in parameters)
         return norm(parameters)
 
-    run.updater._norm = watched
+    run.learner._norm = watched
     run.train()
     return torch.cat(found), rows_of(run)[0]
 
@@ -416,7 +416,7 @@ def test_a_non_finite_step_never_reaches_the_weights(tmp_path, monkeypatch):
 
 def test_an_infinite_gradient_can_be_skipped_and_is_counted(tmp_path, monkeypatch):
     run = trainer(tmp_path, max_nonfinite_steps=1)
-    step = run.updater.step
+    step = run.learner.step
 
     def sometimes(samples, number):
         parameter = run.policy.trainable()[0][1]
@@ -427,7 +427,7 @@ def test_an_infinite_gradient_can_be_skipped_and_is_counted(tmp_path, monkeypatc
             return result
         return step(samples, number)
 
-    monkeypatch.setattr(run.updater, "step", sometimes)
+    monkeypatch.setattr(run.learner, "step", sometimes)
     run.train()
     rows = rows_of(run)
     assert [row.get("skipped_update", 0) for row in rows] == [0, 1, 0, 0]
@@ -496,7 +496,7 @@ def test_a_run_in_float16_has_a_loss_scale(tmp_path, monkeypatch, four_bit):
     )  # fmt: skip
     before = weights(run).clone()
     run.train()
-    assert run.updater.scaler.is_enabled() and run.policy.dtype == torch.float16
+    assert run.learner.scaler.is_enabled() and run.policy.dtype == torch.float16
     assert run.policy.head.weight.dtype == torch.float16
     rows = rows_of(run)
     assert rows[0]["kl"] == 0 and not torch.equal(weights(run), before)
@@ -533,7 +533,7 @@ def test_rows_without_gradient_are_not_forwarded_and_change_nothing(
 
 def test_a_rollout_with_nothing_to_learn_costs_no_forward(tmp_path):
     run = trainer(tmp_path, reward_funcs=lambda completions, **k: [1.0] * len(completions))
-    run.updater._loss = None  # would fail
+    run.learner._loss = None  # would fail
     run.train()
     for row in rows_of(run):
         assert row["frac_rows_skipped"] == 1 and row["loss"] == row["num_forwarded_tokens"] == 0

@@ -183,14 +183,14 @@ def test_a_change_after_a_trainer_was_made_is_not_silent(trained, caplog):
 def test_what_scripts_read_is_there(trained):
     made, _ = trained
     assert isinstance(made.model, PeftModel) and made.model_wrapped is made.model
-    assert made.optimizer is made.updater.optimizer and made.lr_scheduler is made.updater.scheduler
+    assert made.optimizer is made.learner.optimizer and made.lr_scheduler is made.learner.scheduler
     assert made.accelerator.is_main_process and made.accelerator.unwrap_model(made.model)
     state = made.state
     assert isinstance(state, TrainerState)
     assert (state.global_step, state.max_steps) == (2, 2)
     assert [row["step"] for row in state.log_history] == [1, 2]
     assert made.is_world_process_zero() and made.is_local_process_zero()
-    assert made.get_learning_rates() == [made.updater.learning_rate]
+    assert made.get_learning_rates() == [made.learner.learning_rate]
     assert made.get_num_trainable_parameters() > 0
 
 

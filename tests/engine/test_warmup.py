@@ -58,7 +58,7 @@ def test_a_rehearsed_run_is_the_same_run(tmp_path, family, capsys):
 
 def test_nothing_that_follows_is_larger(tmp_path):
     run, tokens, cached = recorded(process_runs.make(tmp_path / "run", **OPTIONS))
-    run.rehearse()
+    run.warm_up()
     rehearsed, cache = max(tokens), max(cached)
     tokens.clear()
     cached.clear()
@@ -71,14 +71,14 @@ def test_nothing_that_follows_is_larger(tmp_path):
 
 def test_it_holds_the_gradients_that_every_micro_batch_but_the_first_finds(tmp_path):
     run = process_runs.make(tmp_path / "run", **OPTIONS)
-    backward, found = run.updater.backward, []
+    backward, found = run.learner.backward, []
 
     def noting(*args, **kwargs):
         found.append(all(p.grad is not None for _, p in run.policy.trainable()))
         return backward(*args, **kwargs)
 
-    run.updater.backward = noting
-    run.rehearse()
+    run.learner.backward = noting
+    run.warm_up()
     assert found == [True]
     assert all(p.grad is None for _, p in run.policy.trainable())
 
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_halved_before_step_1(tmp_path, caplog):
     run.policy.logprobs = limited
     with caplog.at_level(logging.WARNING, "fusedgrpo"):
         found = rows(run)
-    assert run.guard.tokens == 20
+    assert run.execution.oom_retry.tokens == 20
     assert all("memory/retries" not in row for row in found)  # all of it was before step 1
     assert "the rehearsal of an update; tokens_per_microbatch 40 -> 20" in caplog.text
 

@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models import decoding
@@ -28,7 +29,9 @@ FAMILIES = [
 
 
 def sampler(policy: Policy, in_flight: int | None = None) -> GenerateSampler:
-    return GenerateSampler(policy, tiny.tokenizer(), [tiny.EOS], guard=MemoryGuard(4096, in_flight))
+    return GenerateSampler(
+        policy, tiny.tokenizer(), [tiny.EOS], execution=Execution(OOMRetry(4096, in_flight))
+    )
 
 
 def ids(groups: Any) -> list[list[tuple[int, ...]]]:
@@ -58,7 +61,7 @@ def test_a_state_is_sampled_from_as_it_is_trained(family: str) -> None:
     for group in s.sample(PROMPTS, 1, penalty, seed=0):
         said = group.completions[0].ids
         assert len({*group.prompt_ids, *said}) == len(set(group.prompt_ids)) + len(said)
-    s.rehearse([[5] * 6, [7] * 4], 2, SamplingParams(max_new_tokens=9))
+    s.warm_up([[5] * 6, [7] * 4], 2, SamplingParams(max_new_tokens=9))
 
 
 @pytest.mark.parametrize(

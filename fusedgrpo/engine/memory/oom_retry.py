@@ -24,7 +24,7 @@ log = logging.getLogger("fusedgrpo")
 
 
 @dataclass(slots=True)
-class MemoryGuard:
+class OOMRetry:
     """What a run does at once, and what became of it.
 
     tokens: packed tokens of a micro-batch (``tokens_per_microbatch``). in_flight: completions

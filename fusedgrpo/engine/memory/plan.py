@@ -121,7 +121,7 @@ def _line(name: str, size: int) -> str:
 
 
 def measured_phases(peaks: Mapping[str, float]) -> dict[str, int]:
-    """The peaks of ``StepClock`` by the names of a plan's phases; empty without a GPU."""
+    """The peaks of ``PhaseTimer`` by the names of a plan's phases; empty without a GPU."""
     names = {
         "memory/sample": "rollout",
         "memory/score": "scoring",

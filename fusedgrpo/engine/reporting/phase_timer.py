@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 
-class StepClock:
+class PhaseTimer:
     """Started by making it, read with ``metrics``. ``show`` is told each phase as it begins."""
 
     def __init__(self, show: Callable[[str], None] = lambda phase: None, *, on_gpu: bool = False):

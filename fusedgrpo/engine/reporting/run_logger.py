@@ -21,9 +21,9 @@ from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, read_metrics
 from fusedgrpo.engine.reporting.report import write_report
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.sample_dump import dump_samples
-from fusedgrpo.engine.reporting.trackers import Sinks
+from fusedgrpo.engine.reporting.trackers import Trackers
 from fusedgrpo.engine.reporting.unwritten import Unwritten
-from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.errors import OutputDirError
 
 log = logging.getLogger("fusedgrpo")
@@ -54,7 +54,7 @@ class _NoDisplay:
     def note(self, text: str) -> None: ...
 
 
-class RunOutputs:
+class RunLogger:
     """One run's directory, metrics, display, trackers and advice; open it with ``opened``."""
 
     def __init__(
@@ -97,7 +97,7 @@ class RunOutputs:
             self.advisor.start()
             for row in read_metrics(run.metrics):
                 self.advisor.observe(row)  # it said all this before the run was interrupted
-        self.sinks = Sinks(
+        self.sinks = Trackers(
             config.report_to,
             run_name=config.run_name or run.path.name,
             directory=run.trackers,
@@ -121,7 +121,7 @@ class RunOutputs:
 
     @classmethod
     @contextmanager
-    def opened(cls, config: GRPOConfig, *, resume: bool, **rest: Any) -> Iterator[RunOutputs]:
+    def opened(cls, config: GRPOConfig, *, resume: bool, **rest: Any) -> Iterator[RunLogger]:
         """Lock the output directory, open everything, and close it again whatever happens."""
         with (
             RunDir.open(
@@ -214,7 +214,7 @@ class RunOutputs:
             with _writing_to(self.run.path):
                 self.run.skipped_rows.write_text("".join(lines), encoding="utf-8")
 
-    def dump(self, step: int, samples: Sequence[Sample], **facts: Any) -> Path:
+    def dump(self, step: int, samples: Sequence[TrainingSample], **facts: Any) -> Path:
         """Write the samples of a step that went wrong; returns the file's path."""
         path = self.run.nonfinite / f"step-{step:06d}.json"
         try:
@@ -232,7 +232,7 @@ class RunOutputs:
         self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")
 
 
-class NoOutputs(RunOutputs):
+class NoLogger(RunLogger):
     """The outputs of every process but the first: nothing is locked, shown or written."""
 
     def __init__(self) -> None:
@@ -240,7 +240,7 @@ class NoOutputs(RunOutputs):
 
     @classmethod
     @contextmanager
-    def opened(cls, config: GRPOConfig, *, resume: bool, **rest: Any) -> Iterator[RunOutputs]:
+    def opened(cls, config: GRPOConfig, *, resume: bool, **rest: Any) -> Iterator[RunLogger]:
         yield cls()
 
     def write(self, unwritten: Unwritten, step: int, *, insist: bool = False) -> None:
@@ -252,5 +252,5 @@ class NoOutputs(RunOutputs):
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
     def finish(self, save_model: Callable[[Path], Path]) -> None: ...
 
-    def dump(self, step: int, samples: Sequence[Sample], **facts: Any) -> Path:
+    def dump(self, step: int, samples: Sequence[TrainingSample], **facts: Any) -> Path:
         return Path(f"step-{step:06d}.json")

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from fusedgrpo.engine.reporting.metrics_log import to_json_line
-from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.training_sample import TrainingSample
 
 
 def dump_samples(
-    path: Path, samples: Sequence[Sample], *, decode: Callable[[Any], str], **facts: Any
+    path: Path, samples: Sequence[TrainingSample], *, decode: Callable[[Any], str], **facts: Any
 ) -> Path:
     """Write the samples of a step that went wrong, with ``facts``, so that it can be studied."""
     rows = []

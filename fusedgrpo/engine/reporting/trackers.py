@@ -79,7 +79,7 @@ def _arguments(name: str, run_name: str) -> tuple[list[str], dict[str, str]]:
     return [re.sub(r"[/\\]", "-", run_name)[:200].strip(". ") or "run"], {}
 
 
-class Sinks:
+class Trackers:
     """The trackers of one run. One that fails is dropped with one warning.
 
     report_to: see :func:`tracker_classes`.

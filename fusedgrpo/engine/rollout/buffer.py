@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.rollout.training_sample import Sample
+from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.rollout.types import Completion, Group, Rollout
 
 
 @dataclass(slots=True)
-class RolloutWindow:
+class RolloutBuffer:
     """rollout: B completions. advantages: ``[B]`` float32. old_logp, ref_logp, sampler_weight:
     ``[N]`` float32 over all completion tokens, flat order, or None; log-probs are NaN for
     completions that no gradient needs them of. metrics: of the rollout,
@@ -40,11 +40,11 @@ class RolloutWindow:
     def finished(self) -> bool:
         return self.done >= self.steps * self.iterations
 
-    def next_samples(self, *, mask_truncated: bool) -> list[Sample]:
+    def next_samples(self, *, mask_truncated: bool) -> list[TrainingSample]:
         """What the next optimizer step trains on: whole groups, as evenly as they divide."""
         return self.part(self.done % self.steps, mask_truncated=mask_truncated)[0]
 
-    def part(self, part: int, *, mask_truncated: bool) -> tuple[list[Sample], list[slice]]:
+    def part(self, part: int, *, mask_truncated: bool) -> tuple[list[TrainingSample], list[slice]]:
         """The samples of one step out of ``steps``, and where in ``[N]`` their tokens are."""
         groups = len(self.rollout.groups)
         chosen = range(groups * part // self.steps, groups * (part + 1) // self.steps)
@@ -59,7 +59,7 @@ class RolloutWindow:
                 continue
             places.append(rows)
             samples.append(
-                Sample(
+                TrainingSample(
                     prompt_ids=self.rollout.groups[group_id].prompt_ids,
                     completion_ids=completion.ids,
                     advantage=float(self.advantages[index]),
@@ -112,7 +112,7 @@ class RolloutWindow:
         return tensors, values
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Tensor], values: dict[str, Any]) -> RolloutWindow:
+    def from_state(cls, tensors: dict[str, Tensor], values: dict[str, Any]) -> RolloutBuffer:
         """The inverse of ``state``."""
         logp = tensors["sampler_logp"]
         has_logp = iter(values["has_logp"])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.engine.distributed import Processes
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.rollout.completion_text import CompletionText
 from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
@@ -67,10 +68,10 @@ class GenerateSampler:
     """The ``Sampler`` on ``model.generate``.
 
     policy: sampled in eval mode (no dropout, no gradient checkpointing) and in its own precision.
-    tokenizer: decodes. eos_ids: every id that ends a completion. guard: its ``in_flight`` says how
-    many completions are decoded together, and shrinks where memory runs out. poll: called before
-    each token, so that a signal need not wait for the end of a rollout. skip_special_tokens: in
-    the text of the completions.
+    tokenizer: decodes. eos_ids: every id that ends a completion. execution: says how
+    many completions are decoded together (``in_flight``, which shrinks where memory runs out), and
+    is looked at before each token, so that a signal need not wait for the end of a rollout.
+    skip_special_tokens: in the text of the completions.
 
     Raises ModelError for a model whose generate is another policy than the one that trains.
     """
@@ -81,16 +82,14 @@ class GenerateSampler:
         tokenizer: Any,
         eos_ids: Sequence[int],
         *,
-        guard: MemoryGuard | None = None,
-        poll: Callable[[], None] = lambda: None,
+        execution: Execution | None = None,
         skip_special_tokens: bool = True,
     ):
         self.policy = policy
         self.tokenizer = tokenizer
         self.eos_ids = list(eos_ids)
         self.text = CompletionText(tokenizer, eos_ids, skip_special_tokens=skip_special_tokens)
-        self.guard = guard or MemoryGuard(tokens=0)
-        self.poll = poll
+        self.execution = execution or Execution(OOMRetry(tokens=0))
         self.route = decoding.choose_route(policy)
 
     def sample(
@@ -112,7 +111,7 @@ class GenerateSampler:
 
         def wave() -> list[Completion]:
             # Whole groups if they fit, so that no prompt is prefilled twice.
-            size = 1 if self.route.alone else self.guard.in_flight or len(asked)
+            size = 1 if self.route.alone else self.execution.oom_retry.in_flight or len(asked)
             ahead = asked[len(done) : len(done) + (size - size % n or size)]
             if not self.route.padded:
                 width = len(prompt_ids[ahead[0][0]])
@@ -123,7 +122,7 @@ class GenerateSampler:
             return self._wave(prompts, [own.index(i) for i, _ in ahead], params, seeds)
 
         while len(done) < len(asked):
-            new = self.guard.sample(wave, len(asked) - len(done))
+            new = self.execution.oom_retry.sample(wave, len(asked) - len(done))
             for (i, _), completion in zip(asked[len(done) :], new, strict=False):
                 _check_finite(completion, rows[i])
             done += new
@@ -133,7 +132,7 @@ class GenerateSampler:
             for i, prompt in enumerate(prompt_ids)
         ]
 
-    def rehearse(self, prompt_ids: Sequence[Sequence[int]], n: int, params: SamplingParams) -> None:
+    def warm_up(self, prompt_ids: Sequence[Sequence[int]], n: int, params: SamplingParams) -> None:
         """Hold the memory that the last token of completions of the greatest length takes: as many
         of ``n`` for each prompt as are decoded together."""
         prompts = sorted(prompt_ids, key=len, reverse=True)
@@ -142,14 +141,16 @@ class GenerateSampler:
         asked = [(i, sample) for i in range(len(prompts)) for sample in range(n)]
 
         def last_tokens() -> None:
-            ahead = asked[: 1 if self.route.alone else self.guard.in_flight or len(asked)]
+            ahead = asked[
+                : 1 if self.route.alone else self.execution.oom_retry.in_flight or len(asked)
+            ]
             own = prompts[: ahead[-1][0] + 1]
             few = dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, 2))
             seeds = [derive(0, *which) for which in ahead]
             skipped = params.max_new_tokens - few.max_new_tokens
             self._wave(own, [i for i, _ in ahead], few, seeds, skipped=skipped)
 
-        self.guard.sample(last_tokens, len(asked))
+        self.execution.oom_retry.sample(last_tokens, len(asked))
 
     def _wave(
         self,
@@ -164,7 +165,7 @@ class GenerateSampler:
         skipped: positions of the cache that are there and hold nothing, as if so many tokens had
         been decoded already.
         """
-        chooser = _Chooser(params, seeds, self.policy.device, self.poll)
+        chooser = _Chooser(params, seeds, self.policy.device, self.execution.check_interrupt)
         tokens = decoding.decode(
             self.policy,
             self.route,

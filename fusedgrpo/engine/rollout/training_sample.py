@@ -12,7 +12,7 @@ from fusedgrpo.kernels import LossOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TrainingSample:
     """One completion with everything its loss needs.
 
     in_loss: False leaves its tokens out of the loss and of the token count, as
@@ -49,7 +49,7 @@ class Sample:
         return len(self.completion_ids) - self.loss_tokens if self.in_loss else 0
 
 
-def has_gradient(sample: Sample, options: LossOptions, entropy_coef: float) -> bool:
+def has_gradient(sample: TrainingSample, options: LossOptions, entropy_coef: float) -> bool:
     """False for a completion whose gradient is exactly 0: it need not be forwarded, and still
     counts in the denominators."""
     if not sample.loss_tokens:
@@ -57,7 +57,9 @@ def has_gradient(sample: Sample, options: LossOptions, entropy_coef: float) -> b
     return bool(sample.advantage or options.beta or entropy_coef)
 
 
-def concatenated(samples: Sequence[Sample], field: str, device: torch.device) -> Tensor | None:
+def concatenated(
+    samples: Sequence[TrainingSample], field: str, device: torch.device
+) -> Tensor | None:
     """A per-token field of all samples end to end, ``[N]``; None if the samples do not have it."""
     parts = [getattr(sample, field) for sample in samples]
     if any(part is None for part in parts):
@@ -65,7 +67,7 @@ def concatenated(samples: Sequence[Sample], field: str, device: torch.device) ->
     return torch.cat(parts).to(device)
 
 
-def loss_mask(samples: Sequence[Sample], device: torch.device) -> Tensor:
+def loss_mask(samples: Sequence[TrainingSample], device: torch.device) -> Tensor:
     """``[N]`` bool."""
     lengths = torch.tensor([len(s.completion_ids) for s in samples])
     return torch.tensor([s.in_loss for s in samples]).repeat_interleave(lengths).to(device)

@@ -85,9 +85,9 @@ def test_a_run_for_a_named_card_prints_its_plan_and_keeps_to_it(tmp_path, capsys
     said = capsys.readouterr().out
     assert "Memory, planned" in said and "It fits" in said
     assert {row["memory/planned"] for row in written} == {run.memory_plan.peak}
-    assert isinstance(run.updater.offload, OffloadActivations)
-    assert run.guard.tokens == run.memory_plan.tokens_per_microbatch
-    assert run.guard.in_flight == run.memory_plan.max_in_flight == 8
+    assert isinstance(run.learner.offload, OffloadActivations)
+    assert run.execution.oom_retry.tokens == run.memory_plan.tokens_per_microbatch
+    assert run.execution.oom_retry.in_flight == run.memory_plan.max_in_flight == 8
     for got, want in zip(planned, plain, strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
 
@@ -101,13 +101,13 @@ def test_offloading_without_checkpointing_is_refused():
 
 def test_the_clock_has_the_peak_of_each_phase_on_a_gpu(monkeypatch):
     from fusedgrpo.engine.memory.plan import measured_phases
-    from fusedgrpo.engine.reporting.phase_timer import StepClock
+    from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
 
     peaks = iter([30, 10, 20])
     for name in ("reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda: None)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: next(peaks))
-    clock = StepClock(on_gpu=True)
+    clock = PhaseTimer(on_gpu=True)
     for name in ("sample", "score", "update"):
         with clock.phase(name):
             pass

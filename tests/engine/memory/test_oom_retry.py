@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard, is_out_of_memory
+from fusedgrpo.engine.memory.oom_retry import OOMRetry, is_out_of_memory
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import MemoryExhaustedError
 
@@ -72,9 +72,9 @@ def with_allocator(trainer, allocator, phases=("sample", "score", "update", "nor
 
         trainer.policy.logprobs = scored
     if "update" in phases:
-        guarded(trainer.updater, "backward")
+        guarded(trainer.learner, "backward")
     if "norm" in phases:
-        guarded(trainer.updater, "_norm")
+        guarded(trainer.learner, "_norm")
     return trainer
 
 
@@ -119,7 +119,7 @@ def test_whichever_allocation_fails_the_run_is_the_same_bit_for_bit(tmp_path, ph
         assert (allocator.failed, retries) == (1, 1)
         assert other_rows == rows, f"allocation {k} of {counted.requests}"
         assert torch.equal(other_weights, weights)
-        assert run.guard.tokens == 12 and run.guard.in_flight is None
+        assert run.execution.oom_retry.tokens == 12 and run.execution.oom_retry.in_flight is None
 
 
 def test_what_fails_twice_is_halved_and_gives_the_same_run(tmp_path, caplog):
@@ -147,7 +147,7 @@ def test_what_fails_twice_is_halved_and_gives_the_same_run(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "fusedgrpo"):
         other_rows, other_weights, retries = outcome(run)
     assert retries >= 4
-    assert run.guard.tokens <= 20 and run.guard.in_flight <= 3
+    assert run.execution.oom_retry.tokens <= 20 and run.execution.oom_retry.in_flight <= 3
     assert "completions in flight 8 -> 4 for the rest of this run" in caplog.text
     assert "tokens_per_microbatch 40 -> 20 for the rest of this run" in caplog.text
     names = {"num_forwarded_tokens"}  # of prompts that are cut
@@ -160,21 +160,21 @@ def test_what_fails_twice_is_halved_and_gives_the_same_run(tmp_path, caplog):
 
 def test_below_the_floor_the_run_ends_with_its_state_saved(tmp_path):
     run = small_run(tmp_path / "run", generation_batch_size=4)
-    backward = run.updater.backward
+    backward = run.learner.backward
 
     def second_step_fails(samples, items, sequences, step, load=None):
         if step == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return backward(samples, items, sequences, step, load)
 
-    run.updater.backward = second_step_fails
+    run.learner.backward = second_step_fails
     with pytest.raises(MemoryExhaustedError, match=r"the update.*Tried to allocate 2.00 GiB"):
         run.train()
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
 
 
 def test_other_errors_pass():
-    guard = MemoryGuard(8)
+    guard = OOMRetry(8)
 
     def work():
         raise RuntimeError("size mismatch")
@@ -202,7 +202,7 @@ def test_what_counts_as_out_of_memory(error, expected):
 
 
 def test_halving_stops_at_the_longest_sequence_and_at_one_completion():
-    guard = MemoryGuard(100, 5)
+    guard = OOMRetry(100, 5)
 
     def never():
         raise FULL

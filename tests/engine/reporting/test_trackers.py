@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import pytest
 from accelerate import tracking
 
-from fusedgrpo.engine.reporting.trackers import Sinks, tracker_classes
+from fusedgrpo.engine.reporting.trackers import Trackers, tracker_classes
 from fusedgrpo.errors import ConfigError
 
 
@@ -47,7 +47,9 @@ def recorder(monkeypatch):
 
 
 def open_sinks(tmp_path, report_to="recorder"):
-    return Sinks(report_to, run_name="run", directory=tmp_path, config={"lr": 0.1, "funcs": ["a"]})
+    return Trackers(
+        report_to, run_name="run", directory=tmp_path, config={"lr": 0.1, "funcs": ["a"]}
+    )
 
 
 @pytest.mark.parametrize("nothing", [None, "none", "", [], ["none"]])
@@ -131,6 +133,6 @@ def test_a_run_is_a_run_of_a_project_and_no_way_out_of_its_directory(
             monkeypatch.setenv(variable, project)
         elif variable:
             monkeypatch.delenv(variable)
-        Sinks(name, run_name="a/../b", directory=tmp_path, config={}).close()
+        Trackers(name, run_name="a/../b", directory=tmp_path, config={}).close()
     assert calls[0] == given
     assert calls[1] == eval(repr(given).replace("mine", "fusedgrpo"))

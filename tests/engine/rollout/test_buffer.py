@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusedgrpo.engine.checkpoint_files import read_json, read_tensors, write_json, write_tensors
-from fusedgrpo.engine.rollout.buffer import RolloutWindow, sampler_logp
+from fusedgrpo.engine.rollout.buffer import RolloutBuffer, sampler_logp
 from fusedgrpo.engine.rollout.types import Completion, Group, Rollout
 
 
@@ -26,10 +26,10 @@ def rollout(groups: int, size: int = 2) -> Rollout:
     return Rollout(tuple(made))
 
 
-def window(groups: int = 3, steps: int = 2, iterations: int = 2, **fields: object) -> RolloutWindow:
+def window(groups: int = 3, steps: int = 2, iterations: int = 2, **fields: object) -> RolloutBuffer:
     sampled = rollout(groups)
     tokens = sum(len(c.ids) for c in sampled.completions())
-    return RolloutWindow(
+    return RolloutBuffer(
         sampled,
         torch.randn(2 * groups),
         steps,
@@ -82,7 +82,7 @@ def test_a_window_comes_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> No
     tensors, values = before.state()
     write_tensors(tmp_path / "w.safetensors", tensors)
     write_json(tmp_path / "w.json", values)
-    after = RolloutWindow.from_state(
+    after = RolloutBuffer.from_state(
         read_tensors(tmp_path / "w.safetensors"), read_json(tmp_path / "w.json")
     )
     for name in ("advantages", "old_logp", "ref_logp"):

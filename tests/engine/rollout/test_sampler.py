@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.memory.oom_retry import MemoryGuard
+from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams, _Chooser
 from fusedgrpo.engine.rollout.types import Group
 from fusedgrpo.models.packed_batch import PackedBatch
@@ -146,7 +148,9 @@ def test_completions_do_not_depend_on_how_many_are_in_flight(family: str, in_fli
     model = tiny.model(family)
     params = SamplingParams(max_new_tokens=10)
     everything = sampler(model).sample(PROMPTS, 3, params, seed=1)
-    waves = sampler(model, guard=MemoryGuard(0, in_flight)).sample(PROMPTS, 3, params, seed=1)
+    waves = sampler(model, execution=Execution(OOMRetry(0, in_flight))).sample(
+        PROMPTS, 3, params, seed=1
+    )
     assert ids(waves) == ids(everything)
     torch.testing.assert_close(sampled_logp(waves), sampled_logp(everything), rtol=0, atol=1e-5)
 
@@ -167,7 +171,7 @@ def test_the_same_prompt_twice_gets_different_completions() -> None:
 
 
 def test_each_prompt_gets_its_group_in_order_with_its_row() -> None:
-    s = sampler(guard=MemoryGuard(0, 5))
+    s = sampler(execution=Execution(OOMRetry(0, 5)))
     groups = s.sample(PROMPTS, 3, SamplingParams(max_new_tokens=2), 0, rows=[7, 8, 7, 1])
     assert [g.row for g in groups] == [7, 8, 7, 1]
     assert [list(g.prompt_ids) for g in groups] == PROMPTS
@@ -333,8 +337,12 @@ def test_it_is_polled_before_each_token_and_leaves_the_model_as_it_was() -> None
 
     model = tiny.model().train()
     config = model.generation_config
+    signals: Any = types.SimpleNamespace(check=poll)
+    interrupted = Execution(OOMRetry(0), signals=signals)
     with pytest.raises(KeyboardInterrupt):
-        sampler(model, poll=poll).sample([[5]], 2, SamplingParams(max_new_tokens=50), seed=0)
+        sampler(model, execution=interrupted).sample(
+            [[5]], 2, SamplingParams(max_new_tokens=50), seed=0
+        )
     assert polls == 4
     assert model.training and model.generation_config is config
 

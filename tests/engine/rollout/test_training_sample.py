@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from fusedgrpo.engine.rollout.training_sample import Sample, concatenated, has_gradient, loss_mask
+from fusedgrpo.engine.rollout.training_sample import (
+    TrainingSample,
+    concatenated,
+    has_gradient,
+    loss_mask,
+)
 from fusedgrpo.kernels import LossOptions
 
 CPU = torch.device("cpu")
 
 
-def sample(tokens: int, **fields: object) -> Sample:
-    return Sample((1, 2), tuple(range(tokens)), advantage=1.0, **fields)  # type: ignore[arg-type]
+def sample(tokens: int, **fields: object) -> TrainingSample:
+    return TrainingSample((1, 2), tuple(range(tokens)), advantage=1.0, **fields)  # type: ignore[arg-type]
 
 
 def test_loss_tokens_are_those_that_the_mask_and_a_finite_weight_leave() -> None:
@@ -37,7 +42,7 @@ def test_a_field_is_concatenated_only_if_all_have_it() -> None:
 
 def test_a_gradient_that_is_exactly_zero_is_known_beforehand() -> None:
     plain, kl = LossOptions(), LossOptions(beta=0.1)
-    flat = Sample((1,), (2, 3), advantage=0.0)
+    flat = TrainingSample((1,), (2, 3), advantage=0.0)
     assert has_gradient(sample(2), plain, 0.0)
     assert not has_gradient(flat, plain, 0.0)
     assert has_gradient(flat, kl, 0.0) and has_gradient(flat, plain, 0.1)
