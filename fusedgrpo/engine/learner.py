@@ -39,6 +39,7 @@ class UpdateResult:
     applied: bool
     loss: float
     grad_norm: float
+    learning_rate: float
     metrics: dict[str, float] = field(default_factory=dict)
     largest_weight: Tensor | None = None
 
@@ -117,7 +118,7 @@ class Learner:
             norm = self.execution.oom_retry.repeat(
                 lambda: self._norm(parameters), "the gradient norm"
             )
-            result = UpdateResult(False, loss, norm.item(), metrics)
+            result = UpdateResult(False, loss, norm.item(), self.learning_rate, metrics)
             result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
             if result.applied:
                 if self.max_grad_norm > 0:

@@ -98,7 +98,7 @@ def _score(
 
 def rollout_logprobs(
     policy: Policy,
-    window: RolloutBuffer,
+    buffer: RolloutBuffer,
     needs: Callable[[TrainingSample], bool],
     *,
     mask_truncated: bool,
@@ -113,7 +113,7 @@ def rollout_logprobs(
     """
 
     processes = execution.processes
-    logp = torch.full((sum(len(c.ids) for c in window.rollout.completions()),), torch.nan)
+    logp = torch.full((sum(len(c.ids) for c in buffer.rollout.completions()),), torch.nan)
 
     def score(pairs: Sequence[Pair], places: Sequence[slice]) -> None:
         for members in micro_batches(
@@ -126,8 +126,8 @@ def rollout_logprobs(
                 logp[places[k]] = values
 
     def score_own() -> Tensor:
-        for part in range(window.steps):
-            samples, places = window.part(part, mask_truncated=mask_truncated)
+        for part in range(buffer.steps):
+            samples, places = buffer.part(part, mask_truncated=mask_truncated)
             chosen = [i for i, sample in enumerate(samples) if needs(sample)]
             own = shares([samples[i].pair for i in chosen], processes.size)[processes.rank]
             chosen = chosen[own.start : own.stop]
@@ -141,7 +141,7 @@ def rollout_logprobs(
                 if not logp[places[i]].isfinite().all():
                     raise NonFiniteError(
                         f"The log-probs of completion {i} of part {part} (data row "
-                        f"{window.row_at(places[i].start)}) are not finite: NaN or infinity in the "
+                        f"{buffer.row_at(places[i].start)}) are not finite: NaN or infinity in the "
                         "weights or in what the model computes from this text."
                     )
         return logp
@@ -175,7 +175,7 @@ def make_buffer(
     metrics = length_metrics(rollout) | reward_metrics(
         functions.names, rewards, group_ids, config.scale_rewards
     )
-    window = RolloutBuffer(rollout, advantages, steps, config.num_iterations, metrics=metrics)
+    buffer = RolloutBuffer(rollout, advantages, steps, config.num_iterations, metrics=metrics)
     options, truncated = loss_options(config), config.mask_truncated_completions
 
     def trains(sample: TrainingSample) -> bool:
@@ -184,7 +184,7 @@ def make_buffer(
     def logprobs(needs: Callable[[TrainingSample], bool] = trains) -> Tensor:
         return rollout_logprobs(
             policy,
-            window,
+            buffer,
             needs,
             mask_truncated=truncated,
             execution=execution,
@@ -192,15 +192,15 @@ def make_buffer(
 
     # One update on its own rollout needs no old log-probs: they are the policy's own.
     if steps * config.num_iterations > 1 or config.sampler_correction:
-        window.old_logp = logprobs()
+        buffer.old_logp = logprobs()
         sampled = sampler_logp(list(rollout.completions()))
-        metrics |= mismatch_metrics(sampled, window.old_logp)
+        metrics |= mismatch_metrics(sampled, buffer.old_logp)
         if config.sampler_correction:
-            weight = (window.old_logp - sampled).exp().clamp(max=config.sampler_correction_cap)
+            weight = (buffer.old_logp - sampled).exp().clamp(max=config.sampler_correction_cap)
             metrics |= weight_metrics(weight)
             # Where nothing was scored nothing has a gradient: the tokens count, whatever weight.
-            window.sampler_weight = torch.where(window.old_logp.isnan(), 1.0, weight)
-    samples = [s for k in range(steps) for s in window.part(k, mask_truncated=truncated)[0]]
+            buffer.sampler_weight = torch.where(buffer.old_logp.isnan(), 1.0, weight)
+    samples = [s for k in range(steps) for s in buffer.part(k, mask_truncated=truncated)[0]]
     if samples and not any(map(trains, samples)):
         # Nothing will be forwarded: that the sampler is the policy is still asked of one of them.
         shortest = min(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
@@ -209,8 +209,8 @@ def make_buffer(
     if config.beta:
         # Weights may be swapped for it: held, they come back whatever signal there is.
         with execution.signals.held(), policy.reference():
-            window.ref_logp = logprobs()
-    return window
+            buffer.ref_logp = logprobs()
+    return buffer
 
 
 def loss_options(config: GRPOConfig) -> LossOptions:

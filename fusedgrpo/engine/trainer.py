@@ -131,7 +131,7 @@ class GRPOTrainer(TRLSurface):
         self.sampling = parts.sampling
         self.progress = Progress()
         self.unwritten = Unwritten()
-        self.window: RolloutBuffer | None = None
+        self.buffer: RolloutBuffer | None = None
         self.memory_peaks: dict[str, float] = {}
         self.checkpointer = Checkpointer(self)
         self.learner.changing = self.checkpointer.begins
@@ -155,7 +155,7 @@ class GRPOTrainer(TRLSurface):
 
         unsynced: rows of metrics that are written, and would be lost if the machine stopped now.
         """
-        window = self.window if self.window and not self.window.finished else None
+        window = self.buffer if self.buffer and not self.buffer.finished else None
         tensors, values = checkpoint_files.optimizer_state(self.learner.optimizer)
         state = {
             "progress": dataclasses.asdict(self.progress),
@@ -180,7 +180,7 @@ class GRPOTrainer(TRLSurface):
         self.unwritten = Unwritten()
         if "unwritten" in state:  # else it is of version 0.1
             self.unwritten = Unwritten.from_state(state["unwritten"])
-        self.window = None if window is None else RolloutBuffer.from_state(*window)
+        self.buffer = None if window is None else RolloutBuffer.from_state(*window)
 
     def restore(self, path: Path) -> None:
         """Become what was saved in the checkpoint ``path``. Raises CheckpointError."""
@@ -235,7 +235,7 @@ class GRPOTrainer(TRLSurface):
                     eos_ids=self.eos_ids,
                     unwritten=self.unwritten,
                     branch=found is not None,
-                    sampled_ahead=self.window is not None and self.window.done == 0,
+                    sampled_ahead=self.buffer is not None and self.buffer.done == 0,
                 )
             )
             if found is not None:
@@ -293,40 +293,30 @@ class GRPOTrainer(TRLSurface):
             text if len(said) == 1 else f"Process {rank}: {text}" for rank, text in enumerate(said)
         )
 
-    def step(self, outputs: RunLogger) -> dict[str, Any]:
-        """One optimizer step: sample and score if the last rollout is used up, then update."""
-        args = self.args
-        clock = PhaseTimer(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
-        if self.window is None or self.window.finished:
+    def step(self, outputs: RunLogger | None = None) -> dict[str, Any]:
+        """One optimizer step; returns its metrics. Without ``outputs``, which ``train`` opens,
+        nothing is shown or written."""
+        outputs = outputs or NoLogger()
+        timer = PhaseTimer(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
+        if self.buffer is None or self.buffer.finished:
             examples = self._next_prompts()
-            with clock.phase("sample"):
+            with timer.phase("sample"):
                 rollout = self._sample(examples)
-            with clock.phase("score"):
+            with timer.phase("score"):
                 rewards = self._score(rollout, examples)
-                window = make_buffer(
-                    rollout,
-                    rewards,
-                    self.reward_funcs,
-                    self.policy,
-                    args,
-                    steps=-(-len(rollout.groups) // self.plan.groups_per_step),
-                    execution=self.execution,
-                )
-            records = self._records(window, rewards, examples)
-            self._take(window, records)
-            outputs.write(self.unwritten, self.progress.step + 1)
-            outputs.completions(self.progress.step + 1, records)
-        assert self.window is not None
-        samples = self.window.next_samples(mask_truncated=args.mask_truncated_completions)
-        learning_rate = self.learner.learning_rate
+                buffer = self._make_buffer(rollout, rewards)
+            self._take(buffer, rewards, examples, outputs)
+        assert self.buffer is not None
+        samples = self.buffer.next_samples(mask_truncated=self.args.mask_truncated_completions)
         with self.checkpointer.one_change(f"the update of step {self.progress.step + 1}"):
-            with clock.phase("update"):
+            with timer.phase("update"):
                 result = self.learner.step(samples, self.progress.step)
-            self._accept(result, samples, outputs, learning_rate, clock)
+            self._accept(result, samples, outputs, timer)
         self._measure(self.unwritten.rows[-1])
         row = self._finish_row(outputs)
-        self.checkpointer.save_if_due(outputs, self._is_due(args.save_strategy, args.save_steps))
-        self.processes.together(self.signals.check)
+        due = self._is_due(self.args.save_strategy, self.args.save_steps)
+        self.checkpointer.save_if_due(outputs, due)
+        self.processes.together(self.execution.check_interrupt)
         return row
 
     def _measure(self, row: dict[str, Any]) -> None:
@@ -379,32 +369,52 @@ class GRPOTrainer(TRLSurface):
             processes=self.processes,
         )
 
-    def _take(self, window: RolloutBuffer, records: list[dict[str, Any]]) -> None:
+    def _make_buffer(self, rollout: Rollout, rewards: RewardBatch) -> RolloutBuffer:
+        return make_buffer(
+            rollout,
+            rewards,
+            self.reward_funcs,
+            self.policy,
+            self.args,
+            steps=-(-len(rollout.groups) // self.plan.groups_per_step),
+            execution=self.execution,
+        )
+
+    def _take(
+        self,
+        buffer: RolloutBuffer,
+        rewards: RewardBatch,
+        examples: Sequence[Example],
+        outputs: RunLogger,
+    ) -> None:
         """The rollout is whole: from here on its prompts are used and its tokens counted."""
-        groups = window.rollout.groups
+        groups = buffer.rollout.groups
+        records = self._records(buffer, rewards, examples)
         tokens = sum(
             len(group.prompt_ids) + len(c.ids) for group in groups for c in group.completions
         )
         with self.signals.held():
-            self.window = window
+            self.buffer = buffer
             self.unwritten.completions[self.progress.step + 1] = records
             self.stream.cursor += len(groups)
             self.progress.cursor = self.stream.cursor
             self.progress.rollouts += 1
             self.progress.num_tokens += tokens
+        outputs.write(self.unwritten, self.progress.step + 1)
+        outputs.completions(self.progress.step + 1, records)
 
     def _records(
-        self, window: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]
+        self, buffer: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]
     ) -> list[dict[str, Any]]:
         """What the log of completions will say of a rollout."""
-        rollout = window.rollout
+        rollout = buffer.rollout
         return completion_records(
             rollout,
             prompts=[example.prompt for example in per_completion(rollout, examples)],
             names=self.reward_funcs.names,
             rewards=rewards.values,
             total=rewards.total,
-            advantages=window.advantages,
+            advantages=buffer.advantages,
             extra=rewards.extra,
         )
 
@@ -413,8 +423,7 @@ class GRPOTrainer(TRLSurface):
         result: UpdateResult,
         samples: Sequence[TrainingSample],
         outputs: RunLogger,
-        learning_rate: float,
-        clock: PhaseTimer,
+        timer: PhaseTimer,
     ) -> None:
         """Count a step and make its row; halt on one that is not finite."""
         if result.largest_weight is not None and not result.largest_weight.isfinite():
@@ -447,23 +456,23 @@ class GRPOTrainer(TRLSurface):
                     "A lower learning_rate or max_grad_norm is the usual remedy; "
                     "max_nonfinite_steps: N skips up to N such updates in a row."
                 )
-        assert self.window is not None
+        assert self.buffer is not None
         tokens = sum(len(sample.completion_ids) for sample in samples)
         with self.signals.held():
-            self.window.done += 1
+            self.buffer.done += 1
             self.progress.step += 1
             row = {
                 "step": self.progress.step,
                 "epoch": self.stream.epoch,
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
-                "learning_rate": learning_rate,
+                "learning_rate": result.learning_rate,
                 "num_tokens": self.progress.num_tokens,
                 **result.metrics,
                 **({} if result.applied else {"skipped_update": 1}),
-                **clock.metrics(tokens),
+                **timer.metrics(tokens),
             }
-            self.unwritten.rows.append(merged(row, self.window.metrics))
+            self.unwritten.rows.append(merged(row, self.buffer.metrics))
             self.unwritten.evaluation_due = self._is_due(
                 self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps
             )

@@ -537,3 +537,13 @@ def test_a_rollout_with_nothing_to_learn_costs_no_forward(tmp_path):
     run.train()
     for row in rows_of(run):
         assert row["frac_rows_skipped"] == 1 and row["loss"] == row["num_forwarded_tokens"] == 0
+
+
+def test_a_step_needs_nothing_that_train_opens(tmp_path):
+    whole = trainer(tmp_path / "whole", max_steps=2)
+    whole.train()
+    by_hand = trainer(tmp_path / "by_hand", max_steps=2)
+    rows = [by_hand.step(), by_hand.step()]
+    assert [row["step"] for row in rows] == [1, 2] and rows[1]["grad_norm"] > 0
+    assert torch.equal(weights(by_hand), weights(whole))
+    assert not list((tmp_path / "by_hand/run").iterdir())

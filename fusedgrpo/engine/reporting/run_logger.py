@@ -233,7 +233,8 @@ class RunLogger:
 
 
 class NoLogger(RunLogger):
-    """The outputs of every process but the first: nothing is locked, shown or written."""
+    """Nothing is locked, shown or written: in every process but the first, and where ``step`` is
+    called without ``train``."""
 
     def __init__(self) -> None:
         self.display = _NoDisplay()  # type: ignore[assignment]
@@ -247,6 +248,9 @@ class NoLogger(RunLogger):
         unwritten.completions.clear()
         del unwritten.rows[: len(unwritten.complete_rows)]
 
+    def writing(
+        self, what: str, step: int, work: Callable[[], T], *, insist: bool = False
+    ) -> T | None: ...
     def row(self, row: dict[str, Any]) -> None: ...
     def completions(self, step: int, records: list[dict[str, Any]]) -> None: ...
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
