@@ -54,7 +54,7 @@ def plan(
     from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
     from fusedgrpo.errors import ConfigError
     from fusedgrpo.models.adapters.files import planned_options
-    from fusedgrpo.models.loading import model_settings
+    from fusedgrpo.models.settings import model_settings
 
     overrides = _overrides(context.args) | ({"gpu_memory": gpu} if gpu else {})
     options = GRPOConfig.from_file(config, overrides=overrides)

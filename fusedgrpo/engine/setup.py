@@ -40,15 +40,9 @@ from fusedgrpo.models.activation_offload import OffloadActivations
 from fusedgrpo.models.adapters.files import planned_options
 from fusedgrpo.models.finite import check_loaded
 from fusedgrpo.models.kinds import accepted
-from fusedgrpo.models.loading import (
-    check_tokenizer,
-    eos_ids,
-    load_tokenizer,
-    model_limits,
-    model_settings,
-)
 from fusedgrpo.models.policy import Policy
-from fusedgrpo.models.processing import text_tokenizer
+from fusedgrpo.models.settings import model_limits, model_settings
+from fusedgrpo.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer, text_tokenizer
 
 log = logging.getLogger("fusedgrpo")
 

@@ -40,9 +40,7 @@ from fusedgrpo.engine.warmup import warm_up
 from fusedgrpo.errors import ConfigError, NonFiniteError
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.finite import not_finite
-from fusedgrpo.models.loading import (
-    model_limits,
-)
+from fusedgrpo.models.settings import model_limits
 
 log = logging.getLogger("fusedgrpo")
 

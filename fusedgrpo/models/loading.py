@@ -1,26 +1,21 @@
-"""From a configuration to a model and a tokenizer: dtype, 4 bits, GGUF, LoRA, checkpointing."""
+"""From a configuration to a model that trains: dtype, 4 bits, GGUF, adapter, checkpointing."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-import os
-import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from fusedgrpo import host
-from fusedgrpo.config.from_pretrained import PLACES, READING
-from fusedgrpo.errors import ConfigError, FusedGRPOError, ModelError, brief, did_you_mean, reason
-from fusedgrpo.models.adapters.attached import has_adapters, only_gguf, unwrapped
+from fusedgrpo.errors import ConfigError, ModelError
+from fusedgrpo.models.adapters.attached import has_adapters, unwrapped
 from fusedgrpo.models.adapters.checks import prepare
-from fusedgrpo.models.adapters.files import base_of, check_options, find_adapter, put_onto
-from fusedgrpo.models.adapters.kinds import acts_outside
-from fusedgrpo.models.adapters.lora_targets import all_linear
+from fusedgrpo.models.adapters.files import check_options, find_adapter, put_onto
+from fusedgrpo.models.adapters.lora import add_lora, check_kind
 from fusedgrpo.models.device import pick_compute_dtype
 from fusedgrpo.models.dropout import (
     as_it_samples,
@@ -29,115 +24,16 @@ from fusedgrpo.models.dropout import (
     own_dropout,
 )
 from fusedgrpo.models.four_bit import keep_differentiable
-from fusedgrpo.models.head import check_head, find_head, vocabulary_size
+from fusedgrpo.models.head import check_head, find_head
 from fusedgrpo.models.kinds import auto_class, check_causal
 from fusedgrpo.models.router import find_router
+from fusedgrpo.models.settings import model_settings, no_model, remaining, source_of
 
 if TYPE_CHECKING:
     from fusedgrpo.config.schema import GRPOConfig
     from fusedgrpo.models.adapters.files import AdapterFiles
 
 log = logging.getLogger("fusedgrpo")
-
-
-def load_tokenizer(config: GRPOConfig) -> Any:
-    """The tokenizer of the run, without its model: that of an adapter, if it has one, was trained
-    with it. Raises ModelError."""
-    from transformers import AutoTokenizer
-
-    source, arguments = _source(config)
-    adapter = find_adapter(config)
-    places = {name: value for name, value in _settled(config).items() if name in PLACES}
-    if config.tokenizer_name_or_path:
-        source, arguments = os.path.expanduser(config.tokenizer_name_or_path), {}
-    elif adapter is not None and adapter.file("tokenizer_config.json"):
-        source, arguments = adapter.name, {"revision": adapter.revision}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, **places, **arguments
-        )
-        tokenizer.get_vocab(), tokenizer.eos_token_id, tokenizer.pad_token_id
-    except Exception as error:  # foreign code reads foreign files: there is nothing it cannot raise
-        raise ModelError(
-            f"No tokenizer could be loaded from {source!r}: {reason(error)}"
-        ) from error
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Say which ids of the tokenizer the model does not have; choose a pad token and say so.
-
-    Rows with such an id are refused one by one (Gemma 3 has one, for pictures). Padding never
-    decides anything here (masks come from lengths), so any token will do. Raises ModelError.
-    """
-    size = vocabulary_size(model)
-    beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= size)
-    if beyond:
-        log.warning(
-            "The tokenizer has %d tokens with ids from %d on, such as %r, but the model only knows "
-            "ids below %d: rows that contain one cannot be used. Do tokenizer_name_or_path and "
-            "model_name_or_path belong together?",
-            len(beyond),
-            beyond[0],
-            tokenizer.convert_ids_to_tokens(beyond[0]),
-            size,
-        )
-    if not eos_ids(model, tokenizer):
-        raise ModelError(
-            "Neither the tokenizer nor the model's generation_config names an end-of-sequence "
-            f"token below {size}, the number of the model's tokens, so no completion could ever "
-            "end. Set tokenizer.eos_token."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        log.info("The tokenizer has no pad token: %r is used.", tokenizer.pad_token)
-
-
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the generation config's, and the tokenizer's; none that
-    the model cannot say."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
-    if not all(type(i) is int for i in ids):
-        raise ModelError(
-            f"generation_config.json: eos_token_id is {brief(ids)}, expected token ids. Correct it."
-        )
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    size = vocabulary_size(model)
-    return [i for i in ids if 0 <= i < size]
-
-
-def model_settings(config: GRPOConfig) -> Any:
-    """The transformers configuration of the model that ``config`` names, without its weights; None
-    for a GGUF file, whose configuration is only known when it was read. Raises ModelError."""
-    from transformers import AutoConfig
-
-    source, arguments = _source(config)
-    if "gguf_file" in arguments:
-        return None
-    try:
-        settings, unknown = AutoConfig.from_pretrained(
-            source,
-            trust_remote_code=config.trust_remote_code,
-            return_unused_kwargs=True,
-            **_settled(config) | arguments,
-        )
-    except Exception as error:  # as for tokenizers
-        raise _no_model(config, source, error) from error
-    for name in unknown.keys() & _settled(config).keys() - {*PLACES, *READING}:
-        known = [*PLACES, *READING, *vars(settings)]
-        raise ConfigError(
-            f"model_init_kwargs.{name}: neither from_pretrained nor {type(settings).__name__} "
-            f"knows it.{did_you_mean(name, known)}"
-        )
-    auto_class(settings, source)
-    return settings
-
-
-def _settled(config: GRPOConfig) -> dict[str, Any]:
-    """What is left of ``model_init_kwargs`` beside our options."""
-    return dict(config.model_init_kwargs or {})
 
 
 def _check_device_map(given: dict[str, Any] | None, device: torch.device) -> None:
@@ -155,45 +51,6 @@ def _check_device_map(given: dict[str, Any] | None, device: torch.device) -> Non
             f"model_init_kwargs.device_map: {wanted!r}, but this run is on {device}. Leave it out; "
             "use_cpu and CUDA_VISIBLE_DEVICES choose the device."
         )
-
-
-def _no_model(config: GRPOConfig, source: str, error: Exception) -> FusedGRPOError:
-    if config.model_init_kwargs and isinstance(error, (TypeError, AttributeError)):
-        names = ", ".join(config.model_init_kwargs)
-        return ConfigError(f"model_init_kwargs ({names}): {reason(error)}")
-    adapter = find_adapter(config)
-    if adapter is not None and adapter.base == source:
-        return ModelError(
-            f"The adapter {adapter.name!r} belongs to the model {source!r}, which could not be "
-            f"loaded: {reason(error)} If it is elsewhere, give that as model_name_or_path and the "
-            "adapter as adapter_name_or_path."
-        )
-    return ModelError(f"No model could be loaded from {source!r}: {reason(error)}")
-
-
-def model_limits(config: GRPOConfig, model: Any = None) -> dict[str, int | None] | None:
-    """``vocab_size`` and ``context_length``, without loading weights; None where ``model_settings``
-    has none. Raises ModelError."""
-    if model is None:
-        settings = model_settings(config)
-        if settings is None:
-            return None
-    else:
-        settings = model.config
-    text = settings.get_text_config()
-    size = getattr(text, "vocab_size", None) if model is None else vocabulary_size(unwrapped(model))
-    adapter = find_adapter(config) if model is None else None
-    limits = {
-        "vocab_size": (adapter and adapter.vocabulary()) or size,
-        "context_length": getattr(text, "max_position_embeddings", None),
-    }
-    for name, value in limits.items():
-        if value is not None and (type(value) is not int or value < 1):
-            raise ModelError(
-                f"config.json of {config.model_name_or_path!r}: the {name} is {brief(value)}, "
-                "expected an integer >= 1."
-            )
-    return limits
 
 
 def policy_parts(
@@ -240,7 +97,7 @@ def policy_parts(
         _prepare_full(model, given)
         keep = "model"
     for settings in getattr(model, "peft_config", {}).values():
-        _check_kind(settings)
+        check_kind(settings)
     if keep != "model":
         prepare(model, compute_dtype)
     # After the adapters, which may be on the head. A family that is not understood fails here and
@@ -250,7 +107,7 @@ def policy_parts(
         check_head(causal_lm)
         check_causal(causal_lm)
     if config.gradient_checkpointing:
-        _enable_checkpointing(causal_lm)
+        enable_checkpointing(causal_lm)
     model.train()
     with autocast() if mixed else contextlib.nullcontext():
         calm = _trains_as_it_samples(model, causal_lm, config)
@@ -335,8 +192,8 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
     """The causal LM that ``config`` names, on ``device``. Raises ModelError."""
     import transformers
 
-    source, arguments = _source(config)
-    arguments |= _settled(config)
+    source, arguments = source_of(config)
+    arguments |= remaining(config)
     _check_device_map(arguments.pop("device_map", None), device)
     if config.attn_implementation:
         arguments["attn_implementation"] = config.attn_implementation
@@ -365,7 +222,7 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
             **arguments,
         )
     except Exception as error:  # as for tokenizers
-        raise _no_model(config, source, error) from error
+        raise no_model(config, source, error) from error
     model, report = loaded
     if "gguf_file" in arguments:
         _forget_gguf(model)
@@ -399,62 +256,6 @@ def weights_dtype(config: GRPOConfig, device: torch.device) -> torch.dtype | str
     return computed if computed == torch.float16 else "auto"
 
 
-def add_lora(model: nn.Module, config: GRPOConfig, peft_config: Any = None) -> nn.Module:
-    """``model`` frozen, with a new adapter."""
-    from peft import LoraConfig, get_peft_model
-
-    ours = peft_config is None
-    if ours:
-        targets = config.lora_target_modules
-        peft_config = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha or 2 * config.lora_r,
-            lora_dropout=config.lora_dropout,
-            target_modules=all_linear(model) if targets == "all-linear" else list(targets),
-            use_rslora=config.use_rslora,
-            task_type="CAUSAL_LM",
-            revision=config.model_revision,
-        )
-    if not hasattr(peft_config, "is_prompt_learning"):
-        raise ConfigError(
-            f"peft_config: expected a configuration of peft such as LoraConfig, got "
-            f"{type(peft_config).__name__}."
-        )
-    _check_kind(peft_config)
-    # A note of an adapter that was taken out again would count as one of several.
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    try:
-        # The adapters' first weights are a random choice of the run like all others.
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            torch.manual_seed(config.seed)
-            # peft asks transformers under a name that transformers has deprecated since.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-    except Exception as error:  # also memory that is not there, for an adapter of such a rank
-        blamed = "peft_config"
-        if ours:
-            blamed = f"lora_target_modules={brief(config.lora_target_modules)}, r={config.lora_r}"
-        raise ModelError(f"{blamed}: {reason(error)}") from error
-    return model
-
-
-def _check_kind(settings: Any) -> None:
-    """Refuse adapters that the forward pass here would not see."""
-    outside = acts_outside(settings)
-    if outside is not None:
-        raise ModelError(
-            f"peft_config: {outside}, and is not supported. Use LoRA or another adapter inside the "
-            "model; or TRL's forward pass, which fusedgrpo.integrations.trl.FusedGRPOTrainer takes "
-            "for it."
-        )
-    if settings.peft_type == "ADALORA":
-        log.warning(
-            "%s: ranks stay as they begin, as in TRL: nothing calls update_and_allocate.",
-            type(settings).__name__,
-        )
-
-
 def _store_in_float16(model: nn.Module) -> None:
     """Autocast to float16 refuses operations on two bfloat16 tensors, which is what the layers of a
     4-bit model return that has bfloat16 embeddings. What trains, in adapters, stays as it is."""
@@ -482,7 +283,7 @@ def _prepare_full(model: nn.Module, given: bool) -> None:
         )
 
 
-def _enable_checkpointing(causal_lm: Any) -> None:
+def enable_checkpointing(causal_lm: Any) -> None:
     # transformers 5.2x renamed the method, its argument and warns about the old names.
     if hasattr(causal_lm, "activation_checkpointing_enable"):
         causal_lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -509,23 +310,3 @@ def _four_bit(config: GRPOConfig, device: torch.device) -> Any:
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=compute_dtype or torch.float32,
     )
-
-
-def _source(config: GRPOConfig) -> tuple[str, dict[str, Any]]:
-    """Where model and tokenizer are, and what from_pretrained must be told to find them.
-
-    ``model_name_or_path`` may be a ``.gguf`` file itself, or an adapter on top of the model.
-    """
-    model, revision = base_of(config)
-    name = os.path.expanduser(model)
-    arguments: dict[str, Any] = {}
-    path = Path(name)
-    if config.gguf_file:
-        arguments["gguf_file"] = config.gguf_file
-    elif path.suffix == ".gguf" and os.path.isfile(path):
-        name, arguments["gguf_file"] = str(path.parent), path.name
-    elif file := only_gguf(name):
-        arguments["gguf_file"] = file
-    if revision:
-        arguments["revision"] = revision
-    return name, arguments

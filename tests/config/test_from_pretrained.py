@@ -11,7 +11,9 @@ from transformers import BitsAndBytesConfig, Mxfp4Config
 
 from fusedgrpo import GRPOConfig
 from fusedgrpo.errors import ConfigError
-from fusedgrpo.models.loading import load_model, load_tokenizer, model_settings
+from fusedgrpo.models.loading import load_model
+from fusedgrpo.models.settings import model_settings
+from fusedgrpo.models.tokenizer import load_tokenizer
 
 
 def config(**options):

@@ -16,7 +16,7 @@ from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.errors import PlanError
 from fusedgrpo.models.adapters.files import planned_options
-from fusedgrpo.models.loading import model_settings
+from fusedgrpo.models.settings import model_settings
 
 PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(7)]
 

@@ -15,7 +15,8 @@ from torch import nn
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models.kinds import accepted, check_causal
-from fusedgrpo.models.loading import load_model, model_settings
+from fusedgrpo.models.loading import load_model
+from fusedgrpo.models.settings import model_settings
 
 BERT: dict[str, Any] = {
     "vocab_size": tiny.VOCAB,

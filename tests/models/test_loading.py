@@ -16,15 +16,10 @@ from safetensors.torch import load_file, save_file
 from fusedgrpo import host
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ModelError
-from fusedgrpo.models.loading import (
-    check_tokenizer,
-    eos_ids,
-    load_model,
-    load_tokenizer,
-    weights_dtype,
-)
+from fusedgrpo.models.loading import load_model, weights_dtype
 from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer
 
 PACKED = PackedBatch.build([([5, 6, 7], [8, 9, 10, 1]), ([4], [11, 12])], "cpu")
 CPU = torch.device("cpu")

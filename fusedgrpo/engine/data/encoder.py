@@ -10,7 +10,7 @@ from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.formats import BadRowError, Messages, Prompt
 from fusedgrpo.engine.run_clock import RunClock, is_dated
 from fusedgrpo.errors import ConfigError, DataError, did_you_mean
-from fusedgrpo.models.processing import chat_template_of, text_tokenizer
+from fusedgrpo.models.tokenizer import chat_template_of, text_tokenizer
 
 logger = logging.getLogger("fusedgrpo")
 

@@ -32,8 +32,9 @@ from fusedgrpo.engine.memory.fake_layers import (
 )
 from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
+from fusedgrpo.models.adapters.lora import add_lora
 from fusedgrpo.models.dropout import own_dropout
-from fusedgrpo.models.loading import _enable_checkpointing, add_lora
+from fusedgrpo.models.loading import enable_checkpointing
 from fusedgrpo.models.router import planned_router
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ class SmallModel:
         self.model = model
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         if config.gradient_checkpointing:
-            _enable_checkpointing(self.causal_lm)
+            enable_checkpointing(self.causal_lm)
         self.router = planned_router(self.causal_lm, config.router_aux_loss_coef)
         self.dtype = compute_dtype(config)
         self.tracker = StorageTracker()

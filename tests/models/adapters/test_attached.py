@@ -20,9 +20,10 @@ from fusedgrpo.engine.checkpointing import load_weights, save_weights
 from fusedgrpo.engine.optimizer import build_optimizer
 from fusedgrpo.errors import CheckpointError, ModelError
 from fusedgrpo.models.adapters.attached import Adapters
-from fusedgrpo.models.loading import load_tokenizer, model_limits
 from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.settings import model_limits
+from fusedgrpo.models.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 2, 9, 30]])
 PACKED = PackedBatch.build([([5, 6, 7], [2, 9, 30])], "cpu")

@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.models.adapters.lora import add_lora
 from fusedgrpo.models.adapters.lora_targets import all_linear
-from fusedgrpo.models.loading import add_lora
 from fusedgrpo.models.policy import Policy
 
 PAIRS = [([5, 6, 7], [8, 9]), ([4], [10, 11, 12])]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, ProcessorMixin
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.trainer import GRPOTrainer
-from fusedgrpo.models.processing import chat_template_of, text_tokenizer
+from fusedgrpo.models.tokenizer import chat_template_of, text_tokenizer
 
 TEMPLATE = "{% for m in messages %}<bos> {{ m.content }} {% endfor %}<bos>"
 
