@@ -9,7 +9,8 @@ from fusedgrpo.kernels.advantage.op import group_advantages
 from fusedgrpo.kernels.fused_loss.module import GRPOLoss
 from fusedgrpo.kernels.fused_loss.op import linear_policy_loss
 from fusedgrpo.kernels.logprob.op import LogProbs, linear_logprob
-from fusedgrpo.kernels.loss.op import PolicyLoss, policy_loss
+from fusedgrpo.kernels.loss.op import policy_loss
+from fusedgrpo.kernels.loss.types import PolicyLoss
 from fusedgrpo.loss_options import LOSS_TYPES, LossOptions
 
 __all__ = [

@@ -271,14 +271,14 @@ MUTANTS = (
     ),
     Mutant(
         "num_sequences is ignored",
-        "loss/op.py",
+        "loss/denominator.py",
         "count = completions if num_sequences is None else num_sequences",
         "count = completions",
         (LOSS + "test_any_split_into_micro_batches_adds_up[token-grpo]",),
     ),
     Mutant(
         "no tokens divide by 0",
-        "loss/op.py",
+        "loss/denominator.py",
         "count = count.detach().clamp(min=1)",
         "count = count.detach()",
         (LOSS + "test_everything_masked_is_exactly_zero_and_connected[dapo]",),

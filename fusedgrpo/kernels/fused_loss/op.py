@@ -37,8 +37,9 @@ from fusedgrpo.kernels.fused_loss.grad_from_probs import HeadGradients, add_grad
 from fusedgrpo.kernels.logprob.backward import scale_rows
 from fusedgrpo.kernels.logprob.tiles import HeadOptions
 from fusedgrpo.kernels.logprob.vocab_pass import VocabPass, accumulator, tiling_for, vocab_pass
-from fusedgrpo.kernels.loss.op import PolicyLoss, check_ragged, loss_denominator
-from fusedgrpo.kernels.loss.terms import METRICS, loss_terms, name_metrics
+from fusedgrpo.kernels.loss.denominator import loss_denominator
+from fusedgrpo.kernels.loss.op import check_ragged, loss_terms
+from fusedgrpo.kernels.loss.types import METRICS, PolicyLoss, name_metrics
 from fusedgrpo.loss_options import LossOptions
 
 

@@ -21,22 +21,17 @@ backward is one product.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedgrpo.kernels.backend import Backend, resolve_backend
-from fusedgrpo.kernels.custom_op import refuse_second_derivative
-from fusedgrpo.kernels.loss.terms import METRICS, loss_terms, name_metrics
+from fusedgrpo.kernels.custom_op import plain_arithmetic_on, refuse_second_derivative
+from fusedgrpo.kernels.loss.denominator import loss_denominator
+from fusedgrpo.kernels.loss.terms import loss_terms_torch
+from fusedgrpo.kernels.loss.types import METRICS, LossTerms, PolicyLoss, name_metrics
 from fusedgrpo.loss_options import LossOptions
-
-
-class PolicyLoss(NamedTuple):
-    """``loss``: scalar. ``metrics``: scalar tensors on the loss's device, detached."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
 
 
 def policy_loss(
@@ -182,35 +177,63 @@ def check_ragged(
             )
 
 
-def loss_denominator(
-    options: LossOptions,
+@torch.no_grad()
+def loss_terms(
     logp: Tensor,
-    completions: int,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
     *,
+    options: LossOptions,
+    denominator: Tensor,
+    counts: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
     mask: Tensor | None = None,
     sampler_ratio: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    num_sequences: float | Tensor | None = None,
-) -> Tensor:
-    """What ``loss_terms`` divides by: a 0-dim tensor like ``logp [N]``, computed on its device."""
-    if options.mean_per_completion or options.loss_type in ("luspo", "dr_grpo"):
-        count = completions if num_sequences is None else num_sequences
-    elif num_items is not None:
-        count = num_items
-    elif mask is None and sampler_ratio is None:
-        count = len(logp)
-    else:
-        keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.bool()
-        count = (keep if sampler_ratio is None else keep & sampler_ratio.isfinite()).sum()
-    if isinstance(count, Tensor):
-        count = count.to(logp.device, logp.dtype)
-    else:  # not as_tensor, which waits for the GPU
-        count = torch.full((), count, device=logp.device, dtype=logp.dtype)
-    count = count.detach().clamp(min=1)
-    if options.loss_type == "dr_grpo":
-        assert options.max_completion_length is not None
-        count = count * options.max_completion_length
-    return count
+    entropy: Tensor | None = None,
+    backend: str,
+) -> LossTerms:
+    """Loss, coefficients and metrics of completions, or of fragments of them; not differentiable.
+
+    Tensors as in ``policy_loss``; all arithmetic and results are float64 for float64 ``logp``
+    (torch only), else float32.
+    denominator: 0-dim, what the sum of the token losses is divided by; for grpo and sapo what the
+        sum of the completions' means is divided by.
+    counts: ``[B]``, unmasked tokens of each whole completion, for grpo and sapo where a
+        completion's tokens are only partly here (default: those that are here).
+    backend: "torch" or "triton", as ``resolve_backend`` gave it.
+
+    A token's coefficient does not depend on the other completions. At level "token", vespo aside,
+    nor does it on the other tokens of its own: any fragment gives it bit by bit. The means in
+    ``metrics`` and the loss are those of the tokens at hand.
+    """
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+
+    def numeric(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(logp.device, dtype)
+
+    cu_seqlens = cu_seqlens.to(logp.device)
+    tensors: dict[str, Any] = {
+        "counts": numeric(counts),
+        "old_logp": numeric(old_logp),
+        "ref_logp": numeric(ref_logp) if options.beta else None,
+        "mask": None if mask is None else mask.bool(),
+        "sampler_ratio": numeric(sampler_ratio),
+        "entropy": numeric(entropy),
+    }
+    required = (
+        logp.to(dtype),
+        advantages.to(logp.device, dtype),
+        cu_seqlens,
+        denominator.to(logp.device, dtype),
+        options,
+    )
+    if backend == "triton":
+        from fusedgrpo.kernels.loss.terms_triton import loss_terms_triton
+
+        with plain_arithmetic_on(logp):
+            return loss_terms_triton(*required, **tensors)
+    return loss_terms_torch(*required, **tensors)
 
 
 @torch.library.custom_op("fusedgrpo::policy_loss", mutates_args=())

@@ -29,122 +29,16 @@ torch's autograd. ``terms_triton.py`` has the same lines as a kernel.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedgrpo.kernels.custom_op import plain_arithmetic_on
+from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, MIN_LOG_WEIGHT, LossTerms
 from fusedgrpo.loss_options import CLIPPED_LOSS_TYPES, LossOptions
 
-# exp(20) is 5e8: no sane ratio is near it, and exp of it and its gradient stay finite in float32.
-MAX_LOG_RATIO = 20.0
-# The least weight that vespo tells from 0, of a token's sampler and of a completion.
-MIN_LOG_WEIGHT = math.log(1e-8)
 
-# What the metrics vector holds, in order.
-METRICS = (
-    "clip_ratio/low_mean",
-    "clip_ratio/low_min",
-    "clip_ratio/high_mean",
-    "clip_ratio/high_max",
-    "clip_ratio/region_mean",
-    "vespo/phi_seq_mean",
-    "kl",
-    "entropy",
-    "log_ratio_clamped",
-    "sampling/dropped_tokens",
-)
-
-
-class LossTerms(NamedTuple):
-    """``loss``: 0-dim. ``coefficient [N]``: d loss / d logp. ``metrics``: ``[len(METRICS)]``."""
-
-    loss: Tensor
-    coefficient: Tensor
-    metrics: Tensor
-
-
-@torch.no_grad()
-def loss_terms(
-    logp: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    options: LossOptions,
-    denominator: Tensor,
-    counts: Tensor | None = None,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    mask: Tensor | None = None,
-    sampler_ratio: Tensor | None = None,
-    entropy: Tensor | None = None,
-    backend: str,
-) -> LossTerms:
-    """Loss, coefficients and metrics of completions, or of fragments of them; not differentiable.
-
-    Tensors as in ``policy_loss``; all arithmetic and results are float64 for float64 ``logp``
-    (torch only), else float32.
-    denominator: 0-dim, what the sum of the token losses is divided by; for grpo and sapo what the
-        sum of the completions' means is divided by.
-    counts: ``[B]``, unmasked tokens of each whole completion, for grpo and sapo where a
-        completion's tokens are only partly here (default: those that are here).
-    backend: "torch" or "triton", as ``resolve_backend`` gave it.
-
-    A token's coefficient does not depend on the other completions. At level "token", vespo aside,
-    nor does it on the other tokens of its own: any fragment gives it bit by bit. The means in
-    ``metrics`` and the loss are those of the tokens at hand.
-    """
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-
-    def numeric(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(logp.device, dtype)
-
-    cu_seqlens = cu_seqlens.to(logp.device)
-    tensors: dict[str, Any] = {
-        "counts": numeric(counts),
-        "old_logp": numeric(old_logp),
-        "ref_logp": numeric(ref_logp) if options.beta else None,
-        "mask": None if mask is None else mask.bool(),
-        "sampler_ratio": numeric(sampler_ratio),
-        "entropy": numeric(entropy),
-    }
-    required = (
-        logp.to(dtype),
-        advantages.to(logp.device, dtype),
-        cu_seqlens,
-        denominator.to(logp.device, dtype),
-        options,
-    )
-    if backend == "triton":
-        from fusedgrpo.kernels.loss.terms_triton import loss_terms_triton
-
-        with plain_arithmetic_on(logp):
-            return loss_terms_triton(*required, **tensors)
-    return _loss_terms_torch(*required, **tensors)
-
-
-def name_metrics(
-    metrics: Tensor, options: LossOptions, *, entropy: bool, sampler_ratio: bool
-) -> dict[str, Tensor]:
-    """The entries of ``LossTerms.metrics`` that mean something for these options, by name."""
-    named = dict(zip(METRICS, metrics.unbind(), strict=True))
-    if options.loss_type == "cispo":
-        named["cispo_clip_ratio"] = named["clip_ratio/high_mean"]
-    if options.loss_type not in CLIPPED_LOSS_TYPES:
-        named = {k: v for k, v in named.items() if not k.startswith("clip_ratio/")}
-    present = {
-        "vespo/phi_seq_mean": options.loss_type == "vespo",
-        "kl": options.beta != 0,
-        "entropy": entropy,
-        "sampling/dropped_tokens": sampler_ratio,
-    }
-    return {name: value for name, value in named.items() if present.get(name, True)}
-
-
-def _loss_terms_torch(
+def loss_terms_torch(
     logp: Tensor,
     advantages: Tensor,
     cu_seqlens: Tensor,
@@ -158,6 +52,7 @@ def _loss_terms_torch(
     sampler_ratio: Tensor | None,
     entropy: Tensor | None,
 ) -> LossTerms:
+    """All tensors on the device and of the dtype of ``logp``, ``mask`` and ``cu_seqlens`` aside."""
     per_sequence = options.importance_sampling_level == "sequence"
     keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     dropped = logp.new_zeros(())

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedgrpo.kernels.launch import Launch, Variant, ragged_launch
-from fusedgrpo.kernels.loss.terms import MAX_LOG_RATIO, METRICS, MIN_LOG_WEIGHT, LossTerms
+from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, METRICS, MIN_LOG_WEIGHT, LossTerms
 from fusedgrpo.loss_options import CLIPPED_LOSS_TYPES, LossOptions
 
 # Columns of the partial sums, one row per completion.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fusedgrpo.kernels import LOSS_TYPES, LossOptions, policy_loss
 from fusedgrpo.kernels.backend import interpreted
 from fusedgrpo.kernels.launch import ragged_launch
-from fusedgrpo.kernels.loss.terms import loss_terms
+from fusedgrpo.kernels.loss.op import loss_terms
 from fusedgrpo.kernels.reference import reference_policy_loss
 
 LEVELS = ("token", "sequence")

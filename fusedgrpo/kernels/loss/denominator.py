@@ -1,0 +1,39 @@
+"""What a sum of token losses is divided by: known to the caller, so that any split adds up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.loss_options import LossOptions
+
+
+def loss_denominator(
+    options: LossOptions,
+    logp: Tensor,
+    completions: int,
+    *,
+    mask: Tensor | None = None,
+    sampler_ratio: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+) -> Tensor:
+    """What ``loss_terms`` divides by: a 0-dim tensor like ``logp [N]``, computed on its device."""
+    if options.mean_per_completion or options.loss_type in ("luspo", "dr_grpo"):
+        count = completions if num_sequences is None else num_sequences
+    elif num_items is not None:
+        count = num_items
+    elif mask is None and sampler_ratio is None:
+        count = len(logp)
+    else:
+        keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.bool()
+        count = (keep if sampler_ratio is None else keep & sampler_ratio.isfinite()).sum()
+    if isinstance(count, Tensor):
+        count = count.to(logp.device, logp.dtype)
+    else:  # not as_tensor, which waits for the GPU
+        count = torch.full((), count, device=logp.device, dtype=logp.dtype)
+    count = count.detach().clamp(min=1)
+    if options.loss_type == "dr_grpo":
+        assert options.max_completion_length is not None
+        count = count * options.max_completion_length
+    return count
