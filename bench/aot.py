@@ -15,11 +15,11 @@ from pathlib import Path
 from types import ModuleType
 
 import triton
+from aot_variants import Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fusedgrpo.kernels
-from fusedgrpo.kernels.launch import Variant
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -84,16 +84,6 @@ def kernel_modules() -> list[ModuleType]:
         for module in pkgutil.walk_packages(fusedgrpo.kernels.__path__, "fusedgrpo.kernels.")
     )
     return [importlib.import_module(name) for name in names if name.endswith("_triton")]
-
-
-def all_variants() -> list[Variant]:
-    """Of all modules; one without ``variants`` holds functions that the kernels of others call."""
-    return [
-        variant
-        for module in kernel_modules()
-        if hasattr(module, "variants")
-        for variant in module.variants()
-    ]
 
 
 def compiled(variant: Variant, target: Target) -> Resources:

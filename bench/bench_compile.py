@@ -20,6 +20,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"
 
 import aot
+import aot_variants
 import harness
 
 UNITS = {
@@ -41,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-compile-") as cache:
         # Its own, so that a compiler that is tried out leaves nothing behind.
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        variants = aot.all_variants()
+        variants = aot_variants.all_variants()
         width = max(len(variant.name) for variant in variants)
         print(f"compile\n{where['machine']}; commit {where['commit']}")
         print(", ".join(f"{name} {version}" for name, version in where["versions"].items()))

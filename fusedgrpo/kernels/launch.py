@@ -89,18 +89,3 @@ def ragged_launch() -> Launch:
 def group_launch() -> Launch:
     """One program per reward, over the rewards of its group."""
     return Launch(block=256, num_warps=4)
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One compilation of a kernel, as the ahead-of-time check and ``bench_compile.py`` take it.
-
-    signature: Triton's types of all parameters in order, e.g. ``"*bf16"``, ``"i64"``; those in
-    ``constants`` are ``"constexpr"``.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    launch: Launch

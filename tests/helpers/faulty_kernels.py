@@ -1,9 +1,13 @@
-"""Kernels with the faults that the ahead-of-time check has to find; never run."""
+"""Kernels with the faults that the ahead-of-time check has to find; never run.
+
+Import with ``bench`` on the path, where ``aot_variants`` is.
+"""
 
 import triton
 import triton.language as tl
+from aot_variants import Variant
 
-from fusedgrpo.kernels.launch import Launch, Variant
+from fusedgrpo.kernels.launch import Launch
 
 
 @triton.jit

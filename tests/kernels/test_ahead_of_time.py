@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -15,22 +13,14 @@ pytest.importorskip("triton", reason="needs Triton's compiler")
 if interpreted():
     pytest.skip("the interpreter's kernels cannot be compiled", allow_module_level=True)
 
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+import aot
+import aot_variants
 import faulty_kernels
 import triton
 
-
-def _aot() -> ModuleType:
-    file = Path(__file__).parents[2] / "bench/aot.py"
-    spec = importlib.util.spec_from_file_location("aot", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["aot"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-aot = _aot()
-VARIANTS = aot.all_variants()
+VARIANTS = aot_variants.all_variants()
 
 
 @pytest.fixture(autouse=True)

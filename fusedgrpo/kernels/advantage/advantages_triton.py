@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedgrpo.kernels.launch import Variant, group_launch
+from fusedgrpo.kernels.launch import group_launch
 
 
 @triton.jit
@@ -169,35 +169,3 @@ def _normalise(
         **launch.options(),
     )
     return out
-
-
-def variants() -> list[Variant]:
-    """For the ahead-of-time check: what the defaults launch, and every branch once."""
-    return [
-        _variant("group_size", F=1, scale="group", per_column=False, by_id=False),
-        _variant("group_ids", F=1, scale="group", per_column=False, by_id=True),
-        _variant("group_ids-batch-3_rewards", F=3, scale="batch", per_column=False, by_id=True),
-        _variant("group_size-unscaled", F=1, scale="none", per_column=False, by_id=False),
-        _variant("group_ids-per_column", F=2, scale="group", per_column=True, by_id=True),
-    ]
-
-
-def _variant(name: str, *, F: int, scale: str, per_column: bool, by_id: bool) -> Variant:
-    launch = group_launch()
-    constants = {
-        "F": F,
-        "EPS": 1e-4,
-        "SCALE": scale,
-        "PER_COLUMN": per_column,
-        "BY_ID": by_id,
-        "BLOCK": launch.block,
-    }
-    signature = {
-        "out": "*fp32",
-        "rewards": "*fp32",
-        "weights": "*fp32",
-        "ids": "*i64" if by_id else "*fp32",
-        "B": "i32",
-        "group_size": "i32",
-    } | dict.fromkeys(constants, "constexpr")
-    return Variant(f"group_advantages/{name}", normalise_kernel, signature, constants, launch)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedgrpo.kernels.launch import Variant, row_launch, tile_launch
+from fusedgrpo.kernels.launch import row_launch, tile_launch
 from fusedgrpo.kernels.logprob.tiles import Finished, HeadOptions, Running
 
 
@@ -546,54 +546,3 @@ def stored_gradient_tile(
         BLOCK=launch.block,
         **launch.options(),
     )
-
-
-_POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64"}
-_LONGS = ("weight_stride_v", "weight_stride_h")
-
-
-def _variant(kernel: Any, dtype: str, launch: Any, **constants: Any) -> Variant:
-    """A compilation for GEMM operands of ``dtype``; logits and sums are float32."""
-    low = {"p_ptr", "dz_ptr", "u_ptr", "v_ptr", "weight_ptr", "bias_ptr"}
-    constants["BLOCK"] = launch.block
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = _POINTERS.get(name, f"*{dtype}" if name in low else "*fp32")
-        else:
-            signature[name] = "i64" if name in _LONGS else "i32"
-    flags = "".join(f" {k.lower()}" for k, v in constants.items() if v is True)
-    capped = " softcap" if constants.get("SOFTCAP") else ""
-    name = f"{kernel.fn.__name__.removesuffix('_kernel')} {dtype}{flags}{capped}"
-    return Variant(name, kernel, signature, constants, launch)
-
-
-def variants() -> list[Variant]:
-    """The plainest and the fullest form of each kernel, and every dtype."""
-    tile, row = tile_launch(16384), row_launch(3584)
-    plain = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0, "TEMPERATURE": 1.0, "HAS_BIAS": False}
-    full = {"LOGIT_SCALE": 0.5, "SOFTCAP": 30.0, "TEMPERATURE": 0.7, "HAS_BIAS": True}
-    found = [
-        _variant(softmax_tile_kernel, "bf16", tile, **plain, WANT_P=False, WANT_FIRST=False),
-        _variant(softmax_tile_kernel, "bf16", tile, **plain, WANT_P=True, WANT_FIRST=False),
-        _variant(softmax_tile_kernel, "fp32", tile, **full, WANT_P=True, WANT_FIRST=True),
-        _variant(moment_tile_kernel, "bf16", tile, **plain),
-        _variant(moment_tile_kernel, "fp16", tile, **full),
-        _variant(rescale_kernel, "fp32", row, HAS_FIRST=False),
-        _variant(rescale_kernel, "fp32", row, HAS_FIRST=True),
-        _variant(logit_gradient_tile_kernel, "bf16", tile, **plain, HAS_ENTROPY=False),
-        _variant(logit_gradient_tile_kernel, "fp16", tile, **full, HAS_ENTROPY=True),
-        _variant(stored_gradient_tile_kernel, "bf16", tile),
-        _variant(stored_gradient_tile_kernel, "fp32", tile),
-    ]
-    for dtype, entropy, u, v in (
-        ("bf16", False, False, False),
-        ("bf16", False, True, False),
-        ("fp16", True, True, False),
-        ("fp32", True, True, True),
-    ):
-        wants = {"WANT_ENTROPY": entropy, "WANT_U": u, "WANT_V": v}
-        found.append(_variant(finish_kernel, dtype, row, SLOPE=1.25, **wants))
-    return found

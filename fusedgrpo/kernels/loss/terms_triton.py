@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedgrpo.kernels.launch import Launch, Variant, ragged_launch
+from fusedgrpo.kernels.launch import ragged_launch
 from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, METRICS, MIN_LOG_WEIGHT, LossTerms
 from fusedgrpo.loss_options import CLIPPED_LOSS_TYPES, LossOptions
 
@@ -76,7 +76,7 @@ def loss_terms_triton(
             coefficient,
             sums,
             **pointers,
-            **_constants(options, **flags),
+            **constants(options, **flags),
             BLOCK=launch.block,
             **launch.options(),
         )
@@ -94,7 +94,7 @@ def loss_terms_triton(
     return LossTerms(loss, coefficient, metrics)
 
 
-def _constants(options: LossOptions, **flags: bool) -> dict[str, Any]:
+def constants(options: LossOptions, **flags: bool) -> dict[str, Any]:
     clipped = options.loss_type in CLIPPED_LOSS_TYPES
     return {
         **flags,
@@ -460,56 +460,3 @@ def metrics_kernel(
     tl.store(metrics_ptr + 7, tl.sum(entropies) / token)
     tl.store(metrics_ptr + 8, tl.sum(clamps) / unit)
     tl.store(metrics_ptr + 9, tl.sum(drops))
-
-
-def variants() -> list[Variant]:
-    """The cheapest and the fullest compilation of each kernel, and what differs in its loops."""
-    launch = ragged_launch()
-    names = ("counts", "old", "ref", "mask", "weight", "entropy")
-    tensors = ("logp", "advantages", "cu_seqlens", "denominator", "coefficient", "sums", *names)
-    everything = frozenset(names)
-    cases = {
-        "dapo": (LossOptions(), {"mask", "entropy"}, "*i64"),
-        "dapo-int32": (LossOptions(), {"mask", "entropy"}, "*i32"),
-        "dapo-bare": (LossOptions(), set(), "*i64"),
-        "grpo-full": (LossOptions(loss_type="grpo", delta=2.0, beta=0.04), everything, "*i64"),
-        "cispo-full": (LossOptions(loss_type="cispo", beta=0.04), everything, "*i64"),
-        "vespo-full": (LossOptions(loss_type="vespo", beta=0.04), everything, "*i64"),
-        "sapo-sequence-full": (
-            LossOptions(loss_type="sapo", importance_sampling_level="sequence", beta=0.04),
-            everything,
-            "*i64",
-        ),
-        "luspo-sequence": (
-            LossOptions(loss_type="luspo", importance_sampling_level="sequence"),
-            {"old", "mask", "entropy"},
-            "*i64",
-        ),
-    }
-    found = []
-    for name, (options, present, index) in cases.items():
-        pointers = {f"{x}_ptr": "*fp32" for x in tensors}
-        pointers |= {"cu_seqlens_ptr": index}
-        if "mask" in present:
-            pointers["mask_ptr"] = "*u8"
-        flags = {f"HAS_{x.upper()}": x in present for x in names}
-        found.append(_variant(f"loss_terms-{name}", completion_kernel, pointers, launch,
-                              _constants(options, **flags)))  # fmt: skip
-    for level in ("token", "sequence"):
-        pointers = {f"{x}_ptr": "*fp32" for x in ("sums", "denominator", "loss", "metrics")}
-        found.append(_variant(f"loss_metrics-{level}", metrics_kernel,
-                              {**pointers, "completions": "i32"}, launch,
-                              {"PER_SEQUENCE": level == "sequence"}))  # fmt: skip
-    return found
-
-
-def _variant(
-    name: str,
-    kernel: Any,
-    arguments: dict[str, str],
-    launch: Launch,
-    constants: dict[str, Any],
-) -> Variant:
-    constants = {**constants, "BLOCK": launch.block}
-    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
-    return Variant(name, kernel, signature, constants, launch)
