@@ -1,13 +1,24 @@
-"""Every compilation of a kernel that is checked ahead of time, for ``aot.py``."""
+"""Every compilation of a kernel that is checked ahead of time, for ``aot.py``.
+
+Of each kernel the plainest and the fullest form, every dtype, and every branch at least once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fusedgrpo.kernels.advantage import advantages_triton
+from fusedgrpo.kernels.advantage.advantages_triton import normalise_kernel
 from fusedgrpo.kernels.launch import Launch, group_launch, ragged_launch, row_launch, tile_launch
-from fusedgrpo.kernels.logprob import tiles_triton
+from fusedgrpo.kernels.logprob.tiles_triton import (
+    finish_kernel,
+    logit_gradient_tile_kernel,
+    moment_tile_kernel,
+    rescale_kernel,
+    softmax_tile_kernel,
+    stored_gradient_tile_kernel,
+)
 from fusedgrpo.kernels.loss import terms_triton
 from fusedgrpo.loss_options import LossOptions
 
@@ -17,7 +28,7 @@ class Variant:
     """One compilation of a kernel.
 
     signature: Triton's types of all parameters in order, e.g. ``"*bf16"``, ``"i64"``; those in
-    ``constants`` are ``"constexpr"``.
+    ``constants``, pointers that are None among them, are ``"constexpr"``.
     """
 
     name: str
@@ -28,156 +39,116 @@ class Variant:
 
 
 def all_variants() -> list[Variant]:
-    return [*_advantages(), *_head(), *_loss_terms()]
+    return [*_advantages(), *_head(), *_loss()]
 
 
-def _advantages() -> list[Variant]:
-    """For the ahead-of-time check: what the defaults launch, and every branch once."""
-    return [
-        _advantage_variant("group_size", F=1, scale="group", per_column=False, by_id=False),
-        _advantage_variant("group_ids", F=1, scale="group", per_column=False, by_id=True),
-        _advantage_variant(
-            "group_ids-batch-3_rewards", F=3, scale="batch", per_column=False, by_id=True
-        ),
-        _advantage_variant("group_size-unscaled", F=1, scale="none", per_column=False, by_id=False),
-        _advantage_variant("group_ids-per_column", F=2, scale="group", per_column=True, by_id=True),
-    ]
-
-
-def _advantage_variant(name: str, *, F: int, scale: str, per_column: bool, by_id: bool) -> Variant:
-    launch = group_launch()
-    constants = {
-        "F": F,
-        "EPS": 1e-4,
-        "SCALE": scale,
-        "PER_COLUMN": per_column,
-        "BY_ID": by_id,
-        "BLOCK": launch.block,
-    }
-    signature = {
-        "out": "*fp32",
-        "rewards": "*fp32",
-        "weights": "*fp32",
-        "ids": "*i64" if by_id else "*fp32",
-        "B": "i32",
-        "group_size": "i32",
-    } | dict.fromkeys(constants, "constexpr")
-    return Variant(
-        f"group_advantages/{name}", advantages_triton.normalise_kernel, signature, constants, launch
-    )
-
-
-_POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64"}
-_LONGS = ("weight_stride_v", "weight_stride_h")
-
-
-def _head_variant(kernel: Any, dtype: str, launch: Any, **constants: Any) -> Variant:
-    """A compilation for GEMM operands of ``dtype``; logits and sums are float32."""
-    low = {"p_ptr", "dz_ptr", "u_ptr", "v_ptr", "weight_ptr", "bias_ptr"}
-    constants["BLOCK"] = launch.block
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = _POINTERS.get(name, f"*{dtype}" if name in low else "*fp32")
-        else:
-            signature[name] = "i64" if name in _LONGS else "i32"
-    flags = "".join(f" {k.lower()}" for k, v in constants.items() if v is True)
-    capped = " softcap" if constants.get("SOFTCAP") else ""
-    name = f"{kernel.fn.__name__.removesuffix('_kernel')} {dtype}{flags}{capped}"
-    return Variant(name, kernel, signature, constants, launch)
-
-
-def _head() -> list[Variant]:
-    """The plainest and the fullest form of each kernel, and every dtype."""
-    tile, row = tile_launch(16384), row_launch(3584)
-    plain = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0, "TEMPERATURE": 1.0, "HAS_BIAS": False}
-    full = {"LOGIT_SCALE": 0.5, "SOFTCAP": 30.0, "TEMPERATURE": 0.7, "HAS_BIAS": True}
-    found = [
-        _head_variant(
-            tiles_triton.softmax_tile_kernel, "bf16", tile, **plain, WANT_P=False, WANT_FIRST=False
-        ),
-        _head_variant(
-            tiles_triton.softmax_tile_kernel, "bf16", tile, **plain, WANT_P=True, WANT_FIRST=False
-        ),
-        _head_variant(
-            tiles_triton.softmax_tile_kernel, "fp32", tile, **full, WANT_P=True, WANT_FIRST=True
-        ),
-        _head_variant(tiles_triton.moment_tile_kernel, "bf16", tile, **plain),
-        _head_variant(tiles_triton.moment_tile_kernel, "fp16", tile, **full),
-        _head_variant(tiles_triton.rescale_kernel, "fp32", row, HAS_FIRST=False),
-        _head_variant(tiles_triton.rescale_kernel, "fp32", row, HAS_FIRST=True),
-        _head_variant(
-            tiles_triton.logit_gradient_tile_kernel, "bf16", tile, **plain, HAS_ENTROPY=False
-        ),
-        _head_variant(
-            tiles_triton.logit_gradient_tile_kernel, "fp16", tile, **full, HAS_ENTROPY=True
-        ),
-        _head_variant(tiles_triton.stored_gradient_tile_kernel, "bf16", tile),
-        _head_variant(tiles_triton.stored_gradient_tile_kernel, "fp32", tile),
-    ]
-    for dtype, entropy, u, v in (
-        ("bf16", False, False, False),
-        ("bf16", False, True, False),
-        ("fp16", True, True, False),
-        ("fp32", True, True, True),
-    ):
-        wants = {"WANT_ENTROPY": entropy, "WANT_U": u, "WANT_V": v}
-        found.append(_head_variant(tiles_triton.finish_kernel, dtype, row, SLOPE=1.25, **wants))
-    return found
-
-
-def _loss_terms() -> list[Variant]:
-    """The cheapest and the fullest compilation of each kernel, and what differs in its loops."""
-    launch = ragged_launch()
-    names = ("counts", "old", "ref", "mask", "weight", "entropy")
-    tensors = ("logp", "advantages", "cu_seqlens", "denominator", "coefficient", "sums", *names)
-    everything = frozenset(names)
-    cases = {
-        "dapo": (LossOptions(), {"mask", "entropy"}, "*i64"),
-        "dapo-int32": (LossOptions(), {"mask", "entropy"}, "*i32"),
-        "dapo-bare": (LossOptions(), set(), "*i64"),
-        "grpo-full": (LossOptions(loss_type="grpo", delta=2.0, beta=0.04), everything, "*i64"),
-        "cispo-full": (LossOptions(loss_type="cispo", beta=0.04), everything, "*i64"),
-        "vespo-full": (LossOptions(loss_type="vespo", beta=0.04), everything, "*i64"),
-        "sapo-sequence-full": (
-            LossOptions(loss_type="sapo", importance_sampling_level="sequence", beta=0.04),
-            everything,
-            "*i64",
-        ),
-        "luspo-sequence": (
-            LossOptions(loss_type="luspo", importance_sampling_level="sequence"),
-            {"old", "mask", "entropy"},
-            "*i64",
-        ),
-    }
-    found = []
-    for name, (options, present, index) in cases.items():
-        pointers = {f"{x}_ptr": "*fp32" for x in tensors}
-        pointers |= {"cu_seqlens_ptr": index}
-        if "mask" in present:
-            pointers["mask_ptr"] = "*u8"
-        flags = {f"HAS_{x.upper()}": x in present for x in names}
-        constants = terms_triton.constants(options, **flags)
-        kernel = terms_triton.completion_kernel
-        found.append(_loss_variant(f"loss_terms-{name}", kernel, pointers, launch, constants))
-    for level in ("token", "sequence"):
-        pointers = {f"{x}_ptr": "*fp32" for x in ("sums", "denominator", "loss", "metrics")}
-        constants = {"PER_SEQUENCE": level == "sequence"}
-        pointers |= {"completions": "i32"}
-        kernel = terms_triton.metrics_kernel
-        found.append(_loss_variant(f"loss_metrics-{level}", kernel, pointers, launch, constants))
-    return found
-
-
-def _loss_variant(
-    name: str,
-    kernel: Any,
-    arguments: dict[str, str],
-    launch: Launch,
-    constants: dict[str, Any],
+def _variant(
+    name: str, kernel: Any, launch: Launch, types: dict[str, str], **constants: Any
 ) -> Variant:
-    constants = {**constants, "BLOCK": launch.block}
-    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
+    """types: of parameters that are neither float32 pointers nor in ``constants``."""
+    constants["BLOCK"] = launch.block
+    signature = {
+        parameter: "constexpr" if parameter in constants else types.get(parameter, "*fp32")
+        for parameter in kernel.arg_names
+    }
     return Variant(name, kernel, signature, constants, launch)
+
+
+def _advantages() -> Iterator[Variant]:
+    def one(name: str, *, F: int, scale: str, per_column: bool = False) -> Variant:
+        by_id: dict[str, Any] = {} if name.startswith("group_ids") else {"ids": None}
+        return _variant(
+            f"group_advantages/{name}",
+            normalise_kernel,
+            group_launch(),
+            {"ids": "*i64", "B": "i32", "group_size": "i32"},
+            **by_id,
+            F=F,
+            EPS=1e-4,
+            SCALE=scale,
+            PER_COLUMN=per_column,
+        )
+
+    yield one("group_size", F=1, scale="group")
+    yield one("group_ids", F=1, scale="group")
+    yield one("group_ids-batch-3_rewards", F=3, scale="batch")
+    yield one("group_size-unscaled", F=1, scale="none")
+    yield one("group_ids-per_column", F=2, scale="group", per_column=True)
+
+
+def _head() -> Iterator[Variant]:
+    def one(name: str, kernel: Any, launch: Launch, *absent: str, **constants: Any) -> Variant:
+        """The second word of the name is the dtype of the GEMM's operands; logits and sums are
+        float32."""
+        low = dict.fromkeys(
+            ("p_ptr", "dz_ptr", "u_ptr", "v_ptr", "weight_ptr", "bias_ptr"), f"*{name.split()[1]}"
+        )
+        types = low | {"target_ptr": "*i64", "rows_ptr": "*i64"}
+        types |= dict.fromkeys(("weight_stride_v", "weight_stride_h"), "i64")
+        types |= dict.fromkeys(("z_stride", "p_stride", "dz_stride", "lo", "width", "H"), "i32")
+        return _variant(name, kernel, launch, types, **dict.fromkeys(absent), **constants)
+
+    tile, row = tile_launch(16384), row_launch(3584)
+    plain: dict[str, Any] = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0, "TEMPERATURE": 1.0}
+    plain |= {"bias_ptr": None}
+    full: dict[str, Any] = {"LOGIT_SCALE": 0.5, "SOFTCAP": 30.0, "TEMPERATURE": 0.7}
+
+    softmax = softmax_tile_kernel
+    yield one("softmax_tile bf16", softmax, tile, "p_ptr", **plain, WANT_FIRST=False)
+    yield one("softmax_tile bf16 want_p", softmax, tile, **plain, WANT_FIRST=False)
+    name = "softmax_tile fp32 has_bias want_p want_first softcap"
+    yield one(name, softmax, tile, **full, WANT_FIRST=True)
+    yield one("moment_tile bf16", moment_tile_kernel, tile, **plain)
+    yield one("moment_tile fp16 has_bias softcap", moment_tile_kernel, tile, **full)
+    yield one("rescale fp32", rescale_kernel, row, "first_ptr")
+    yield one("rescale fp32 has_first", rescale_kernel, row)
+
+    gradient = logit_gradient_tile_kernel
+    no_entropy = ("entropy_ptr", "grad_entropy_ptr")
+    yield one("logit_gradient_tile bf16", gradient, tile, *no_entropy, **plain)
+    yield one("logit_gradient_tile fp16 has_bias has_entropy softcap", gradient, tile, **full)
+    yield one("stored_gradient_tile bf16", stored_gradient_tile_kernel, tile)
+    yield one("stored_gradient_tile fp32", stored_gradient_tile_kernel, tile)
+
+    no_u, no_v = ("acc_ptr", "u_ptr"), ("acc_first_ptr", "v_ptr")
+    for name, absent in {
+        "finish bf16": ("entropy_ptr", *no_u, *no_v),
+        "finish bf16 want_u": ("entropy_ptr", *no_v),
+        "finish fp16 want_entropy want_u": no_v,
+        "finish fp32 want_entropy want_u want_v": (),
+    }.items():
+        yield one(name, finish_kernel, row, *absent, SLOPE=1.25)
+
+
+def _loss() -> Iterator[Variant]:
+    everything = {"counts", "old", "ref", "mask", "weight", "entropy"}
+
+    def one(
+        name: str, present: set[str], index: str = "*i64", *, level: str = "token", **options: Any
+    ) -> Variant:
+        chosen = LossOptions(importance_sampling_level=level, **options)
+        return _variant(
+            f"loss_terms-{name}",
+            terms_triton.completion_kernel,
+            ragged_launch(),
+            {"cu_seqlens_ptr": index, "mask_ptr": "*u8"},
+            **dict.fromkeys(f"{x}_ptr" for x in everything - present),
+            **terms_triton.constants(chosen),
+        )
+
+    yield one("dapo", {"mask", "entropy"})
+    yield one("dapo-int32", {"mask", "entropy"}, "*i32")
+    yield one("dapo-bare", set())
+    yield one("grpo-full", everything, loss_type="grpo", delta=2.0, beta=0.04)
+    yield one("cispo-full", everything, loss_type="cispo", beta=0.04)
+    yield one("vespo-full", everything, loss_type="vespo", beta=0.04)
+    yield one("sapo-sequence-full", everything, level="sequence", loss_type="sapo", beta=0.04)
+    yield one("luspo-sequence", {"old", "mask", "entropy"}, level="sequence", loss_type="luspo")
+    for level in ("token", "sequence"):
+        yield _variant(
+            f"loss_metrics-{level}",
+            terms_triton.metrics_kernel,
+            ragged_launch(),
+            {"completions": "i32"},
+            PER_SEQUENCE=level == "sequence",
+        )

@@ -38,7 +38,7 @@ def _scores(rewards, weights, rows, kept, column, F: tl.constexpr, PER_COLUMN: t
 @triton.jit
 def _statistics(
     rewards, weights, ids, group_id, first, size, column,
-    F: tl.constexpr, PER_COLUMN: tl.constexpr, BY_ID: tl.constexpr, BLOCK: tl.constexpr,
+    F: tl.constexpr, PER_COLUMN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean, unbiased standard deviation (NaN for fewer than two), least and greatest score."""
     counts = tl.full([BLOCK], 0.0, tl.float32)
@@ -48,7 +48,7 @@ def _statistics(
     for offset in range(0, size, BLOCK):
         index = offset + tl.arange(0, BLOCK)
         member = index < size
-        if BY_ID:
+        if ids is not None:
             member = member & (tl.load(ids + first + index, mask=member, other=0) == group_id)
         x = _scores(rewards, weights, first + index, member, column, F, PER_COLUMN)
         # Comparisons with NaN are false, which leaves it out.
@@ -62,7 +62,7 @@ def _statistics(
     for offset in range(0, size, BLOCK):
         index = offset + tl.arange(0, BLOCK)
         member = index < size
-        if BY_ID:
+        if ids is not None:
             member = member & (tl.load(ids + first + index, mask=member, other=0) == group_id)
         x = _scores(rewards, weights, first + index, member, column, F, PER_COLUMN)
         deviations = tl.where(x == x, x - mean, 0.0)
@@ -75,7 +75,7 @@ def _statistics(
 def normalise_kernel(
     out, rewards, weights, ids, B, group_size,
     F: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, PER_COLUMN: tl.constexpr,
-    BY_ID: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out[i] = (x[i] - mean) / (std + EPS)`` of the scores x of ``rewards [B, F]``.
 
@@ -90,7 +90,7 @@ def normalise_kernel(
     else:
         row = program
         column = 0
-    if BY_ID:
+    if ids is not None:
         group_id = tl.load(ids + row)
         start = row * 0
         size = B
@@ -101,11 +101,11 @@ def normalise_kernel(
     first = start.to(tl.int64)
     row = row.to(tl.int64)
     mean, std, low, high = _statistics(
-        rewards, weights, ids, group_id, first, size, column, F, PER_COLUMN, BY_ID, BLOCK
+        rewards, weights, ids, group_id, first, size, column, F, PER_COLUMN, BLOCK
     )
     if SCALE == "batch":
         _, std, _, _ = _statistics(
-            rewards, weights, ids, group_id, first * 0, B, column, F, PER_COLUMN, False, BLOCK
+            rewards, weights, None, group_id, first * 0, B, column, F, PER_COLUMN, BLOCK
         )
     x = _scores(rewards, weights, row, row < B, column, F, PER_COLUMN)
     # The mean of equal numbers may round to a neighbour of theirs, so their difference is not 0.
@@ -156,15 +156,13 @@ def _normalise(
         out,
         rewards_BF,
         weights_F,
-        # Unread without ids, but a pointer has to be there.
-        rewards_BF if group_ids is None else group_ids,
+        group_ids,
         B,
         group_size,
         F=F,
         EPS=eps,
         SCALE=scale,
         PER_COLUMN=per_column,
-        BY_ID=group_ids is not None,
         BLOCK=launch.block,
         **launch.options(),
     )

@@ -80,8 +80,6 @@ def softmax_tile_kernel(
     LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WANT_P: tl.constexpr,
     WANT_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -96,7 +94,7 @@ def softmax_tile_kernel(
         cols = start + tl.arange(0, BLOCK)
         inside = cols < width
         bias = 0.0
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(z_row + cols, mask=inside, other=0.0)
         z, _ = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
@@ -113,7 +111,7 @@ def softmax_tile_kernel(
         cols = start + tl.arange(0, BLOCK)
         inside = cols < width
         bias = 0.0
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(z_row + cols, mask=inside, other=0.0)
         z, _ = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
@@ -121,12 +119,12 @@ def softmax_tile_kernel(
         total += e
         if WANT_FIRST:
             first += tl.where(e > 0, e * (z - base), 0.0)
-    if WANT_P:
+    if p_ptr is not None:
         for start in range(0, width, BLOCK // 2):
             cols = start + tl.arange(0, BLOCK // 2)
             inside = cols < width
             bias = 0.0
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
             x = tl.load(z_row + cols, mask=inside, other=0.0)
             z, slope = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
@@ -143,7 +141,7 @@ def softmax_tile_kernel(
     tl.store(high_ptr + row, high)
     tl.store(shift_ptr + row, shift)
     bias = 0.0
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + column, mask=here, other=0.0).to(tl.float32)
     x = tl.load(z_row + column, mask=here, other=0.0)
     z, slope = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
@@ -165,7 +163,6 @@ def moment_tile_kernel(
     LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -175,7 +172,7 @@ def moment_tile_kernel(
         cols = start + tl.arange(0, BLOCK)
         inside = cols < width
         bias = 0.0
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(z_ptr + row * z_stride + cols, mask=inside, other=0.0)
         z, slope = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
@@ -185,7 +182,7 @@ def moment_tile_kernel(
 
 
 @triton.jit
-def rescale_kernel(acc_ptr, first_ptr, shift_ptr, H, HAS_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def rescale_kernel(acc_ptr, first_ptr, shift_ptr, H, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     shift = tl.load(shift_ptr + row)
     # The maximum of most rows is found in their first tiles: nothing moves after that.
@@ -195,7 +192,7 @@ def rescale_kernel(acc_ptr, first_ptr, shift_ptr, H, HAS_FIRST: tl.constexpr, BL
             cols = start + tl.arange(0, BLOCK)
             inside = cols < H
             acc = tl.load(acc_ptr + row * H + cols, mask=inside, other=0.0)
-            if HAS_FIRST:
+            if first_ptr is not None:
                 first = tl.load(first_ptr + row * H + cols, mask=inside, other=0.0)
                 tl.store(first_ptr + row * H + cols, (first + shift * acc) * factor, mask=inside)
             tl.store(acc_ptr + row * H + cols, acc * factor, mask=inside)
@@ -221,9 +218,6 @@ def finish_kernel(
     v_ptr,
     H,
     SLOPE: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_U: tl.constexpr,
-    WANT_V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -239,15 +233,15 @@ def finish_kernel(
     total = tl.where(none, 1.0, sum_others)
     log_rest = -_softplus(-x)
     entropy = 0.0
-    if WANT_ENTROPY or WANT_V:
+    if entropy_ptr is not None:
         within = tl.where(none, 0.0, tl.log(total) - tl.load(first_ptr + row) / total)
         own = tl.where(p_target == 0.0, 0.0, p_target * logp)
         entropy = tl.where(rest == 0.0, 0.0, rest * (within - log_rest)) - own
     tl.store(logp_ptr + row, logp)
     tl.store(unit_ptr + row, rest * SLOPE)
-    if WANT_ENTROPY:
+    if entropy_ptr is not None:
         tl.store(entropy_ptr + row, entropy)
-    if WANT_U:
+    if u_ptr is not None:
         target = tl.load(target_ptr + row)
         slope_target = tl.load(slope_target_ptr + row)
         pure = (rest == 0.0) | (p_target == 0.0)
@@ -263,7 +257,7 @@ def finish_kernel(
             mean_w = tl.load(acc_ptr + row * H + cols, mask=inside, other=0.0) / total
             u = w - mean_w
             tl.store(u_ptr + row * H + cols, u.to(u_ptr.dtype.element_ty), mask=inside)
-            if WANT_V:
+            if v_ptr is not None:
                 mean_first = tl.load(acc_first_ptr + row * H + cols, mask=inside, other=0.0) / total
                 v = -(share * w + mean_first + level * mean_w)
                 tl.store(v_ptr + row * H + cols, v.to(v_ptr.dtype.element_ty), mask=inside)
@@ -287,8 +281,6 @@ def logit_gradient_tile_kernel(
     LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -297,7 +289,7 @@ def logit_gradient_tile_kernel(
     z_target = tl.load(z_target_ptr + row)
     G = tl.load(grad_logp_ptr + row)
     at_target = -G * _expm1(logp)
-    if HAS_ENTROPY:
+    if grad_entropy_ptr is not None:
         E = tl.load(grad_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
     for start in range(0, width, BLOCK):
@@ -305,14 +297,14 @@ def logit_gradient_tile_kernel(
         inside = cols < width
         is_target = cols == column
         bias = 0.0
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(z_ptr + row * z_stride + cols, mask=inside, other=0.0)
         z, slope = _finished(x, bias, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
         log_p = tl.where(is_target, logp, (z - z_target) + logp)
         p = tl.exp(log_p)
         grad = tl.where(is_target, at_target, -G * p)
-        if HAS_ENTROPY:
+        if grad_entropy_ptr is not None:
             grad -= tl.where(p == 0.0, 0.0, E * p * (log_p + entropy))
         grad = grad * slope * (LOGIT_SCALE / TEMPERATURE)
         tl.store(dz_ptr + row * dz_stride + cols, grad.to(dz_ptr.dtype.element_ty), mask=inside)
@@ -350,12 +342,11 @@ def stored_gradient_tile_kernel(
         tl.store(dz_ptr + row * dz_stride + cols, grad.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
-def _head_constants(head: HeadOptions, bias: Tensor | None) -> dict[str, Any]:
+def _head_constants(head: HeadOptions) -> dict[str, Any]:
     return {
         "LOGIT_SCALE": head.logit_scale,
         "SOFTCAP": head.softcap or 0.0,
         "TEMPERATURE": head.temperature,
-        "HAS_BIAS": bias is not None,
     }
 
 
@@ -372,14 +363,13 @@ def softmax_tile(
 ) -> None:
     R, K = z.shape
     launch = tile_launch(K)
-    out = z if p is None else p
     softmax_tile_kernel[(R,)](
         z,
         z.stride(0),
-        z if bias is None else bias,
+        bias,
         target,
-        out,
-        out.stride(0),
+        p,
+        0 if p is None else p.stride(0),
         run.high,
         run.total,
         run.first,
@@ -388,8 +378,7 @@ def softmax_tile(
         run.slope_target,
         lo,
         K,
-        **_head_constants(head, bias),
-        WANT_P=p is not None,
+        **_head_constants(head),
         WANT_FIRST=want_first,
         BLOCK=launch.block,
         **launch.options(),
@@ -410,14 +399,14 @@ def moment_tile(
     moment_tile_kernel[(R,)](
         z,
         z.stride(0),
-        z if bias is None else bias,
+        bias,
         target,
         p,
         p.stride(0),
         run.high,
         lo,
         K,
-        **_head_constants(head, bias),
+        **_head_constants(head),
         BLOCK=launch.block,
         **launch.options(),
     )
@@ -428,10 +417,9 @@ def rescale(acc: Tensor, acc_first: Tensor | None, shift: Tensor) -> None:
     launch = row_launch(H)
     rescale_kernel[(R,)](
         acc,
-        acc if acc_first is None else acc_first,
+        acc_first,
         shift,
         H,
-        HAS_FIRST=acc_first is not None,
         BLOCK=launch.block,
         **launch.options(),
     )
@@ -464,18 +452,15 @@ def finish(
         weight,
         weight.stride(0),
         weight.stride(1),
-        logp if acc is None else acc,
-        logp if acc_first is None else acc_first,
+        acc,
+        acc_first,
         logp,
         unit,
-        entropy if want_entropy else logp,
-        logp if u is None else u,
-        logp if v is None else v,
+        entropy if want_entropy else None,
+        u,
+        v,
         H,
         SLOPE=head.slope,
-        WANT_ENTROPY=want_entropy,
-        WANT_U=u is not None,
-        WANT_V=v is not None,
         BLOCK=launch.block,
         **launch.options(),
     )
@@ -498,19 +483,18 @@ def logit_gradient_tile(
     logit_gradient_tile_kernel[(R,)](
         z,
         z.stride(0),
-        z if bias is None else bias,
+        bias,
         target,
         done.logp,
         done.z_target,
-        done.logp if grad_entropy is None else done.entropy,
+        None if grad_entropy is None else done.entropy,
         grad_logp,
-        grad_logp if grad_entropy is None else grad_entropy,
+        grad_entropy,
         dz,
         dz.stride(0),
         lo,
         K,
-        **_head_constants(head, bias),
-        HAS_ENTROPY=grad_entropy is not None,
+        **_head_constants(head),
         BLOCK=launch.block,
         **launch.options(),
     )

@@ -59,9 +59,8 @@ def loss_terms_triton(
         "weight": sampler_ratio,
         "entropy": entropy,
     }
-    flags = {f"HAS_{name.upper()}": x is not None for name, x in optional.items()}
     pointers = {
-        f"{name}_ptr": logp if x is None else x.contiguous() for name, x in optional.items()
+        f"{name}_ptr": None if x is None else x.contiguous() for name, x in optional.items()
     }
     launch = ragged_launch()
     completions = len(advantages)
@@ -76,7 +75,7 @@ def loss_terms_triton(
             coefficient,
             sums,
             **pointers,
-            **constants(options, **flags),
+            **constants(options),
             BLOCK=launch.block,
             **launch.options(),
         )
@@ -94,17 +93,15 @@ def loss_terms_triton(
     return LossTerms(loss, coefficient, metrics)
 
 
-def constants(options: LossOptions, **flags: bool) -> dict[str, Any]:
+def constants(options: LossOptions) -> dict[str, Any]:
     clipped = options.loss_type in CLIPPED_LOSS_TYPES
     return {
-        **flags,
         "KIND": "clipped" if clipped else options.loss_type,
         "PER_SEQUENCE": options.importance_sampling_level == "sequence",
         "MEAN_PER_COMPLETION": options.mean_per_completion,
         "LOWER": 1 - options.epsilon,
         "UPPER": 1 + options.upper if clipped else options.upper,
-        "HAS_DELTA": options.delta is not None,
-        "DELTA": options.delta or 0.0,
+        "DELTA": options.delta,
         "BETA": options.beta,
         "CORRECTED": options.use_bias_correction_kl,
         "T_POS": options.sapo_temperature_pos,
@@ -149,7 +146,6 @@ def _surrogate(
     KIND: tl.constexpr,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
-    HAS_DELTA: tl.constexpr,
     DELTA: tl.constexpr,
     T_POS: tl.constexpr,
     T_NEG: tl.constexpr,
@@ -161,13 +157,13 @@ def _surrogate(
     high = ratio < 0.0
     if KIND == "clipped":
         capped = ratio
-        if HAS_DELTA:
+        if DELTA is not None:
             capped = tl.where(ratio > DELTA, DELTA, ratio)
         a = capped * advantage
         b = _clamp(ratio, LOWER, UPPER) * advantage
         a_counts = tl.where(a == b, 0.5, tl.where(a < b, 1.0, 0.0))
         b_counts = 1.0 - a_counts
-        if HAS_DELTA:
+        if DELTA is not None:
             a_counts = tl.where(ratio > DELTA, 0.0, a_counts)
         b_counts = tl.where((ratio < LOWER) | (ratio > UPPER), 0.0, b_counts)
         value = -tl.where(a < b, a, b)
@@ -201,28 +197,25 @@ def _read(
     old_ptr,
     mask_ptr,
     weight_ptr,
-    HAS_OLD: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
 ):
     """Of the tokens at ``t``: kept, dropped for their sampler weight, that weight, logp, and
     logp - old_logp; a masked or dropped token reads as weight 1 and logp 0."""
     keep = here
-    if HAS_MASK:
+    if mask_ptr is not None:
         keep = keep & (tl.load(mask_ptr + t, mask=here, other=0) != 0)
     dropped = here & (t < 0)
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         weight = tl.load(weight_ptr + t, mask=keep, other=1.0)
         finite = tl.abs(weight) < float("inf")
         dropped = keep & (finite == 0)
         keep = keep & finite
         weight = tl.where(keep, weight, 1.0)
     logp = tl.load(logp_ptr + t, mask=keep, other=0.0)
-    if HAS_OLD:
+    if old_ptr is not None:
         log_ratio = logp - tl.load(old_ptr + t, mask=keep, other=0.0)
     else:
         log_ratio = logp - logp
-    if not HAS_WEIGHT:
+    if weight_ptr is None:
         weight = tl.zeros_like(logp) + 1.0
     return keep, dropped, weight, logp, log_ratio
 
@@ -241,18 +234,11 @@ def completion_kernel(
     mask_ptr,
     weight_ptr,
     entropy_ptr,
-    HAS_COUNTS: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
     KIND: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
     MEAN_PER_COMPLETION: tl.constexpr,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
-    HAS_DELTA: tl.constexpr,
     DELTA: tl.constexpr,
     BETA: tl.constexpr,
     CORRECTED: tl.constexpr,
@@ -276,7 +262,11 @@ def completion_kernel(
     phi = 0.0
     sum_weight = count
     sum_k3 = 0.0
-    if PER_SEQUENCE or KIND == "vespo" or (MEAN_PER_COMPLETION and (HAS_MASK or HAS_WEIGHT)):
+    if (
+        PER_SEQUENCE
+        or KIND == "vespo"
+        or (MEAN_PER_COMPLETION and (mask_ptr is not None or weight_ptr is not None))
+    ):
         counts = tl.zeros([BLOCK], tl.float32)
         log_ratios = tl.zeros([BLOCK], tl.float32)
         log_weights = tl.zeros([BLOCK], tl.float32)
@@ -285,17 +275,16 @@ def completion_kernel(
         for offset in range(0, length, BLOCK):
             t = start + offset + lane
             keep, _, weight, logp, log_ratio = _read(
-                t, offset + lane < length, logp_ptr, old_ptr, mask_ptr, weight_ptr,
-                HAS_OLD, HAS_MASK, HAS_WEIGHT,
-            )  # fmt: skip
+                t, offset + lane < length, logp_ptr, old_ptr, mask_ptr, weight_ptr
+            )
             counts += tl.where(keep, 1.0, 0.0)
             log_ratios += log_ratio
             weights += tl.where(keep, weight, 0.0)
             if KIND == "vespo":
                 log_weights += _clamp(log_ratio, -_LIMIT, _LIMIT)
-                if HAS_WEIGHT:
+                if weight_ptr is not None:
                     log_weights += _clamp(tl.log(weight), _LEAST, _LIMIT)
-            if PER_SEQUENCE and HAS_REF and CORRECTED:
+            if PER_SEQUENCE and ref_ptr is not None and CORRECTED:
                 gap = tl.load(ref_ptr + t, mask=keep, other=0.0) - logp
                 k3s += _k3(_clamp(gap, -_LIMIT, _LIMIT))
         count = tl.sum(counts)
@@ -312,7 +301,7 @@ def completion_kernel(
     per_token = 1.0
     if MEAN_PER_COMPLETION:
         whole = count
-        if HAS_COUNTS:
+        if counts_ptr is not None:
             whole = tl.load(counts_ptr + i)
         per_token = tl.where(whole < 1.0, 1.0, whole)
         share = share / per_token
@@ -329,7 +318,7 @@ def completion_kernel(
         here = offset + lane < length
         t = start + offset + lane
         keep, dropped, weight, logp, log_ratio = _read(
-            t, here, logp_ptr, old_ptr, mask_ptr, weight_ptr, HAS_OLD, HAS_MASK, HAS_WEIGHT
+            t, here, logp_ptr, old_ptr, mask_ptr, weight_ptr
         )
         log_weight = log_ratio
         if PER_SEQUENCE:
@@ -339,22 +328,22 @@ def completion_kernel(
         # Broadcast here: the interpreter cannot and a block of bools with a scalar one.
         spread = tl.zeros_like(logp) + advantage
         value, by_ratio, by_logp, low, high = _surrogate(
-            ratio, spread, logp, phi, KIND, LOWER, UPPER, HAS_DELTA, DELTA, T_POS, T_NEG
+            ratio, spread, logp, phi, KIND, LOWER, UPPER, DELTA, T_POS, T_NEG
         )
         if PER_SEQUENCE:
             # The mean over the completion of what follows, token by token, at the other level.
             mean_of = tl.where(count < 1.0, 1.0, count)
-            if HAS_WEIGHT and KIND != "vespo":
+            if weight_ptr is not None and KIND != "vespo":
                 value = value * weight
                 by_logp = by_logp * weight
                 by_ratio = by_ratio * (sum_weight / mean_of)
-            if HAS_REF and CORRECTED:
+            if ref_ptr is not None and CORRECTED:
                 by_ratio = by_ratio + BETA * (sum_k3 / mean_of)
-        elif HAS_WEIGHT and KIND != "vespo":
+        elif weight_ptr is not None and KIND != "vespo":
             value = value * weight
             by_logp = by_logp * weight
             by_ratio = by_ratio * weight
-        if HAS_REF:
+        if ref_ptr is not None:
             gap = tl.load(ref_ptr + t, mask=keep, other=0.0) - logp
             d = _clamp(gap, -_LIMIT, _LIMIT)
             kl = _k3(d)
@@ -377,7 +366,7 @@ def completion_kernel(
         highs += tl.where(keep & high, 1.0, 0.0)
         clamps += tl.where(keep & clamped, 1.0, 0.0)
         drops += tl.where(dropped, 1.0, 0.0)
-        if HAS_ENTROPY:
+        if entropy_ptr is not None:
             entropies += tl.load(entropy_ptr + t, mask=keep, other=0.0)
 
     row = sums_ptr + i * _COLUMNS
