@@ -11,15 +11,18 @@ from typing import Any
 
 from fusedgrpo.kernels.advantage.advantages_triton import normalise_kernel
 from fusedgrpo.kernels.launch import Launch, group_launch, ragged_launch, row_launch, tile_launch
-from fusedgrpo.kernels.logprob.tiles_triton import (
-    finish_kernel,
+from fusedgrpo.kernels.logprob.finish_triton import finish_kernel
+from fusedgrpo.kernels.logprob.gradients_triton import (
     logit_gradient_tile_kernel,
+    stored_gradient_tile_kernel,
+)
+from fusedgrpo.kernels.logprob.softmax_triton import (
     moment_tile_kernel,
     rescale_kernel,
     softmax_tile_kernel,
-    stored_gradient_tile_kernel,
 )
-from fusedgrpo.kernels.loss import terms_triton
+from fusedgrpo.kernels.loss.metrics_triton import metrics_kernel
+from fusedgrpo.kernels.loss.terms_triton import completion_kernel, constants
 from fusedgrpo.loss_options import LossOptions
 
 
@@ -129,11 +132,11 @@ def _loss() -> Iterator[Variant]:
         chosen = LossOptions(importance_sampling_level=level, **options)
         return _variant(
             f"loss_terms-{name}",
-            terms_triton.completion_kernel,
+            completion_kernel,
             ragged_launch(),
             {"cu_seqlens_ptr": index, "mask_ptr": "*u8"},
             **dict.fromkeys(f"{x}_ptr" for x in everything - present),
-            **terms_triton.constants(chosen),
+            **constants(chosen),
         )
 
     yield one("dapo", {"mask", "entropy"})
@@ -147,7 +150,7 @@ def _loss() -> Iterator[Variant]:
     for level in ("token", "sequence"):
         yield _variant(
             f"loss_metrics-{level}",
-            terms_triton.metrics_kernel,
+            metrics_kernel,
             ragged_launch(),
             {"completions": "i32"},
             PER_SEQUENCE=level == "sequence",

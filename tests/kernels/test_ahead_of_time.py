@@ -94,7 +94,7 @@ def test_spills_and_memory_of_amd_are_read_from_the_assembly():
 def test_scoring_and_update_take_their_sums_in_one_order():
     """A store in 16 bit would spread a row over threads in another way, and logp would differ in
     its last bits between the pass without gradients and the one with them."""
-    from fusedgrpo.kernels.logprob.tiles_triton import softmax_tile_kernel
+    from fusedgrpo.kernels.logprob.softmax_triton import softmax_tile_kernel
 
     variants = [
         v for v in VARIANTS if v.kernel is softmax_tile_kernel and not v.constants["SOFTCAP"]

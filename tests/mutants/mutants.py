@@ -33,7 +33,7 @@ class Mutant:
 
     @property
     def backend(self) -> str:
-        return "triton" if self.file.endswith("_triton.py") else "torch"
+        return "triton" if "triton" in Path(self.file).name else "torch"
 
     @property
     def module(self) -> str:
@@ -89,37 +89,37 @@ MUTANTS = (
     ),
     Mutant(
         "the target's column is off by one",
-        "logprob/tiles_triton.py",
+        "logprob/softmax_triton.py",
         "    column = tl.load(target_ptr + row) - lo\n    here = ",
         "    column = tl.load(target_ptr + row) - lo + 1\n    here = ",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options0]",),
     ),
     Mutant(
         "columns beyond the vocabulary count",
-        "logprob/tiles_triton.py",
+        "logprob/softmax_triton.py",
         "e = tl.where(inside & (cols != column), tl.exp(z - base), 0.0)\n        total",
         "e = tl.where(cols != column, tl.exp(z - base), 0.0)\n        total",
         (SCORING + "test_a_vocabulary_that_fills_no_tile_has_no_phantom_columns[15]",),
     ),
     Mutant(
         "the sum of weights does not follow the maximum",
-        "logprob/tiles_triton.py",
+        "logprob/softmax_triton.py",
         "tl.store(acc_ptr + row * H + cols, acc * factor, mask=inside)",
         "tl.store(acc_ptr + row * H + cols, acc, mask=inside)",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options0]",),
     ),
     Mutant(
         "the softcap has slope 1",
-        "logprob/tiles_triton.py",
+        "logprob/logit_triton.py",
         "z, slope = tanh * (SOFTCAP / TEMPERATURE), 1.0 - tanh * tanh",
         "z, slope = tanh * (SOFTCAP / TEMPERATURE), 1.0",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options3]",),
     ),
     Mutant(
         "1 - p of a sure token cancels",
-        "logprob/tiles_triton.py",
-        "rest = _sigmoid(x)\n    p_target = _sigmoid(-x)",
-        "p_target = _sigmoid(-x)\n    rest = 1.0 - p_target",
+        "logprob/finish_triton.py",
+        "rest = sigmoid(x)\n    p_target = sigmoid(-x)",
+        "p_target = sigmoid(-x)\n    rest = 1.0 - p_target",
         (SCORING + "test_a_sure_token_keeps_its_gradient",),
     ),
     Mutant(
@@ -243,7 +243,7 @@ MUTANTS = (
     ),
     Mutant(
         "the clip takes the gradient on the wrong side",
-        "loss/terms_triton.py",
+        "loss/surrogate_triton.py",
         "a_counts = tl.where(a == b, 0.5, tl.where(a < b, 1.0, 0.0))",
         "a_counts = tl.where(a == b, 0.5, tl.where(a > b, 1.0, 0.0))",
         (LOSS + "test_clip_sides",),
@@ -251,20 +251,20 @@ MUTANTS = (
     Mutant(
         "the KL is not corrected for the bias of its samples",
         "loss/terms_triton.py",
-        "                kl = kl * ratio\n                kl_by_logp = kl_by_logp * ratio\n",
+        "            kl = kl * ratio\n            kl_by_logp = kl_by_logp * ratio\n",
         "",
         (LOSS + "test_loss_and_gradient_equal_the_reference[token-dapo]",),
     ),
     Mutant(
         "a clamp hides NaN",
-        "loss/terms_triton.py",
+        "triton_math.py",
         "return tl.where(x > most, most, tl.where(x < least, least, x))",
         "return tl.minimum(tl.maximum(x, least), most)",
         (LOSS + "test_a_nan_in_an_unmasked_token_shows_in_loss_and_gradient",),
     ),
     Mutant(
         "vespo takes the exponent of the other sign",
-        "loss/terms_triton.py",
+        "loss/completion_triton.py",
         "k = tl.where(advantage >= 0.0, K_POS, K_NEG)",
         "k = tl.where(advantage < 0.0, K_POS, K_NEG)",
         (LOSS + "test_loss_and_gradient_equal_the_reference[token-vespo]",),
