@@ -13,6 +13,9 @@ Chunks are cut anywhere, unless the loss needs whole completions (level "sequenc
 completion that is longer than a chunk is then passed twice, once for its log-probs and once more,
 its live rows only, for its gradients: 1 + 2 f and 1 + 3 f.
 
+For loops that train the head, by ``GRPOLoss`` and ``integrations/liger.py``; the trainer uses
+``linear_logprob`` (why: ``docs/decisions/0005-the-head.md``).
+
 Shapes: N tokens, B completions, H hidden, V vocabulary, R rows of a chunk.
 """
 

@@ -17,6 +17,10 @@ The target's own column stays out of the softmax over the others:
 so a token that the model is sure of (p -> 1) keeps its gradient instead of losing it to 1 - 1.
 Logits and every accumulator are float32. Deterministic: tiles depend on the shape of the head only.
 
+The trainer uses this and not ``linear_policy_loss``: LoRA freezes the head, rows whose coefficient
+is known to be 0 are left out before the forward pass, and the log-probs of policy, old policy and
+reference are then those of one function, bit for bit (``docs/decisions/0005-the-head.md``).
+
 Shapes: N scored tokens, H hidden, V vocabulary, R rows of a chunk, K columns of a tile.
 """
 
