@@ -1,6 +1,6 @@
 """Every compilation of a kernel that is checked ahead of time, for ``aot.py``.
 
-Of each kernel the plainest and the fullest form, every dtype, and every branch at least once.
+Each kernel in its plainest and its fullest form, every dtype, and every branch at least once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _head() -> Iterator[Variant]:
         """The second word of the name is the dtype of the GEMM's operands; logits and sums are
         float32."""
         low = dict.fromkeys(
-            ("p_ptr", "dz_ptr", "u_ptr", "v_ptr", "weight_ptr", "bias_ptr"), f"*{name.split()[1]}"
+            ("p_ptr", "dz_ptr", "dlogp_ptr", "dentropy_ptr", "weight_ptr", "bias_ptr"),
+            f"*{name.split()[1]}",
         )
         types = low | {"target_ptr": "*i64", "rows_ptr": "*i64"}
         types |= dict.fromkeys(("weight_stride_v", "weight_stride_h"), "i64")
@@ -113,11 +114,11 @@ def _head() -> Iterator[Variant]:
     yield one("stored_gradient_tile bf16", stored_gradient_tile_kernel, tile)
     yield one("stored_gradient_tile fp32", stored_gradient_tile_kernel, tile)
 
-    no_u, no_v = ("acc_ptr", "u_ptr"), ("acc_first_ptr", "v_ptr")
+    no_dlogp, no_dentropy = ("acc_ptr", "dlogp_ptr"), ("acc_first_ptr", "dentropy_ptr")
     for name, absent in {
-        "finish bf16": ("entropy_ptr", *no_u, *no_v),
-        "finish bf16 want_u": ("entropy_ptr", *no_v),
-        "finish fp16 want_entropy want_u": no_v,
+        "finish bf16": ("entropy_ptr", *no_dlogp, *no_dentropy),
+        "finish bf16 want_u": ("entropy_ptr", *no_dentropy),
+        "finish fp16 want_entropy want_u": no_dentropy,
         "finish fp32 want_entropy want_u want_v": (),
     }.items():
         yield one(name, finish_kernel, row, *absent, SLOPE=1.25)

@@ -1,4 +1,4 @@
-"""What the custom operators share."""
+"""Checks and contexts that the custom operators share."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ MIB = 2**20
 def tiling(H: int, V: int, itemsize: int, device_type: str) -> Tiling:
     """The tiling for a head ``[V, H]`` whose GEMM operands have ``itemsize`` bytes an element.
 
-    Of neither N nor whether gradients are needed: the same row gives the same bits in every pass.
+    Independent of N and of whether gradients are needed: the same row gives the same bits in every
+    pass.
     On a GPU the largest tile is taken whose scratch (float32 logits, probabilities, and for two
     gradients the float32 sums and the results of the chunk) stays below 500 MiB. 3,584 rows by
     H = 3,584 are 392 blocks of 128 x 256: 2.97 waves on the 132 SMs of an H100.

@@ -15,7 +15,7 @@ from fusedgrpo.kernels.fused_loss import op as loss_op
 from fusedgrpo.kernels.launch import Tiling, tiling
 from fusedgrpo.kernels.logprob import backward, vocab_pass
 from fusedgrpo.kernels.logprob import op as logprob_op
-from fusedgrpo.kernels.logprob.tiles import Finished
+from fusedgrpo.kernels.logprob.tiles import RowStatistics
 
 N, H, V = 40, 8, 100
 MIB = 2**20
@@ -124,9 +124,9 @@ def silent_tiles():
     """The tile functions without their arithmetic: what is left of the Triton path are the buffers
     that it hands to its kernels."""
 
-    def finish(run, target, weight, head, acc, acc_first, u, v, *, want_entropy):
-        entropy = run.total if want_entropy else run.total[:0]
-        return Finished(run.total, run.z_target, entropy, run.total)
+    def finish(softmax, target, weight, head, acc, acc_first, dlogp, dentropy, *, want_entropy):
+        entropy = softmax.total if want_entropy else softmax.total[:0]
+        return RowStatistics(softmax.total, softmax.z_target, entropy, softmax.total)
 
     def nothing(*args, **kwargs):
         pass
@@ -157,10 +157,12 @@ def no_data(monkeypatch):
         monkeypatch.setattr(module, "check_targets", lambda target, vocab: None)
     monkeypatch.setattr(
         loss_op,
-        "_used_tokens",
+        "used_tokens",
         lambda cu, mask, ratio, like: (torch.arange(len(like)), [0, len(like)]),
     )
-    monkeypatch.setattr(grad_from_probs, "live_rows", lambda c: (torch.arange(len(c)), 1.0))
+    monkeypatch.setattr(
+        grad_from_probs, "rows_with_gradient", lambda c: (torch.arange(len(c)), 1.0)
+    )
 
 
 def scratch(run, rows):

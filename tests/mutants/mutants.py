@@ -83,8 +83,8 @@ MUTANTS = (
     Mutant(
         "the entropy's first moment does not follow the maximum",
         "logprob/tiles.py",
-        "rescale * (run.first + run.shift * run.total)",
-        "rescale * run.first",
+        "rescale * (softmax.first + softmax.shift * softmax.total)",
+        "rescale * softmax.first",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options0]",),
     ),
     Mutant(
@@ -125,8 +125,8 @@ MUTANTS = (
     Mutant(
         "stored probabilities are taken for those of the last maximum",
         "logprob/vocab_pass.py",
-        "stored.high[index] = run.high",
-        "stored.high[:] = run.high",
+        "stored.high[index] = softmax.high",
+        "stored.high[:] = softmax.high",
         (FUSED + "test_it_is_the_policy_loss_of_the_log_probs[token-dapo]",),
     ),
     # Log-probs and their backward.
@@ -140,8 +140,8 @@ MUTANTS = (
     Mutant(
         "the entropy has no gradient",
         "logprob/op.py",
-        "scale_rows(next(in_units), u, next(in_units), v)",
-        "scale_rows(next(in_units), u, None, v)",
+        "scale_rows(next(in_units), dlogp, next(in_units), dentropy)",
+        "scale_rows(next(in_units), dlogp, None, dentropy)",
         (SCORING + "test_each_gradient_alone_from_each_output_alone[entropy-hidden]",),
     ),
     Mutant(
@@ -162,20 +162,20 @@ MUTANTS = (
     Mutant(
         "1 - p of a sure token cancels in the loss",
         "fused_loss/grad_from_probs.py",
-        "factor * -torch.expm1(done.logp)",
-        "factor * (1 - done.logp.exp())",
+        "factor * -torch.expm1(statistics.logp)",
+        "factor * (1 - statistics.logp.exp())",
         (FUSED + "test_a_sure_token_keeps_its_gradient",),
     ),
     Mutant(
         "small coefficients underflow in float16",
         "fused_loss/grad_from_probs.py",
-        "live, unit = live_rows(coefficient)",
-        "live, unit = live_rows(coefficient)[0], 1.0",
+        "kept, unit = rows_with_gradient(coefficient)",
+        "kept, unit = rows_with_gradient(coefficient)[0], 1.0",
         (FUSED + "test_low_precision_rounds_the_exact_gradient_once[dtype1]",),
     ),
     Mutant(
         "chunks are cut inside a completion at level sequence",
-        "fused_loss/op.py",
+        "fused_loss/chunks.py",
         "if whole and hi < N:",
         "if False:",
         (FUSED + "test_it_is_the_policy_loss_of_the_log_probs[sequence-dapo]",),
@@ -189,7 +189,7 @@ MUTANTS = (
     ),
     Mutant(
         "tokens without a finite sampler weight count in the mean",
-        "fused_loss/op.py",
+        "fused_loss/chunks.py",
         "mask = finite if mask is None else mask & finite",
         "mask = torch.ones_like(finite) if mask is None else mask",
         (FUSED + "test_a_token_without_a_finite_sampler_weight_is_as_good_as_masked",),

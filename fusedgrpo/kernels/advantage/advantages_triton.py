@@ -17,7 +17,7 @@ from fusedgrpo.kernels.launch import group_launch
 
 @triton.jit
 def _scores(rewards, weights, rows, kept, column, F: tl.constexpr, PER_COLUMN: tl.constexpr):
-    """Of ``rows``: their reward in ``column``, or the weighted sum of all. NaN where there is none.
+    """Rewards of ``rows`` in ``column``, or the weighted sum of all; NaN where there is none.
 
     Rows that are not ``kept`` count as missing.
     """

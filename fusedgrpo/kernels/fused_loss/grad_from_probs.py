@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.kernels.backend import Resolved
-from fusedgrpo.kernels.logprob.tiles import Finished, HeadOptions
+from fusedgrpo.kernels.logprob.tiles import HeadOptions, RowStatistics
 from fusedgrpo.kernels.logprob.vocab_pass import (
     VocabPass,
     as_operand,
@@ -58,34 +58,35 @@ def add_gradients(
     """Adds what the rows ``tokens [R]`` contribute: ``passed`` holds their probabilities,
     ``coefficient [R]`` is d loss / d logp. Rows whose coefficient is exactly 0 cost nothing.
 
-    Waits for the device twice, for the number of live rows and for the largest coefficient.
+    Waits for the device twice, for the number of rows with a gradient and for the largest
+    coefficient.
     """
-    live, unit = live_rows(coefficient)
-    if not len(live) or passed.stored is None:
+    kept, unit = rows_with_gradient(coefficient)
+    if not len(kept) or passed.stored is None:
         return
     fn = tile_functions(backend)
-    done = Finished(*(x[live] if len(x) else x for x in passed.done))
-    c = coefficient[live].to(done.logp.dtype)
+    statistics = RowStatistics(*(x[kept] if len(x) else x for x in passed.statistics))
+    c = coefficient[kept].to(statistics.logp.dtype)
     factor = c / unit * head.slope
-    # The target's entry is the one that counts most: what rounding takes from it is given back.
-    at_target = factor * -torch.expm1(done.logp) * passed.run.slope_target[live]
+    # dz[target] is rounded to the GEMM's dtype; the error is added back in float32.
+    at_target = factor * -torch.expm1(statistics.logp) * passed.softmax.slope_target[kept]
     rounded = as_operand(at_target, weight)
-    rows, target = tokens[live], targets[tokens[live]]
+    rows, target = tokens[kept], targets[tokens[kept]]
     h = operand(hidden[rows])
     K = passed.stored.tile_columns
     want_hidden = len(gradients.unit) > 0
     acc = torch.empty(h.shape, dtype=c.dtype, device=c.device) if want_hidden else None
-    dz_rK = torch.empty(len(live), K, dtype=h.dtype, device=h.device)
+    dz_rK = torch.empty(len(kept), K, dtype=h.dtype, device=h.device)
     for index, lo in enumerate(range(0, len(weight), K)):
         w = operand(weight[lo : lo + K])
         dz = dz_rK[:, : len(w)]
         fn.stored_gradient_tile(
             passed.stored.p[:, lo : lo + K],
-            live,
+            kept,
             target,
             lo,
             passed.stored.high[index],
-            done,
+            statistics,
             factor,
             rounded,
             dz,
@@ -104,10 +105,10 @@ def add_gradients(
         gradients.unit[rows] = unit
 
 
-def live_rows(coefficient: Tensor) -> tuple[Tensor, float]:
+def rows_with_gradient(coefficient: Tensor) -> tuple[Tensor, float]:
     """Which rows have a gradient, and the power of two at their largest coefficient: a unit that
     gradients can be divided and multiplied by without another rounding. Both wait for the device.
     """
-    live = coefficient.nonzero().flatten()
-    greatest = float(coefficient.abs().amax()) if len(live) else 1.0
-    return live, 2.0 ** math.frexp(greatest)[1] if math.isfinite(greatest) else greatest
+    kept = coefficient.nonzero().flatten()
+    greatest = float(coefficient.abs().amax()) if len(kept) else 1.0
+    return kept, 2.0 ** math.frexp(greatest)[1] if math.isfinite(greatest) else greatest

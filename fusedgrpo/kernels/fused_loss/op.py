@@ -11,7 +11,7 @@ for the rows whose c is not exactly 0. In units of u = 2 N H V FLOP, with f the 
 
 Chunks are cut anywhere, unless the loss needs whole completions (level "sequence", vespo). A
 completion that is longer than a chunk is then passed twice, once for its log-probs and once more,
-its live rows only, for its gradients: 1 + 2 f and 1 + 3 f.
+its rows with a gradient only, for those: 1 + 2 f and 1 + 3 f.
 
 For loops that train the head, by ``GRPOLoss`` and ``integrations/liger.py``; the trainer uses
 ``linear_logprob`` (why: ``docs/decisions/0005-the-head.md``).
@@ -21,9 +21,8 @@ Shapes: N tokens, B completions, H hidden, V vocabulary, R rows of a chunk.
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from fusedgrpo.kernels.custom_op import (
     plain_arithmetic_on,
     refuse_second_derivative,
 )
+from fusedgrpo.kernels.fused_loss.chunks import chunks, used_tokens
 from fusedgrpo.kernels.fused_loss.grad_from_probs import HeadGradients, add_gradients
 from fusedgrpo.kernels.logprob.backward import scale_rows
 from fusedgrpo.kernels.logprob.tiles import HeadOptions
@@ -173,7 +173,7 @@ def _linear_policy_loss(
     }
     targets = targets.contiguous()
     bias = None if bias is None else bias.contiguous()
-    used, ends = _used_tokens(cu_seqlens, mask, sampler_ratio, hidden)
+    used, ends = used_tokens(cu_seqlens, mask, sampler_ratio, hidden)
     check_targets(targets[used], len(weight))
     counts = torch.tensor(ends, device=hidden.device).diff()
 
@@ -201,15 +201,15 @@ def _linear_policy_loss(
         )
 
     with plain_arithmetic_on(hidden):
-        for chunk in _chunks(ends, R, whole and any(wanted)):
+        for chunk in chunks(ends, R, whole and any(wanted)):
             tokens = used[chunk.lo : chunk.hi]
             pieces = tokens.split(R)
             once = len(pieces) == 1
             for piece in pieces:
                 passed = forward(piece, store=once and any(wanted))
-                logp[piece] = passed.done.logp
+                logp[piece] = passed.statistics.logp
                 if entropy is not None:
-                    entropy[piece] = passed.done.entropy
+                    entropy[piece] = passed.statistics.entropy
             if not any(wanted):
                 continue
             own = slice(chunk.first, chunk.last)
@@ -226,8 +226,8 @@ def _linear_policy_loss(
             ).coefficient
             for piece, c in zip(pieces, coefficient.split(R), strict=True):
                 if not once:
-                    live = c.nonzero().flatten()
-                    piece, c = piece[live], c[live]
+                    kept = c.nonzero().flatten()
+                    piece, c = piece[kept], c[kept]
                     passed = forward(piece, store=True)
                 add_gradients(gradients, piece, passed, c, hidden, weight, targets, head, chosen)
                 del passed  # the next chunk's probabilities take its place
@@ -235,51 +235,6 @@ def _linear_policy_loss(
             logp, advantages, cu_seqlens, mask=mask, entropy=entropy, **per_token, **common
         )
     return terms.loss, terms.metrics, *gradients.in_stored_dtypes(weight, bias)
-
-
-class _Chunk(NamedTuple):
-    """Rows ``lo:hi`` of the tokens in use, which belong to completions ``first:last``."""
-
-    lo: int
-    hi: int
-    first: int
-    last: int
-
-    def ends(self, ends: Sequence[int]) -> list[int]:
-        """``cu_seqlens`` of the chunk: the completions' boundaries, cut at its own."""
-        inside = ends[self.first : self.last + 1]
-        return [min(max(end, self.lo), self.hi) - self.lo for end in inside]
-
-
-def _chunks(ends: Sequence[int], R: int, whole: bool) -> Iterator[_Chunk]:
-    """The tokens in runs of at most R; where ``whole``, of as many whole completions as fit in R,
-    and a longer one by itself."""
-    N, lo = ends[-1], 0
-    while lo < N:
-        first = bisect.bisect_right(ends, lo) - 1
-        hi = min(lo + R, N)
-        if whole and hi < N:
-            complete = ends[bisect.bisect_right(ends, hi) - 1]
-            hi = complete if complete > lo else ends[first + 1]
-        yield _Chunk(lo, hi, first, bisect.bisect_left(ends, hi))
-        lo = hi
-
-
-def _used_tokens(
-    cu_seqlens: Tensor, mask: Tensor | None, sampler_ratio: Tensor | None, like: Tensor
-) -> tuple[Tensor, list[int]]:
-    """Indices of the tokens that take part, and how many do up to each completion's boundary."""
-    N = len(like)
-    boundaries = cu_seqlens.tolist()
-    if boundaries[0] != 0 or boundaries[-1] != N or boundaries != sorted(boundaries):
-        raise ValueError(f"cu_seqlens is {boundaries}: expected to rise from 0 to N={N}.")
-    if sampler_ratio is not None:
-        finite = sampler_ratio.isfinite()
-        mask = finite if mask is None else mask & finite
-    if mask is None:
-        return torch.arange(N, device=like.device), boundaries
-    before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
-    return mask.nonzero().flatten(), before[cu_seqlens.to(mask.device).long()].tolist()
 
 
 def _gradients(

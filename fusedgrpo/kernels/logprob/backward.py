@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedgrpo.kernels.backend import resolve_backend
 from fusedgrpo.kernels.custom_op import plain_arithmetic_on, refuse_second_derivative
-from fusedgrpo.kernels.logprob.tiles import Finished, HeadOptions
+from fusedgrpo.kernels.logprob.tiles import HeadOptions, RowStatistics
 from fusedgrpo.kernels.logprob.vocab_pass import (
     accumulator,
     mm_into,
@@ -22,23 +22,28 @@ from fusedgrpo.kernels.logprob.vocab_pass import (
 
 
 @torch.library.custom_op("fusedgrpo::scale_rows", mutates_args=())
-def scale_rows(g: Tensor | None, u: Tensor, e: Tensor | None, v: Tensor) -> Tensor:
-    """``g[:, None] * u + e[:, None] * v`` over the terms that are there, rounded once."""
-    out = torch.empty_like(u)
-    for lo in range(0, len(u), 4096):
+def scale_rows(
+    grad_logp: Tensor | None, dlogp: Tensor, grad_entropy: Tensor | None, dentropy: Tensor
+) -> Tensor:
+    """``grad_logp[:, None] * dlogp + grad_entropy[:, None] * dentropy`` over the terms that are
+    there, rounded once."""
+    out = torch.empty_like(dlogp)
+    for lo in range(0, len(dlogp), 4096):
         part = slice(lo, lo + 4096)
         total: Tensor | float = 0.0
-        if g is not None:
-            total = total + g[part, None] * u[part]
-        if e is not None:
-            total = total + e[part, None] * v[part]
+        if grad_logp is not None:
+            total = total + grad_logp[part, None] * dlogp[part]
+        if grad_entropy is not None:
+            total = total + grad_entropy[part, None] * dentropy[part]
         out[part] = total
     return out
 
 
 @scale_rows.register_fake
-def _(g: Tensor | None, u: Tensor, e: Tensor | None, v: Tensor) -> Tensor:
-    return torch.empty_like(u)
+def _(
+    grad_logp: Tensor | None, dlogp: Tensor, grad_entropy: Tensor | None, dentropy: Tensor
+) -> Tensor:
+    return torch.empty_like(dlogp)
 
 
 @torch.library.custom_op("fusedgrpo::linear_logprob_head_gradients", mutates_args=())
@@ -71,8 +76,7 @@ def head_gradients(
     bias = None if bias is None else bias.contiguous()
     if grad_logp is None:
         grad_logp = torch.zeros_like(logp)
-    # A low-precision dz would round coefficients of 1e-8 a token away: it is in units of the
-    # greatest one.
+    # Divide by max |grad| before the 16-bit cast: gradients of 1e-8 a token would underflow.
     unit = _greatest(grad_logp, grad_entropy)
     new: dict[str, Any] = {"dtype": accumulator(hidden), "device": hidden.device}
     grad_weight, grad_bias = _head_outputs(weight, bias, weight_grad, bias_grad)
@@ -88,11 +92,11 @@ def head_gradients(
                 h = operand(hidden[rows])
                 z, dz = z_RK[: len(h), : len(w)], dz_RK[: len(h), : len(w)]
                 mm_into(z, h, w.T)
-                done = Finished(
+                statistics = RowStatistics(
                     logp[rows],
                     z_target[rows],
                     entropy[rows] if len(entropy) else entropy,
-                    unit=logp.new_empty(0),  # of u and v, which this pass does not have
+                    unit=logp.new_empty(0),  # of dlogp and dentropy, which this pass does not have
                 )
                 fn.logit_gradient_tile(
                     z,
@@ -100,7 +104,7 @@ def head_gradients(
                     target[rows],
                     lo,
                     head,
-                    done,
+                    statistics,
                     grad_logp[rows] / unit,
                     None if grad_entropy is None else grad_entropy[rows] / unit,
                     dz,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedgrpo.kernels.launch import row_launch
 from fusedgrpo.kernels.logprob.logit_triton import base_of
-from fusedgrpo.kernels.logprob.tiles import Finished, HeadOptions, Running
+from fusedgrpo.kernels.logprob.tiles import HeadOptions, OnlineSoftmax, RowStatistics
 from fusedgrpo.kernels.triton_math import sigmoid, softplus
 
 
@@ -31,8 +31,8 @@ def finish_kernel(
     logp_ptr,
     unit_ptr,
     entropy_ptr,
-    u_ptr,
-    v_ptr,
+    dlogp_ptr,
+    dentropy_ptr,
     H,
     SLOPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,7 +58,7 @@ def finish_kernel(
     tl.store(unit_ptr + row, rest * SLOPE)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, entropy)
-    if u_ptr is not None:
+    if dlogp_ptr is not None:
         target = tl.load(target_ptr + row)
         slope_target = tl.load(slope_target_ptr + row)
         pure = (rest == 0.0) | (p_target == 0.0)
@@ -72,37 +72,41 @@ def finish_kernel(
             w = tl.load(weight_ptr + w_offset, mask=inside, other=0.0).to(tl.float32)
             w = w * slope_target
             mean_w = tl.load(acc_ptr + row * H + cols, mask=inside, other=0.0) / total
-            u = w - mean_w
-            tl.store(u_ptr + row * H + cols, u.to(u_ptr.dtype.element_ty), mask=inside)
-            if v_ptr is not None:
+            dlogp = w - mean_w
+            tl.store(dlogp_ptr + row * H + cols, dlogp.to(dlogp_ptr.dtype.element_ty), mask=inside)
+            if dentropy_ptr is not None:
                 mean_first = tl.load(acc_first_ptr + row * H + cols, mask=inside, other=0.0) / total
-                v = -(share * w + mean_first + level * mean_w)
-                tl.store(v_ptr + row * H + cols, v.to(v_ptr.dtype.element_ty), mask=inside)
+                dentropy = -(share * w + mean_first + level * mean_w)
+                tl.store(
+                    dentropy_ptr + row * H + cols,
+                    dentropy.to(dentropy_ptr.dtype.element_ty),
+                    mask=inside,
+                )
 
 
 def finish(
-    run: Running,
+    softmax: OnlineSoftmax,
     target: Tensor,
     weight: Tensor,
     head: HeadOptions,
     acc: Tensor | None,
     acc_first: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
     *,
     want_entropy: bool,
-) -> Finished:
+) -> RowStatistics:
     R, H = len(target), weight.shape[1]
     launch = row_launch(H)
-    logp, unit = torch.empty_like(run.total), torch.empty_like(run.total)
-    want_entropy = want_entropy or v is not None
-    entropy = torch.empty_like(run.total) if want_entropy else run.total.new_empty(0)
+    logp, unit = torch.empty_like(softmax.total), torch.empty_like(softmax.total)
+    want_entropy = want_entropy or dentropy is not None
+    entropy = torch.empty_like(softmax.total) if want_entropy else softmax.total.new_empty(0)
     finish_kernel[(R,)](
-        run.high,
-        run.total,
-        run.first,
-        run.z_target,
-        run.slope_target,
+        softmax.high,
+        softmax.total,
+        softmax.first,
+        softmax.z_target,
+        softmax.slope_target,
         target,
         weight,
         weight.stride(0),
@@ -112,11 +116,11 @@ def finish(
         logp,
         unit,
         entropy if want_entropy else None,
-        u,
-        v,
+        dlogp,
+        dentropy,
         H,
         SLOPE=head.slope,
         BLOCK=launch.block,
         **launch.options(),
     )
-    return Finished(logp, run.z_target, entropy, unit)
+    return RowStatistics(logp, softmax.z_target, entropy, unit)

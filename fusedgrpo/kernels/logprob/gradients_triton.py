@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedgrpo.kernels.launch import tile_launch
 from fusedgrpo.kernels.logprob.logit_triton import base_of, head_constants, read_logits
-from fusedgrpo.kernels.logprob.tiles import Finished, HeadOptions
+from fusedgrpo.kernels.logprob.tiles import HeadOptions, RowStatistics
 from fusedgrpo.kernels.triton_math import expm1
 
 
@@ -64,7 +64,7 @@ def logit_gradient_tile(
     target: Tensor,
     lo: int,
     head: HeadOptions,
-    done: Finished,
+    statistics: RowStatistics,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
     dz: Tensor,
@@ -76,9 +76,9 @@ def logit_gradient_tile(
         z.stride(0),
         bias,
         target,
-        done.logp,
-        done.z_target,
-        None if grad_entropy is None else done.entropy,
+        statistics.logp,
+        statistics.z_target,
+        None if grad_entropy is None else statistics.entropy,
         grad_logp,
         grad_entropy,
         dz,
@@ -129,7 +129,7 @@ def stored_gradient_tile(
     target: Tensor,
     lo: int,
     high: Tensor,
-    done: Finished,
+    statistics: RowStatistics,
     factor: Tensor,
     at_target: Tensor,
     dz: Tensor,
@@ -142,8 +142,8 @@ def stored_gradient_tile(
         rows,
         target,
         high,
-        done.logp,
-        done.z_target,
+        statistics.logp,
+        statistics.z_target,
         factor,
         at_target,
         dz,

@@ -41,7 +41,7 @@ def read_logits(
 
 @triton.jit
 def base_of(high):
-    """What is subtracted before exp: the maximum, or 0 where no other column was seen yet."""
+    """The maximum, which is subtracted before exp; 0 where no other column was seen yet."""
     return tl.where(high == float("-inf"), 0.0, high)
 
 

@@ -3,16 +3,16 @@
     z = hidden @ weight.T + bias;  z *= logit_scale;  z = softcap * tanh(z / softcap)
     z /= temperature;              logp = log_softmax(z)[target]
 
-This is attention with query = hidden and key = value = weight. The vocabulary passes by in tiles
-under an online softmax, and with each tile ``acc += p @ W_tile`` is kept as well, so that after one
-pass ``u = d logp / d hidden`` is known: the backward with a frozen head is one row scale. The work
-is 2 u with a frozen head (1 u = 2 N H V FLOP), 1 u when no gradient is needed, 4 u with a head that
-trains.
+This is attention with query = hidden and key = value = weight (FlashAttention, Dao et al., 2022,
+arXiv 2205.14135). The vocabulary passes by in tiles under an online softmax, and with each tile
+``acc += p @ W_tile`` is kept as well, so that after one pass ``dlogp = d logp / d hidden`` is
+known: the backward with a frozen head is one row scale. The work is 2 u with a frozen head
+(1 u = 2 N H V FLOP), 1 u when no gradient is needed, 4 u with a head that trains.
 
 The target's own column stays out of the softmax over the others:
 
-    logp = -softplus(lse_others - z_target)
-    u    = (1 - p_target) * (W[target] - E_others[W]),   1 - p_target = -expm1(logp)
+    logp  = -softplus(lse_others - z_target)
+    dlogp = (1 - p_target) * (W[target] - E_others[W]),   1 - p_target = -expm1(logp)
 
 so a token that the model is sure of (p -> 1) keeps its gradient instead of losing it to 1 - 1.
 Logits and every accumulator are float32. Deterministic: tiles depend on the shape of the head only.
@@ -110,7 +110,7 @@ def _linear_logprob(
     softcap: float | None,
     want_entropy: bool,
     grad_entropy: bool,
-    want_u: bool,
+    want_dlogp: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``logp``, ``z_target``, ``entropy``, ``unit``, each ``[N]``, and the gradients ``[N, H]`` of
@@ -123,7 +123,7 @@ def _linear_logprob(
     bias = None if bias is None else bias.contiguous()
     check_targets(kept_target, len(weight))
 
-    outputs = _outputs(hidden, want_entropy, want_u, want_u and grad_entropy, torch.zeros)
+    outputs = _outputs(hidden, want_entropy, want_dlogp, want_dlogp and grad_entropy, torch.zeros)
     R = tiling_for(weight).rows
     full: dict[str, Any] = {"dtype": hidden.dtype, "device": hidden.device}
     with plain_arithmetic_on(hidden):
@@ -131,8 +131,10 @@ def _linear_logprob(
             # Chunks are gathered one by one: a compacted copy of hidden never exists.
             rows = slice(lo, lo + R) if keep is None else keep[lo : lo + R]
             chunk = hidden[rows]
-            u, v = (torch.empty(chunk.shape, **full) if len(x) else None for x in outputs[4:])
-            done = vocab_pass(
+            dlogp, dentropy = (
+                torch.empty(chunk.shape, **full) if len(x) else None for x in outputs[4:]
+            )
+            statistics = vocab_pass(
                 chunk,
                 weight,
                 bias,
@@ -140,17 +142,17 @@ def _linear_logprob(
                 head,
                 chosen,
                 want_entropy=want_entropy,
-                u=u,
-                v=v,
-            ).done
-            for out, part in zip(outputs, (*done, u, v), strict=True):
+                dlogp=dlogp,
+                dentropy=dentropy,
+            ).statistics
+            for out, part in zip(outputs, (*statistics, dlogp, dentropy), strict=True):
                 if len(out) and part is not None:
                     out[rows] = part
     return outputs
 
 
 def _outputs(
-    hidden: Tensor, want_entropy: bool, want_u: bool, want_v: bool, new: Any
+    hidden: Tensor, want_entropy: bool, want_dlogp: bool, want_dentropy: bool, new: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, H = hidden.shape
     row = {"dtype": accumulator(hidden), "device": hidden.device}
@@ -160,32 +162,34 @@ def _outputs(
         new(N, **row),
         new(N if want_entropy else 0, **row),
         new(N, **row),
-        new((N if want_u else 0, H), **full),
-        new((N if want_v else 0, H), **full),
+        new((N if want_dlogp else 0, H), **full),
+        new((N if want_dentropy else 0, H), **full),
     )
 
 
 @_linear_logprob.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, want_entropy, grad_entropy, want_u, _ = rest
-    return _outputs(hidden, want_entropy, want_u, want_u and grad_entropy, torch.empty)
+    *_, want_entropy, grad_entropy, want_dlogp, _ = rest
+    return _outputs(hidden, want_entropy, want_dlogp, want_dlogp and grad_entropy, torch.empty)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, *_ = inputs
-    logp, z_target, entropy, unit, u, v = output
-    _, _, _, _, _, *ctx.head, want_entropy, grad_entropy, ctx.has_u, ctx.backend = inputs
+    logp, z_target, entropy, unit, dlogp, dentropy = output
+    _, _, _, _, _, *ctx.head, want_entropy, grad_entropy, ctx.has_dlogp, ctx.backend = inputs
     ctx.grad_entropy = want_entropy and grad_entropy
     ctx.weight_grad = ctx.needs_input_grad[1]
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[2]
     head_grad = ctx.weight_grad or ctx.bias_grad
     ctx.save_for_backward(
         unit,
-        u,
-        v,
+        dlogp,
+        dentropy,
         *((hidden, weight, bias, target, mask, logp, z_target, entropy) if head_grad else ()),
     )
-    ctx.mark_non_differentiable(z_target, unit, u, v, *(() if ctx.grad_entropy else (entropy,)))
+    ctx.mark_non_differentiable(
+        z_target, unit, dlogp, dentropy, *(() if ctx.grad_entropy else (entropy,))
+    )
     ctx.set_materialize_grads(False)
 
 
@@ -196,18 +200,18 @@ def _backward(
     grad_entropy: Tensor | None,
     *_: None,
 ) -> tuple[Tensor | None, ...]:
-    unit, u, v, *for_head = ctx.saved_tensors
+    unit, dlogp, dentropy, *for_head = ctx.saved_tensors
     grad_hidden = grad_weight = grad_bias = None
     if not ctx.grad_entropy:
         grad_entropy = None
     if grad_logp is not None or grad_entropy is not None:
         if ctx.needs_input_grad[0]:
-            if not ctx.has_u:
+            if not ctx.has_dlogp:
                 raise RuntimeError(
                     "linear_logprob ran without grad mode: it kept no gradient of hidden."
                 )
             in_units = (None if g is None else g * unit for g in (grad_logp, grad_entropy))
-            grad_hidden = scale_rows(next(in_units), u, next(in_units), v)
+            grad_hidden = scale_rows(next(in_units), dlogp, next(in_units), dentropy)
         if for_head:
             grad_weight, grad_bias = head_gradients(
                 *for_head,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedgrpo.kernels.launch import row_launch, tile_launch
 from fusedgrpo.kernels.logprob.logit_triton import base_of, head_constants, read_logits
-from fusedgrpo.kernels.logprob.tiles import HeadOptions, Running
+from fusedgrpo.kernels.logprob.tiles import HeadOptions, OnlineSoftmax
 
 
 @triton.jit
@@ -55,8 +55,9 @@ def softmax_tile_kernel(
     base = base_of(high)
     shift = tl.where(before == float("-inf"), 0.0, before - base)
 
-    # No store in this loop, and another block size in the one that stores: this one is laid out by
-    # its load then, sums have one order in every variant, and scoring gives the bits of the update.
+    # Do not fuse the store of p: Triton would pick another layout and reduction order, and scoring
+    # and update would differ in the last bit. For the same reason the loop that stores has another
+    # block size.
     total = tl.zeros((BLOCK,), tl.float32)
     first = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
@@ -95,7 +96,7 @@ def softmax_tile(
     target: Tensor,
     lo: int,
     head: HeadOptions,
-    run: Running,
+    softmax: OnlineSoftmax,
     p: Tensor | None,
     *,
     want_first: bool,
@@ -109,12 +110,12 @@ def softmax_tile(
         target,
         p,
         0 if p is None else p.stride(0),
-        run.high,
-        run.total,
-        run.first,
-        run.shift,
-        run.z_target,
-        run.slope_target,
+        softmax.high,
+        softmax.total,
+        softmax.first,
+        softmax.shift,
+        softmax.z_target,
+        softmax.slope_target,
         lo,
         K,
         **head_constants(head),
@@ -159,7 +160,7 @@ def moment_tile(
     target: Tensor,
     lo: int,
     head: HeadOptions,
-    run: Running,
+    softmax: OnlineSoftmax,
     p: Tensor,
 ) -> None:
     R, K = z.shape
@@ -171,7 +172,7 @@ def moment_tile(
         target,
         p,
         p.stride(0),
-        run.high,
+        softmax.high,
         lo,
         K,
         **head_constants(head),

@@ -1,6 +1,7 @@
-"""What happens to one tile of logits between two GEMMs, in plain torch.
+"""One tile of logits between two GEMMs, in plain torch: the online softmax (Milakov and Gimelshein,
+2018, arXiv 1805.02867) and the gradients.
 
-The twin of ``tiles_triton.py``: the same functions with the same arguments, and the CPU's own path.
+``tiles_triton.py`` has the same functions with the same arguments; these are the CPU's own path.
 Shapes: R rows of a chunk, K columns of a tile that starts at column ``lo`` of the vocabulary V,
 H hidden. ``z [R, K]`` is what the GEMM left, before bias and scale, and is used up.
 """
@@ -18,7 +19,7 @@ from torch.nn.functional import softplus
 
 @dataclass(frozen=True, slots=True)
 class HeadOptions:
-    """What happens to a logit between the GEMM and the softmax."""
+    """Scale, softcap and temperature: from the GEMM's result to the logit of the softmax."""
 
     temperature: float = 1.0
     logit_scale: float = 1.0
@@ -38,7 +39,7 @@ class HeadOptions:
         return self.logit_scale / self.temperature
 
 
-class Running(NamedTuple):
+class OnlineSoftmax(NamedTuple):
     """The online softmax of R rows over the columns that are not the target; each ``[R]``."""
 
     high: Tensor  # greatest z so far, -inf before the first column
@@ -49,20 +50,20 @@ class Running(NamedTuple):
     slope_target: Tensor  # d softcap(x) / dx at the target's logit
 
     @classmethod
-    def start(cls, R: int, like: Tensor, dtype: torch.dtype) -> Running:
+    def start(cls, R: int, like: Tensor, dtype: torch.dtype) -> OnlineSoftmax:
         zeros = torch.zeros(6, R, dtype=dtype, device=like.device)
         zeros[0] = -torch.inf
         zeros[5] = 1.0
         return cls(*zeros.unbind())
 
 
-class Finished(NamedTuple):
-    """What the pass over the vocabulary leaves for R rows; all in the accumulator's dtype."""
+class RowStatistics(NamedTuple):
+    """R rows after the pass over the vocabulary; all in the accumulator's dtype."""
 
     logp: Tensor  # [R]
     z_target: Tensor  # [R] with it, log p_j = (z_j - z_target) + logp, however large the logits
     entropy: Tensor  # [R]; [0] unless asked for
-    unit: Tensor  # [R] (1 - p_target) * slope, which u and v are to be multiplied by
+    unit: Tensor  # [R] (1 - p_target) * slope, which dlogp and dentropy are to be multiplied by
 
 
 def softmax_tile(
@@ -71,31 +72,33 @@ def softmax_tile(
     target: Tensor,
     lo: int,
     head: HeadOptions,
-    run: Running,
+    softmax: OnlineSoftmax,
     p: Tensor | None,
     *,
     want_first: bool,
 ) -> None:
-    """Takes a tile into the running softmax, and leaves ``exp(z - high) * slope`` in ``p [R, K]``.
+    """Takes a tile into the online softmax, and leaves ``exp(z - high) * slope`` in ``p [R, K]``.
 
     The target's column is 0 in ``p`` and in no sum. The slope is the softcap's, 1 without one.
     """
-    _finish_logits(z, bias, head)
+    _logits(z, bias, head)
     here, column = _target_column(target, lo, z.shape[1])
     z_column = z.gather(1, column)
-    run.z_target.copy_(torch.where(here, z_column, run.z_target[:, None])[:, 0])
+    softmax.z_target.copy_(torch.where(here, z_column, softmax.z_target[:, None])[:, 0])
     slope = None
     if head.softcap is not None:
         slope = _softcap_slope(z, head) if p is not None else None
         at_target = _softcap_slope(z_column, head)
-        run.slope_target.copy_(torch.where(here, at_target, run.slope_target[:, None])[:, 0])
+        softmax.slope_target.copy_(
+            torch.where(here, at_target, softmax.slope_target[:, None])[:, 0]
+        )
     z.scatter_(1, column, torch.where(here, -torch.inf, z_column))
 
-    before = run.high.clone()
-    torch.maximum(before, z.amax(1), out=run.high)
-    base = _base(run.high)
-    run.shift.copy_(torch.where(before == -torch.inf, 0.0, before - base))
-    rescale = run.shift.exp()
+    before = softmax.high.clone()
+    torch.maximum(before, z.amax(1), out=softmax.high)
+    base = _base(softmax.high)
+    softmax.shift.copy_(torch.where(before == -torch.inf, 0.0, before - base))
+    rescale = softmax.shift.exp()
     z -= base[:, None]
     if p is not None and p.dtype == z.dtype:
         e = torch.exp(z, out=p)
@@ -103,8 +106,8 @@ def softmax_tile(
         e = torch.exp(z, out=None if want_first or p is not None else z)
     if want_first:
         sum_first = (e * z.masked_fill(z == -torch.inf, 0.0)).sum(1)
-        run.first.copy_(rescale * (run.first + run.shift * run.total) + sum_first)
-    run.total.mul_(rescale).add_(e.sum(1))
+        softmax.first.copy_(rescale * (softmax.first + softmax.shift * softmax.total) + sum_first)
+    softmax.total.mul_(rescale).add_(e.sum(1))
     if p is not None:
         if slope is not None:
             e *= slope
@@ -118,14 +121,14 @@ def moment_tile(
     target: Tensor,
     lo: int,
     head: HeadOptions,
-    run: Running,
+    softmax: OnlineSoftmax,
     p: Tensor,
 ) -> None:
     """Leaves ``exp(z - high) * (z - high) * slope`` in ``p``; z as ``softmax_tile`` left it."""
     e = z.exp()
     e *= z.masked_fill_(z == -torch.inf, 0.0)
     if head.softcap is not None:
-        e *= _softcap_slope(z + _base(run.high)[:, None], head)
+        e *= _softcap_slope(z + _base(softmax.high)[:, None], head)
     p.copy_(e)
 
 
@@ -137,19 +140,19 @@ def rescale(acc: Tensor, acc_first: Tensor | None, shift: Tensor) -> None:
 
 
 def finish(
-    run: Running,
+    softmax: OnlineSoftmax,
     target: Tensor,
     weight: Tensor,
     head: HeadOptions,
     acc: Tensor | None,
     acc_first: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
     *,
     want_entropy: bool,
-) -> Finished:
-    """Log-probs from the running sums; ``u [R, H]`` and ``v [R, H]`` get d logp / d hidden and
-    d entropy / d hidden, both divided by ``unit``.
+) -> RowStatistics:
+    """Log-probs from the sums of the online softmax; ``dlogp [R, H]`` and ``dentropy [R, H]`` get
+    d logp / d hidden and d entropy / d hidden, both divided by ``unit``.
 
     With x = (log-sum-exp of the others) - z_target:
 
@@ -160,29 +163,29 @@ def finish(
 
     1 - p_target is the part that 16 bits cannot hold where a token is all but certain.
     """
-    base = _base(run.high)
-    x = run.total.log() + (base - run.z_target)
+    base = _base(softmax.high)
+    x = softmax.total.log() + (base - softmax.z_target)
     logp = -_softplus(x)
-    some = run.total > 0
+    some = softmax.total > 0
     rest, p_target = -torch.expm1(logp), logp.exp()  # 1 - p_target, p_target
-    total = torch.where(some, run.total, 1.0)
+    total = torch.where(some, softmax.total, 1.0)
     entropy = logp.new_empty(0)
     log_rest = -_softplus(-x)
-    if want_entropy or v is not None:
-        within = torch.where(some, total.log() - run.first / total, 0.0)
+    if want_entropy or dentropy is not None:
+        within = torch.where(some, total.log() - softmax.first / total, 0.0)
         own = torch.where(p_target > 0, p_target * logp, 0.0)
         entropy = torch.where(rest > 0, rest * (within - log_rest), 0.0) - own
-    if acc is not None and u is not None:
-        target_w = weight[target].to(acc.dtype) * run.slope_target[:, None]
+    if acc is not None and dlogp is not None:
+        target_w = weight[target].to(acc.dtype) * softmax.slope_target[:, None]
         mean_w = acc / total[:, None]
-        u.copy_(target_w - mean_w)
-        if acc_first is not None and v is not None:
+        dlogp.copy_(target_w - mean_w)
+        if acc_first is not None and dentropy is not None:
             mixed = (rest > 0) & (p_target > 0)
             share = torch.where(mixed, p_target * (logp + entropy) / rest, 0.0)[:, None]
             # log p_j + H where z_j = high
             level = torch.where(some, log_rest - total.log() + entropy, 0.0)[:, None]
-            v.copy_(-(share * target_w + acc_first / total[:, None] + level * mean_w))
-    return Finished(logp, run.z_target, entropy, rest * head.slope)
+            dentropy.copy_(-(share * target_w + acc_first / total[:, None] + level * mean_w))
+    return RowStatistics(logp, softmax.z_target, entropy, rest * head.slope)
 
 
 def logit_gradient_tile(
@@ -191,7 +194,7 @@ def logit_gradient_tile(
     target: Tensor,
     lo: int,
     head: HeadOptions,
-    done: Finished,
+    statistics: RowStatistics,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
     dz: Tensor,
@@ -200,17 +203,17 @@ def logit_gradient_tile(
 
     dz_j = (G ([j = target] - p_j) - E p_j (log p_j + H)) * slope
     """
-    _finish_logits(z, bias, head)
+    _logits(z, bias, head)
     here, column = _target_column(target, lo, z.shape[1])
     slope = None if head.softcap is None else _softcap_slope(z, head)
-    logp, G = done.logp[:, None], grad_logp[:, None]
-    log_p = z.sub_(done.z_target[:, None]).add_(logp)
+    logp, G = statistics.logp[:, None], grad_logp[:, None]
+    log_p = z.sub_(statistics.z_target[:, None]).add_(logp)
     log_p.scatter_(1, column, torch.where(here, logp, log_p.gather(1, column)))
     p = log_p.exp()
     grad = -G * p
     grad.scatter_(1, column, torch.where(here, -G * torch.expm1(logp), grad.gather(1, column)))
     if grad_entropy is not None:
-        surprise = torch.where(p > 0, log_p + done.entropy[:, None], 0.0)
+        surprise = torch.where(p > 0, log_p + statistics.entropy[:, None], 0.0)
         grad -= grad_entropy[:, None] * p * surprise
     if slope is not None:
         grad *= slope
@@ -223,7 +226,7 @@ def stored_gradient_tile(
     target: Tensor,
     lo: int,
     high: Tensor,
-    done: Finished,
+    statistics: RowStatistics,
     factor: Tensor,
     at_target: Tensor,
     dz: Tensor,
@@ -231,17 +234,17 @@ def stored_gradient_tile(
     """Gradient of the GEMM's result from stored probabilities, for the rows that have one.
 
     p: ``[R, K]`` as ``softmax_tile`` left it, when the maximum was ``high [R]``. rows: ``[r]``,
-    which of R. target, done, factor, at_target: ``[r]``. dz: ``[r, K]``, gets ``-factor p_j`` with
-    the whole softmax's p, and ``at_target`` in the target's column.
+    which of R. target, statistics, factor, at_target: ``[r]``. dz: ``[r, K]``, gets
+    ``-factor p_j`` with the whole softmax's p, and ``at_target`` in the target's column.
     """
-    scale = -factor * (_base(high)[rows] - done.z_target + done.logp).exp()
+    scale = -factor * (_base(high)[rows] - statistics.z_target + statistics.logp).exp()
     grad = p[rows].to(scale.dtype).mul_(scale[:, None])
     here, column = _target_column(target, lo, grad.shape[1])
     grad.scatter_(1, column, torch.where(here, at_target[:, None], grad.gather(1, column)))
     dz.copy_(grad)
 
 
-def _finish_logits(z: Tensor, bias: Tensor | None, head: HeadOptions) -> None:
+def _logits(z: Tensor, bias: Tensor | None, head: HeadOptions) -> None:
     """Bias, scale, softcap and temperature on the GEMM's result, in place."""
     if bias is not None:
         z += bias
@@ -252,13 +255,13 @@ def _finish_logits(z: Tensor, bias: Tensor | None, head: HeadOptions) -> None:
 
 
 def _softcap_slope(z: Tensor, head: HeadOptions) -> Tensor:
-    """d softcap(x) / dx where the finished logit is ``z``."""
+    """d softcap(x) / dx where the logit is ``z``."""
     assert head.softcap is not None
     return 1 - (z * (head.temperature / head.softcap)).square()
 
 
 def _base(high: Tensor) -> Tensor:
-    """What is subtracted before exp: the maximum, or 0 where no other column was seen yet."""
+    """The maximum, which is subtracted before exp; 0 where no other column was seen yet."""
     return torch.where(high == -torch.inf, 0.0, high)
 
 

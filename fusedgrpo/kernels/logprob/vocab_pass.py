@@ -21,7 +21,7 @@ from torch import Tensor
 from fusedgrpo.kernels.backend import Resolved
 from fusedgrpo.kernels.launch import Tiling, tiling
 from fusedgrpo.kernels.logprob import tiles
-from fusedgrpo.kernels.logprob.tiles import Finished, HeadOptions, Running
+from fusedgrpo.kernels.logprob.tiles import HeadOptions, OnlineSoftmax, RowStatistics
 
 # What probabilities are rounded to besides the GEMM's own operand dtype; see probabilities_as.
 _rounding: torch.dtype | None = None
@@ -31,15 +31,15 @@ class Stored(NamedTuple):
     """Probabilities of R rows that were kept, tile by tile, as ``tiles.softmax_tile`` left them."""
 
     p: Tensor  # [R, V]
-    high: Tensor  # [tiles, R] the running maximum when the tile was written
+    high: Tensor  # [tiles, R] the maximum when the tile was written
     tile_columns: int
 
 
 class VocabPass(NamedTuple):
-    """What one pass leaves for R rows."""
+    """R rows after one pass."""
 
-    done: Finished
-    run: Running
+    statistics: RowStatistics
+    softmax: OnlineSoftmax
     stored: Stored | None
 
 
@@ -66,25 +66,25 @@ def vocab_pass(
     backend: Resolved,
     *,
     want_entropy: bool = False,
-    u: Tensor | None = None,
-    v: Tensor | None = None,
+    dlogp: Tensor | None = None,
+    dentropy: Tensor | None = None,
     store: bool = False,
 ) -> VocabPass:
     """The online softmax over the columns that are not the target, for the rows of ``h [R, H]``.
 
-    ``u [R, H]`` and ``v [R, H]`` get the gradients of log-prob and entropy if given (``v`` needs
-    ``u``), each for one GEMM more. ``store`` keeps the probabilities.
+    ``dlogp [R, H]`` and ``dentropy [R, H]`` get the gradients of log-prob and entropy if given
+    (``dentropy`` needs ``dlogp``), each for one GEMM more. ``store`` keeps the probabilities.
     """
     fn = tile_functions(backend)
     R, V = len(h), len(weight)
     K = min(tiling_for(weight).columns, V)
     dtype, p_dtype = accumulator(h), operand_dtype(weight)
     h = operand(h)
-    run = Running.start(R, h, dtype)
+    softmax = OnlineSoftmax.start(R, h, dtype)
     z_RK = torch.empty(R, K, dtype=dtype, device=h.device)
-    p_RK = torch.empty(R, K, dtype=p_dtype, device=h.device) if u is not None else None
-    acc = torch.empty(h.shape, dtype=dtype, device=h.device) if u is not None else None
-    acc_first = torch.empty_like(acc) if acc is not None and v is not None else None
+    p_RK = torch.empty(R, K, dtype=p_dtype, device=h.device) if dlogp is not None else None
+    acc = torch.empty(h.shape, dtype=dtype, device=h.device) if dlogp is not None else None
+    acc_first = torch.empty_like(acc) if acc is not None and dentropy is not None else None
     stored = None
     if store:
         highs = torch.empty(-(-V // K), R, dtype=dtype, device=h.device)
@@ -100,22 +100,26 @@ def vocab_pass(
             p = stored.p[:, lo : lo + K]
         elif p_RK is not None:
             p = p_RK[:, : len(w)]
-        fn.softmax_tile(z, b, target, lo, head, run, p, want_first=want_entropy or v is not None)
+        fn.softmax_tile(
+            z, b, target, lo, head, softmax, p, want_first=want_entropy or dentropy is not None
+        )
         if p is not None:
             round_operand(p)
         if stored is not None:
-            stored.high[index] = run.high
+            stored.high[index] = softmax.high
         if acc is not None:
             assert p is not None
             if lo > 0:
-                fn.rescale(acc, acc_first, run.shift)
+                fn.rescale(acc, acc_first, softmax.shift)
             mm_into(acc, p, w, add=lo > 0)
             if acc_first is not None:
-                fn.moment_tile(z, b, target, lo, head, run, p)
+                fn.moment_tile(z, b, target, lo, head, softmax, p)
                 round_operand(p)
                 mm_into(acc_first, p, w, add=lo > 0)
-    done = fn.finish(run, target, weight, head, acc, acc_first, u, v, want_entropy=want_entropy)
-    return VocabPass(done, run, stored)
+    statistics = fn.finish(
+        softmax, target, weight, head, acc, acc_first, dlogp, dentropy, want_entropy=want_entropy
+    )
+    return VocabPass(statistics, softmax, stored)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What a sum of token losses is divided by: known to the caller, so that any split adds up."""
+"""The denominator of a sum of token losses: known to the caller, so that any split adds up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def loss_denominator(
     num_items: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
 ) -> Tensor:
-    """What ``loss_terms`` divides by: a 0-dim tensor like ``logp [N]``, computed on its device."""
+    """The divisor of ``loss_terms``: a 0-dim tensor like ``logp [N]``, computed on its device."""
     if options.mean_per_completion or options.loss_type in ("luspo", "dr_grpo"):
         count = completions if num_sequences is None else num_sequences
     elif num_items is not None:

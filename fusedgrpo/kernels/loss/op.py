@@ -11,7 +11,8 @@ completion, level "sequence"), r = exp(s):
                                        k3 = exp(d) - d - 1, d = ref_logp - logp
 
 and the sum over tokens is divided by a denominator that the caller knows, so that any split into
-micro-batches adds up to the same loss. Formulas and metric names: TRL 1.16's ``GRPOTrainer``.
+micro-batches adds up to the same loss. Formulas and metric names: TRL 1.16's ``GRPOTrainer``; each
+loss's paper: ``terms.py``.
 It differs from TRL in one thing: log-ratios are masked, and clamped to +-20, before ``exp``.
 
 The forward already writes d loss / d logp (``terms.py``, where the derivation is), so that the

@@ -23,6 +23,11 @@ d loss / d logp_t is
     level "token"       (L'_t r_t [|w_t| <= 20] + l'_t) / D
     level "sequence"    (mean_i(L' r [|w| <= 20]) + l'_t) / D
 
+Papers (arXiv): clipping Schulman et al. 2017 (PPO, 1707.06347), grpo 2402.03300, dapo 2503.14476,
+dr_grpo 2503.20783, luspo 2602.05261, cispo 2506.13585, sapo 2511.20347, vespo 2602.10693, level
+"sequence" 2507.18071 (GSPO), delta 2505.07291 (INTELLECT-2), the KL times r 2512.02556 (DeepSeek-
+V3.2); k3: Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
+
 At a tie of the minimum each side counts half, and a clip passes the gradient at its bounds, as in
 torch's autograd. ``terms_triton.py`` has the same lines as a kernel.
 """
