@@ -14,11 +14,11 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 
 from fusedgrpo import host
-from fusedgrpo.engine import learner as update
+from fusedgrpo.engine import learner
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.kernels.logprob import backward as head_backward
-from fusedgrpo.kernels.logprob import tiles_triton, vocab_pass
+from fusedgrpo.kernels.logprob import finish_triton, softmax_triton, tiles_triton, vocab_pass
 from fusedgrpo.models import activation_offload as offload
 from fusedgrpo.models import loading, policy
 from fusedgrpo.models import packed_attention as attention
@@ -77,13 +77,13 @@ def cuda_choices() -> Iterator[None]:
         for module in (head_op, head_backward):
             patch(module, "plain_arithmetic_on", lambda x: torch.autocast("cpu", enabled=False))
         patch(head_op, "check_targets", lambda target, vocab: None)
-        for kernel in ("softmax_tile_kernel", "moment_tile_kernel", "rescale_kernel",
-                       "finish_kernel"):  # fmt: skip
-            patch(tiles_triton, kernel, NoLaunch())
+        for kernel in ("softmax_tile_kernel", "moment_tile_kernel", "rescale_kernel"):
+            patch(softmax_triton, kernel, NoLaunch())
+        patch(finish_triton, "finish_kernel", NoLaunch())
         # Offload: what moves are plain tensors, and here these are fake.
         patch(offload, "Tensor", FakeTensor)
         # Numbers that are asked for, and a mask whose length depends on some.
-        patch(update, "loss_mask", _loss_mask)
+        patch(learner, "loss_mask", _loss_mask)
         patch(FakeTensor, "tolist", lambda self: _ones(tuple(self.shape)))
         patch(FakeTensor, "item", lambda self: 1.0, create=True)
         yield

@@ -38,9 +38,10 @@ def group_advantages(
     int64 (any values, groups of any size, in any order). ``weights`` is ``[F]``, all 1 if left out.
 
     ``scale_rewards`` divides by the standard deviation of the ``"group"``, of the whole
-    ``"batch"``, or not (``"none"``; Dr. GRPO, arXiv 2503.20783). ``"sum_then_normalize"`` normalises the weighted sum of the
-    functions; ``"normalize_then_sum"`` normalises each function within its group, then the weighted
-    sum within the batch, and ignores ``scale_rewards`` (GDPO, arXiv 2601.05242).
+    ``"batch"``, or not (``"none"``; Dr. GRPO, arXiv 2503.20783). ``"sum_then_normalize"``
+    normalises the weighted sum of the functions; ``"normalize_then_sum"`` normalises each function
+    within its group, then the weighted sum within the batch, and ignores ``scale_rewards`` (GDPO,
+    arXiv 2601.05242).
 
     A row whose rewards are all NaN is left out of every mean and gets 0, and so does a row that has
     no other to compare with. Rewards that are equal throughout a group give exactly 0 there.
