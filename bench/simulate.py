@@ -37,8 +37,8 @@ from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.storage_tracker import Peak, StorageTracker, fake_tensors
 from fusedgrpo.engine.optimizer import build_optimizer
-from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.rollout import sampler as sampling
+from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.models import decoding
 from fusedgrpo.models.activation_offload import OffloadActivations
