@@ -1,4 +1,4 @@
-"""What a machine has, and what would keep a run from working there."""
+"""The machine as a run would find it, and anything that would keep it from working there."""
 
 from __future__ import annotations
 

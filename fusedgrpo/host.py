@@ -1,4 +1,4 @@
-"""What this machine can do: asked here and nowhere else.
+"""The abilities of this machine: asked here and nowhere else.
 
 The rest of the package calls these functions through the module (``host.has_bfloat16("cpu")``), so
 that a test can put another answer in their place. Nothing but speed, memory and the precision that
@@ -82,7 +82,7 @@ def has_bfloat16(device: torch.device | str) -> bool:
 
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
-    """Of the first processor; empty where the system does not say."""
+    """Facts about the first processor; empty where the system does not say."""
     if not CPUINFO.exists():
         return {}
     first = CPUINFO.read_text().split("\n\n")[0].splitlines()
@@ -108,7 +108,7 @@ def cpu_name() -> str:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

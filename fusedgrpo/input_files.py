@@ -56,5 +56,5 @@ def decode(data: bytes, path: Path, error: type[FusedGRPOError]) -> str:
 
 
 def other_encoding(data: bytes) -> str:
-    """What else than UTF-8 a byte order mark says, in brackets; else nothing."""
+    """Another encoding than UTF-8 that a byte order mark names, in brackets; else nothing."""
     return " (but UTF-16 or UTF-32)" if data.startswith(_OTHER_MARKS) else ""

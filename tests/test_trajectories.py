@@ -10,7 +10,7 @@ import trajectories
 GOLDEN = json.loads(trajectories.GOLDEN.read_text())
 # Another CPU rounds otherwise, and Adam divides by the size of a gradient: what is next to nothing
 # is much in a weight. A run of another computation is off by more than that everywhere.
-TOLERANCE = {"rel": 2e-3, "abs": 2e-5}
+TOLERANCE = {"rel": 5e-4, "abs": 2e-5}
 
 
 def test_every_run_has_its_numbers() -> None:

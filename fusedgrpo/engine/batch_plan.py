@@ -16,7 +16,7 @@ from fusedgrpo.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What a run samples and when it updates. Groups are prompts with their completions.
+    """How much a run samples, and when it updates. Groups are prompts with their completions.
 
     groups_per_rollout are sampled in one go and serve ``steps_per_rollout`` optimizer steps of
     ``groups_per_step`` each (the last one may have fewer), ``num_iterations`` times over.

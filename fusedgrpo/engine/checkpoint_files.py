@@ -180,8 +180,8 @@ def abandon_after(directory: Path, step: int) -> str | None:
 
 
 def why_not_written(error: BaseException) -> str | None:
-    """What the disk said, if ``error`` comes from there: safetensors and tokenizers have errors of
-    their own for it."""
+    """The disk's own words, if ``error`` comes from there: safetensors and tokenizers have their
+    own errors for it."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     found = re.search(r"([^:(]*)\(os error \d+\)", str(error))
@@ -215,7 +215,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def optimizer_state(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What any optimizer has accumulated, split into tensors and JSON values.
+    """Everything that an optimizer has accumulated, split into tensors and JSON values.
 
     Learning rate, betas and the like are the configuration's and not part of it.
     """

@@ -88,7 +88,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``save`` was given; ``state`` is that of ``read_state``. Raises CheckpointError."""
+    """The dictionary that ``save`` was given; ``state`` is that of ``read_state``. Raises
+    CheckpointError."""
     window = None
     if "window.json" in checkpoint.read_json(path / checkpoint.MANIFEST)["files"]:
         window = (
@@ -121,7 +122,7 @@ def find(resume: str | bool | None, directory: Path) -> Path | None:
 
 
 def missing_file(names: Collection[str]) -> str | None:
-    """What a checkpoint with files of these names lacks."""
+    """The first thing that a checkpoint with files of these names lacks; None for nothing."""
     for needed in ("state.json", "optimizer.safetensors"):
         if needed not in names:
             return f"no {needed}"

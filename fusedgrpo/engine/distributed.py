@@ -47,7 +47,7 @@ class Processes:
 
     @classmethod
     def start(cls, use_cpu: bool) -> Processes:
-        """Those that ``accelerate launch`` or ``torchrun`` has started, connected to each other.
+        """The processes that ``accelerate launch`` or ``torchrun`` has started, connected.
 
         On GPUs each process makes the one of its local rank its current device. Raises ConfigError
         where the launcher was told to shard the model.

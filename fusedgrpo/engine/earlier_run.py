@@ -1,4 +1,4 @@
-"""What an earlier run left in an output directory is put out of the way, links to other disks kept.
+"""Put an earlier run in an output directory out of the way, and keep links to other disks.
 
 An entry that is a link, or a mount point, is where its owner wants the next run to write as well:
 it stays, and what lies behind it is moved beside, on its own disk.
@@ -65,7 +65,7 @@ def _is_place(path: Path) -> bool:
 
 
 def _behind(path: Path) -> list[Path]:
-    """What of an earlier run lies behind a link or in a mount."""
+    """The parts of an earlier run that lie behind a link or in a mount."""
     real = Path(os.path.realpath(path))
     if real.is_file():
         return [real]

@@ -46,7 +46,7 @@ class UpdateResult:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """What came of one micro-batch. tokens, sequences: those in the loss; forwarded: tokens."""
+    """The results of one micro-batch. tokens, sequences: those in the loss; forwarded: tokens."""
 
     tokens: int
     sequences: int
@@ -135,7 +135,7 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the step that comes next."""
+        """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _accumulate(
@@ -173,7 +173,7 @@ class Learner:
         )
 
     def _load(self, samples: Sequence[TrainingSample]) -> RouterSums:
-        """What the router does with the tokens of ``samples``, without gradients, on the CPU."""
+        """The router's sums over the tokens of ``samples``, without gradients, on the CPU."""
         assert self.policy.router is not None
         nothing = self.policy.router.nothing("cpu")
         routed: list[RouterSums] = []

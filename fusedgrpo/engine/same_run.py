@@ -43,7 +43,7 @@ class RunIdentity:
 
     @property
     def _groups(self) -> list[int]:
-        """What a step and a rollout consist of, which may depend on the number of processes."""
+        """Groups in a step and in a rollout, which may depend on the number of processes."""
         return [self.plan.groups_per_step, self.plan.groups_per_rollout]
 
     def check(self, state: Mapping[str, Any], path: Path) -> None:

@@ -1,5 +1,4 @@
-"""What a rollout is given before it is trained on: rewards, advantages, old and reference
-log-probs."""
+"""Rewards, advantages, old and reference log-probs of a rollout, before it is trained on."""
 
 from __future__ import annotations
 

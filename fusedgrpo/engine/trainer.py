@@ -339,7 +339,7 @@ class GRPOTrainer(TRLSurface):
         return row
 
     def _next_prompts(self) -> list[Example]:
-        """Those of the next rollout; what fails before ``_take`` gets the same ones again."""
+        """The prompts of the next rollout; what fails before ``_take`` gets the same ones again."""
         count = self.plan.groups_per_rollout
         if self.plan.total_prompts is not None:
             count = min(count, self.plan.total_prompts - self.stream.cursor)
@@ -404,7 +404,7 @@ class GRPOTrainer(TRLSurface):
     def _records(
         self, buffer: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]
     ) -> list[dict[str, Any]]:
-        """What the log of completions will say of a rollout."""
+        """The entries of a rollout in the log of completions."""
         rollout = buffer.rollout
         return completion_records(
             rollout,

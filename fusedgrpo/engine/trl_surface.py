@@ -1,4 +1,4 @@
-"""What scripts written for ``trl.GRPOTrainer`` do with a trainer beside ``train``: each name works,
+"""All that scripts for ``trl.GRPOTrainer`` do with a trainer beside ``train``: each name works,
 or says what to do instead."""
 
 from __future__ import annotations

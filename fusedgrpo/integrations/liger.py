@@ -133,7 +133,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         targets: Tensor,
         mask: Tensor,
     ) -> Tensor:
-        """Of the reference's hidden states; without ``use_ref_model`` of the policy's own."""
+        """Log-probs of the reference's hidden states; without ``use_ref_model`` of the policy's."""
         if self.use_ref_model:
             if ref_input is None or ref_weight is None:
                 raise ValueError(

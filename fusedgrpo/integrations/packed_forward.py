@@ -29,7 +29,7 @@ from fusedgrpo.models.router import RouterLoss, RouterSums, find_router
 
 
 class PackedForward:
-    """What ``install`` leaves on a model as ``fusedgrpo_forward``."""
+    """The forward pass that ``install`` leaves on a model as ``fusedgrpo_forward``."""
 
     def __init__(
         self,

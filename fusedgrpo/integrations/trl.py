@@ -90,7 +90,7 @@ grpo_trainer, rloo_trainer = _import_trl()
 
 
 class FusedLogProbs:
-    """What a TRL trainer gains: put it before the trainer's class among the bases.
+    """A mixin for TRL trainers: put it before the trainer's class among the bases.
 
     shared_prompt: ``"auto"``, ``"on"`` or ``"off"``, as in ``GRPOConfig``.
     tokens_per_microbatch: packed tokens of one forward without gradients (old and reference
@@ -164,7 +164,7 @@ class FusedLogProbs:
         return float(me.router_aux_loss_coef) if me.aux_loss_enabled else 0.0
 
     def _reason_for_trls_forward(self) -> str | None:
-        """What this model or its adapters have that a packed forward does not."""
+        """Parts of this model or its adapters that a packed forward would not see."""
         me: Any = self
         model = me.accelerator.unwrap_model(me.model)
         causal_lm = _causal_lm(model)
@@ -277,7 +277,7 @@ class FusedLogProbs:
         return bool(state.distributed_type == DistributedType.FSDP)
 
     def _forward(self, model: Any, request: Any) -> Any:
-        """What the packed forward of ``model`` answers."""
+        """The answer of the packed forward of ``model``."""
         me: Any = self
         if not (torch.is_grad_enabled() or self._sharded):
             # Not through DDP, whose every forward sends buffers to all processes.

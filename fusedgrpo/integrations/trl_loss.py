@@ -129,7 +129,7 @@ def _surrogate_weights(
     logps: Tensor,
     high_entropy: Tensor | None,
 ) -> Tensor | None:
-    """What TRL multiplies each token's loss by before it adds the KL, ``[B, T]`` or ``[B, 1]``:
+    """The factor of each token's loss in TRL before it adds the KL, ``[B, T]`` or ``[B, 1]``:
     vLLM's importance ratio, 0 for off-policy completions and outside ``high_entropy [B, T]``."""
     factors = [] if high_entropy is None else [high_entropy]
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:

@@ -135,7 +135,7 @@ class OffloadActivations(saved_tensors_hooks):
 
     @property
     def host_bytes(self) -> int:
-        """Of host memory taken so far; it stays for the next micro-batch."""
+        """Bytes of host memory taken so far; it stays for the next micro-batch."""
         return self._host.chunks * CHUNK
 
     def _pack(self, tensor: Tensor) -> _Packed | _Stays:

@@ -172,7 +172,7 @@ def cache_name(model: Any) -> str:
 
 
 def prefill(model: Any, ids: Tensor, attention_mask: Tensor, copies: Tensor) -> Any:
-    """What all but the prompts' last tokens leave in a cache, computed once and then copied; None
+    """The cache of all but the prompts' last tokens, computed once and then copied; None
     where there is nothing yet and the model makes its own."""
     from transformers import DynamicCache
 

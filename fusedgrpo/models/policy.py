@@ -104,7 +104,7 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         if isinstance(self.compute_dtype, torch.dtype):
             return self.compute_dtype
         device_type = self.device.type

@@ -41,14 +41,14 @@ class RouterSums(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RouterLoss:
-    """What a model's router adds to the loss: ``coef`` times ``loss``."""
+    """The router's part of the loss: ``coef`` times ``loss``."""
 
     coef: float
     experts: int
     top_k: int
 
     def sums(self, router_logits: Sequence[Tensor], weights: Tensor) -> RouterSums:
-        """Those of ``router_logits``, ``[T, E]`` per layer; each token counts ``weights [T]``
+        """The sums over ``router_logits``, ``[T, E]`` per layer; each token counts ``weights [T]``
         times."""
         device = router_logits[0].device
         total = self.nothing(device)
@@ -139,7 +139,7 @@ def find_router(
 
 
 def planned_router(model: Any, coef: float | None) -> RouterLoss | None:
-    """What ``find_router`` will find in a model that has no weights yet, if it finds anything."""
+    """The router that ``find_router`` will find in a model without weights; None for none."""
     config = model.config.get_text_config()
     value, top_k = router_coefficient(model, coef), _top_k(model)
     experts = next(

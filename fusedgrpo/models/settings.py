@@ -63,7 +63,7 @@ def model_settings(config: GRPOConfig) -> Any:
 
 
 def remaining(config: GRPOConfig) -> dict[str, Any]:
-    """What is left of ``model_init_kwargs`` beside our options."""
+    """The part of ``model_init_kwargs`` that is no option of ours."""
     return dict(config.model_init_kwargs or {})
 
 

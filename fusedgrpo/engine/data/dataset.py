@@ -86,7 +86,7 @@ class PromptDataset:
 
     @property
     def fingerprint_of_format_1(self) -> str:
-        """What checkpoints of version 0.1 hold: sha256 over token ids and columns together."""
+        """That of checkpoints of version 0.1: sha256 over token ids and columns together."""
         digest = hashlib.sha256()
         for example in self.examples:
             line = json.dumps([example.prompt_ids, example.columns], sort_keys=True, default=str)

@@ -96,7 +96,7 @@ class PromptEncoder:
         return tuple(ids)
 
     def _messages(self, prompt: Prompt) -> Messages | None:
-        """What the chat template is to render; None where the text is taken as it is."""
+        """The messages for the chat template; None where the text is taken as it is."""
         if prompt.messages is None and self.config.text_as_user_turn:
             if not self.has_template:
                 raise DataError("text_as_user_turn: the tokenizer has no chat template.")

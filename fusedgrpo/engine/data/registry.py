@@ -56,7 +56,7 @@ def read_registry(directory: Path) -> dict[str, Any]:
 
 
 def read_entry(name: str, entry: Any, directory: Path) -> Entry:
-    """What ``entry`` says, every value checked. Raises DataError."""
+    """The content of ``entry``, every value checked. Raises DataError."""
     where = f"{directory / FILE_NAME}: {name}"
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, found {brief(entry)}.")

@@ -1,4 +1,4 @@
-"""What takes the memory of a GPU's kernels without being them, on fake tensors.
+"""Layers that take the memory of a GPU's kernels without being them, on fake tensors.
 
 4-bit layers that dequantise their weight for each product, as bitsandbytes does for more than a few
 rows; FlashAttention over keys whose prompts are repeated; the tiles of the head operation.

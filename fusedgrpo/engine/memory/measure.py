@@ -1,5 +1,5 @@
-"""What a model needs on a GPU, from its configuration alone: bytes of weights, adapters, key-value
-cache and activations.
+"""The memory that a model needs on a GPU, from its configuration alone: bytes of weights, adapters,
+key-value cache and activations.
 
 Weights are counted on the meta device. Activations are measured: a model of the same architecture
 with two and with three decoder layers runs forward and backward on fake tensors, at the number of
@@ -85,14 +85,14 @@ class ModelShape:
 
 
 def compute_dtype(config: GRPOConfig) -> torch.dtype:
-    """What a GPU of this decade computes in."""
+    """The dtype that a GPU of this decade computes in."""
     if config.fp16:
         return torch.float16
     return torch.float32 if config.bf16 is False else torch.bfloat16
 
 
 def stored_dtype(config: GRPOConfig, text: Any) -> torch.dtype:
-    """Of the weights that are not quantised: ``loading.weights_dtype`` for such a GPU."""
+    """The dtype of the weights that are not quantised: ``loading.weights_dtype`` for such a GPU."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if config.finetuning_type == "full" or compute_dtype(config) == torch.float32:
@@ -242,7 +242,7 @@ class SmallModel:
         return self.causal_lm.get_output_embeddings().weight
 
     def activations(self, batch: Batch, *, gradients: bool) -> Activations:
-        """Of one pass over ``batch`` through all layers and the head.
+        """The memory of one pass over ``batch`` through all layers and the head.
 
         With gradients: an update, whose gradients count as there before. Without: scoring.
         """
@@ -288,7 +288,8 @@ class SmallModel:
         return Activations(**{name: size - before for name, size in peaks.items()})
 
     def rollout(self, *, rows: int, groups: int, prompt: int, length: int) -> Cache:
-        """Of ``rows`` sequences of ``length`` tokens whose ``groups`` prompts are read together."""
+        """The memory of ``rows`` sequences of ``length`` tokens, their ``groups`` prompts read
+        together."""
         from transformers import DynamicCache
 
         tracker = self.tracker

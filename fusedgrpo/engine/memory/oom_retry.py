@@ -25,7 +25,7 @@ log = logging.getLogger("fusedgrpo")
 
 @dataclass(slots=True)
 class OOMRetry:
-    """What a run does at once, and what became of it.
+    """How much a run does at once, halved where memory runs out.
 
     tokens: packed tokens of a micro-batch (``tokens_per_microbatch``). in_flight: completions
     decoded together, None for all of a rollout. retries: repetitions since ``take_retries``.
@@ -123,7 +123,7 @@ def release() -> None:
 
 
 def free_memory() -> str:
-    """What is free, as a sentence; empty without a GPU."""
+    """The free memory as a sentence; empty without a GPU."""
     if not host.has_gpu():
         return ""
     free, total = host.gpu_memory()

@@ -39,7 +39,7 @@ class MemoryPlan:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Of tensors, by phase: what ``torch.cuda.max_memory_allocated`` is to be compared with."""
+        """Bytes of tensors by phase, to be compared with ``torch.cuda.max_memory_allocated``."""
         return {name: sum(parts.values()) for name, parts in self.phases.items()}
 
     @property
@@ -49,7 +49,7 @@ class MemoryPlan:
 
     @property
     def reserve(self) -> int:
-        """What has to be free beside the tensors."""
+        """Bytes that have to be free beside the tensors."""
         return CONTEXT + int(FRAGMENTATION * (self.peak - sum(self.resident.values())))
 
     @property
@@ -73,7 +73,7 @@ def parse_bytes(text: str) -> int:
 
 
 def plan_table(plan: MemoryPlan, measured: Mapping[str, int] | None = None) -> str:
-    """What stays, what each phase needs, and what was chosen.
+    """A table: what stays, what each phase needs, and what was chosen.
 
     measured: bytes by phase (the names of ``plan.phases``), shown beside the planned ones.
     """

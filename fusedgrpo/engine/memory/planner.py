@@ -1,4 +1,4 @@
-"""What a run will need on its GPU, before anything is loaded; and how to make it fit.
+"""The memory that a run will need on its GPU, before anything is loaded; and how to make it fit.
 
 Everything follows from the options and the model's configuration. The longest case is planned:
 every prompt and every completion at its limit. What the parts are and how they are found is in
@@ -228,7 +228,7 @@ class MemoryPlanner:
         )
 
     def _update(self, asked: Asked, tokens: int, offloading: bool) -> tuple[Activations, int]:
-        """Of the update, and the bytes that are on the host instead."""
+        """The memory of an update, and the bytes that are on the host instead."""
         found = self._activations(asked, tokens, True)
         if not offloading:
             return found, 0
@@ -257,7 +257,7 @@ class MemoryPlanner:
         return min(tokens, self._step_tokens(asked)) * shape.hidden * shape.itemsize
 
     def _saved(self, asked: Asked, tokens: int, offloading: bool) -> int:
-        """What the forward pass leaves for the backward pass."""
+        """Bytes that the forward pass leaves for the backward pass."""
         layers = self._shape(asked.config).layers
         if asked.config.gradient_checkpointing:
             return self._layer_input(asked, tokens) * (LAYERS_ON_GPU if offloading else layers)

@@ -91,7 +91,7 @@ class StorageTracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def labelled(self, label: str) -> Iterator[None]:
-        """What is made inside is listed under ``label``."""
+        """Storages that are made inside are listed under ``label``."""
         before, self.label = self.label, label
         try:
             yield

@@ -15,7 +15,7 @@ PROMPT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Asked:
-    """What was given, and None for what is to be chosen."""
+    """The options as given, None for what is to be chosen."""
 
     config: GRPOConfig
     prompt_tokens: int | None

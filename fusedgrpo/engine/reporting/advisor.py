@@ -1,4 +1,4 @@
-"""What a user should be told about a run that looks, or is, wrong: each thing once, in plain words.
+"""Advice for a run that looks, or is, wrong: each thing once, in plain words.
 
 Pure: rows of metrics in, sentences out. The display shows them while the run goes, the report
 gathers them again from ``metrics.jsonl``.
@@ -36,11 +36,11 @@ class Advisor:
         self._silent_shares: deque[float] = deque(maxlen=2 * EQUAL_STEPS)
 
     def start(self) -> list[str]:
-        """What the configuration alone gives reason to say, before the first step."""
+        """Advice on the configuration alone, before the first step."""
         return self._once({"lora_lr": self._low_learning_rate(), "eos": self._several_eos()})
 
     def observe(self, row: Row) -> list[str]:
-        """What the row of a finished step gives reason to say."""
+        """Advice on the row of a finished step."""
         self._recent.append(row)
         if rollout_rows([row]):
             self._rewards.append(row["reward"])

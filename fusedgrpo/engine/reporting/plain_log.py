@@ -1,4 +1,4 @@
-"""What reaches a terminal or a log is text: no escape codes, no forged lines, no secrets."""
+"""Only text reaches a terminal or a log: no escape codes, no forged lines, no secrets."""
 
 from __future__ import annotations
 

@@ -168,8 +168,8 @@ class RunDir:
         self.close()
 
     def _log_failure(self, error: Exception) -> None:
-        """What ended the run, in its log; where nobody foresaw it, with its traceback. The terminal
-        gets it from whoever catches it."""
+        """Write into the log what ended the run; where nobody foresaw it, with its traceback. The
+        terminal gets it from whoever catches it."""
         foreseen = isinstance(error, FusedGRPOError)
         cause = None if foreseen else (type(error), error, error.__traceback__)
         text = f"The run failed: {reason(error)}"

@@ -37,7 +37,7 @@ PAUSE_SECONDS = 1.0
 
 @contextmanager
 def _writing_to(directory: Path) -> Iterator[None]:
-    """What the disk refuses inside is an OutputDirError."""
+    """Turn whatever the disk refuses inside into an OutputDirError."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a run has computed and not yet written to its logs.
+"""Results that a run has computed and not yet written to its logs.
 
 It is part of every checkpoint, so that a run that stops before a row is written, or on a disk that
 is full, writes it when it goes on.

@@ -41,7 +41,7 @@ class CallFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the reward functions are called with: B completions, flat, group by group."""
+    """The arguments of a call of the reward functions: B completions, flat, group by group."""
 
     prompts: list[Any]
     completions: list[Any]
@@ -68,7 +68,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Reply:
-    """What a function made of a batch.
+    """The answer of a function to a batch.
 
     values: B floats, NaN where the function does not apply. failures: why there is no reward for
     a completion that there should be one for (its value is NaN), by its index. extra: column -> B

@@ -1,1 +1,1 @@
-"""What is sampled: its types, the samplers, and the buffer that serves optimizer steps."""
+"""Rollouts: their types, the samplers, and the buffer that serves optimizer steps."""

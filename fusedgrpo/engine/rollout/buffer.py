@@ -41,7 +41,7 @@ class RolloutBuffer:
         return self.done >= self.steps * self.iterations
 
     def next_samples(self, *, mask_truncated: bool) -> list[TrainingSample]:
-        """What the next optimizer step trains on: whole groups, as evenly as they divide."""
+        """The samples of the next optimizer step: whole groups, as evenly as they divide."""
         return self.part(self.done % self.steps, mask_truncated=mask_truncated)[0]
 
     def part(self, part: int, *, mask_truncated: bool) -> tuple[list[TrainingSample], list[slice]]:

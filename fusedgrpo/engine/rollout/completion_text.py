@@ -41,6 +41,6 @@ class CompletionText:
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """What ``decode(skip_special_tokens=True)`` leaves out."""
+    """The tokens that ``decode(skip_special_tokens=True)`` leaves out."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}

@@ -73,7 +73,7 @@ def mismatch_metrics(sampler_logp: Tensor, policy_logp: Tensor) -> dict[str, flo
 
 
 def weight_metrics(weight: Tensor) -> dict[str, float]:
-    """Of the importance weights ``[N]`` after their cap."""
+    """Metrics of the importance weights ``[N]`` after their cap."""
     finite = weight[weight.isfinite()]
     if not len(finite):
         return {}

@@ -44,7 +44,7 @@ class SamplingParams:
 
 
 class Sampler(Protocol):
-    """What the trainer needs of a sampler."""
+    """The methods of a sampler that the trainer calls."""
 
     def sample(
         self,

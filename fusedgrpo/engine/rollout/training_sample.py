@@ -1,4 +1,4 @@
-"""What one optimizer step trains on. Pure functions."""
+"""The samples of an optimizer step. Pure functions."""
 
 from __future__ import annotations
 

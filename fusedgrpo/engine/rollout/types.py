@@ -1,4 +1,4 @@
-"""What the sampler hands to the rest of a step: ``Rollout[Group[prompt, Completion]]``."""
+"""The result of a sampler: ``Rollout[Group[prompt, Completion]]``."""
 
 from __future__ import annotations
 

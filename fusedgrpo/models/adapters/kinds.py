@@ -13,7 +13,7 @@ _AROUND = {
 
 
 def acts_outside(settings: Any) -> str | None:
-    """What adapters of these settings do beside the modules that they are in; None for nothing.
+    """The effect that such adapters have outside the modules that they are in; None for none.
 
     Log-probs come from the model's decoder and head, which peft's wrapper does not know of.
     """
