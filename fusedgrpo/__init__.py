@@ -16,15 +16,17 @@ from fusedgrpo import host
 
 if TYPE_CHECKING:
     from fusedgrpo.config.schema import GRPOConfig
+    from fusedgrpo.engine.callbacks import Callback
     from fusedgrpo.engine.trainer import GRPOTrainer
     from fusedgrpo.kernels.fused_loss.module import GRPOLoss
 
 __version__ = "0.1.0"
-__all__ = ["GRPOConfig", "GRPOLoss", "GRPOTrainer", "__version__"]
+__all__ = ["Callback", "GRPOConfig", "GRPOLoss", "GRPOTrainer", "__version__"]
 
 host.require_packages()
 
 _HOMES = {
+    "Callback": "fusedgrpo.engine.callbacks",
     "GRPOConfig": "fusedgrpo.config.schema",
     "GRPOLoss": "fusedgrpo.kernels.fused_loss.module",
     "GRPOTrainer": "fusedgrpo.engine.trainer",

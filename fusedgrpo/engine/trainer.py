@@ -13,6 +13,7 @@ from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine import checkpoint_files, checkpointing
+from fusedgrpo.engine.callbacks import check_callbacks
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.data.dataset import Example, load_prompts
@@ -58,7 +59,8 @@ class GRPOTrainer(TRLSurface):
         for those of ``args``. processing_class, or tokenizer: the tokenizer, or a Processor that
         has one, if not the model's.
     quantization_config, peft_config: of bitsandbytes and peft, instead of what ``args`` describes.
-    callbacks, optimizers, tools, rollout_func, environment_factory: TRL's, refused with a remedy.
+    callbacks: of ``fusedgrpo.Callback``, told what happens in ``train``. optimizers, tools,
+    rollout_func, environment_factory: TRL's, refused with a remedy.
     sampler: another ``Sampler`` than transformers' generate. search_paths: folders where
         ``file.py:function`` rewards are looked for, beside the working directory.
 
@@ -89,13 +91,13 @@ class GRPOTrainer(TRLSurface):
     ):
         refuse_arguments(
             {
-                "callbacks": callbacks,
                 "optimizers": optimizers,
                 "tools": tools,
                 "rollout_func": rollout_func,
                 "environment_factory": environment_factory,
             }
         )
+        self.callbacks = check_callbacks(callbacks)
         parts = build_parts(
             args,
             model,
@@ -234,6 +236,7 @@ class GRPOTrainer(TRLSurface):
                     unwritten=self.unwritten,
                     branch=found is not None,
                     sampled_ahead=self.buffer is not None and self.buffer.done == 0,
+                    callbacks=self.callbacks,
                 )
             )
             if found is not None:
@@ -330,12 +333,16 @@ class GRPOTrainer(TRLSurface):
     def _finish_row(self, outputs: RunLogger) -> dict[str, Any]:
         """Evaluate if the row of the last step waits for that, then write and show it."""
         row = self.unwritten.rows[-1]
+        metrics: dict[str, Any] = {}
         if self.unwritten.evaluation_due:
             outputs.display.phase("evaluate")
-            row |= self.evaluate()
+            metrics = self.evaluate()
+            row |= metrics
             self.unwritten.evaluation_due = False
         outputs.write(self.unwritten, self.progress.step)
-        outputs.row(row)
+        if metrics:
+            outputs.tell("on_evaluate", self.progress.step, metrics)
+        outputs.tell("on_step", row)
         return row
 
     def _next_prompts(self) -> list[Example]:
@@ -399,7 +406,7 @@ class GRPOTrainer(TRLSurface):
             self.progress.rollouts += 1
             self.progress.num_tokens += tokens
         outputs.write(self.unwritten, self.progress.step + 1)
-        outputs.completions(self.progress.step + 1, records)
+        outputs.tell("on_rollout", self.progress.step + 1, records)
 
     def _records(
         self, buffer: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from fusedgrpo.models.policy import Policy
 
 _CALLBACKS = (
-    "callbacks are not called here. metrics.jsonl has a row per step, report_to sends them to a "
-    "tracker, eval_steps and save_steps say when to evaluate and save, and a reward function is "
-    "given trainer_state with every batch"
+    "give instances of fusedgrpo.Callback to the constructor (callbacks=[...]); they are in the "
+    "attribute callbacks"
 )
 _OWN_STEP = (
     "the step is not transformers'. fusedgrpo.integrations.trl.FusedGRPOTrainer is TRL's trainer "
@@ -46,7 +45,6 @@ _UPLOAD = (
 
 # Arguments of TRL's constructor, and what to do instead.
 ARGUMENTS = {
-    "callbacks": _CALLBACKS,
     "optimizers": "optim, learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon and "
     "lr_scheduler_type describe the optimizer and its schedule",
     "tools": _GENERATION,

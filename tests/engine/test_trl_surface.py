@@ -70,7 +70,7 @@ def test_every_argument_of_trls_constructor_has_an_answer(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "remedy"),
     [
-        ({"callbacks": [TrainerCallback()]}, "metrics.jsonl has a row per step"),
+        ({"callbacks": [TrainerCallback()]}, "expected instances of fusedgrpo.Callback"),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "optim, learning_rate"),
         ({"tools": [print]}, "FusedGRPOTrainer"),
         ({"rollout_func": print}, "sampler"),

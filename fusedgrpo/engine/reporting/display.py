@@ -21,6 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fusedgrpo.engine.callbacks import Callback
 from fusedgrpo.engine.reporting.completions_log import prompt_text
 from fusedgrpo.engine.reporting.formatting import (
     clock,
@@ -53,7 +54,7 @@ def mean_row(rows: Iterable[Row]) -> dict[str, float]:
     return {key: fmean(values) for key, values in columns.items()}
 
 
-class Display:
+class Display(Callback):
     """Shows a run while it goes; a context manager.
 
     total_steps: optimizer steps of the whole run.
@@ -124,6 +125,9 @@ class Display:
         self._phase = Spinner("line" if self._ascii else "dots", text=name, style="cyan")
         if not self.is_live and not self._recent:
             self._print(f"  {name} ...")
+
+    def on_step(self, row: Row) -> None:
+        self.update(row["step"], row)
 
     def update(self, step: int, row: Row) -> None:
         """Show the metrics of a finished optimizer step (numbered from 1)."""

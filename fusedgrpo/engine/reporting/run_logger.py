@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.callbacks import Callback
 from fusedgrpo.engine.checkpoint_files import abandon_after, why_not_written
 from fusedgrpo.engine.reporting.advisor import Advisor
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
@@ -47,6 +49,29 @@ def _writing_to(directory: Path) -> Iterator[None]:
         raise OutputDirError(f"{str(directory)!r} cannot be written: {why}.") from error
 
 
+class _Advice(Callback):
+    """Shows what the advisor makes of each step."""
+
+    def __init__(self, advisor: Advisor, display: Display):
+        self.advisor = advisor
+        self.display = display
+
+    def on_step(self, row: Row) -> None:
+        for line in self.advisor.observe(row):
+            self.display.note(line)
+
+
+class _Completions(Callback):
+    """Shows some completions of each rollout."""
+
+    def __init__(self, display: Display, limit: int | None):
+        self.display = display
+        self.limit = limit
+
+    def on_rollout(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        self.display.completions(step, records[: self.limit])
+
+
 class _NoDisplay:
     """A ``Display`` that nobody sees."""
 
@@ -70,10 +95,11 @@ class RunLogger:
         unwritten: Unwritten,
         branch: bool,
         sampled_ahead: bool,
+        callbacks: Sequence[Callback] = (),
     ):
         """done: steps behind a run that goes on; branch: from a checkpoint; sampled_ahead: the
         completions of the next step are there already. unwritten: of its rows, those that wait for
-        nothing are in the file after this."""
+        nothing are in the file after this. callbacks: the user's, called after our own."""
         self.config = config
         self.run = run
         settings = config.to_record()
@@ -118,6 +144,14 @@ class RunLogger:
                 self.display.note(text)
         for line in self.advisor.start():
             self.display.note(line)
+        self.callbacks: list[Callback] = [
+            self.sinks,
+            self.display,
+            _Advice(self.advisor, self.display),
+        ]
+        if config.log_completions:
+            self.callbacks.append(_Completions(self.display, config.num_completions_to_print))
+        self.given = list(callbacks)
 
     @classmethod
     @contextmanager
@@ -194,18 +228,12 @@ class RunLogger:
             log.warning("%s may not be on the disk yet: %s", self.metrics.path, error)
         return list(self.metrics.unsynced)
 
-    def row(self, row: dict[str, Any]) -> None:
-        """One optimizer step is done: show it, say what a reader should know."""
-        self.sinks.log(row)
-        self.display.update(row["step"], row)
-        for line in self.advisor.observe(row):
-            self.display.note(line)
-
-    def completions(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Show some completions of one rollout if the user wants to see them."""
-        if self.config.log_completions:
-            limit = self.config.num_completions_to_print
-            self.display.completions(step, records[:limit])
+    def tell(self, event: str, *arguments: Any) -> None:
+        """Call the method ``event`` of every callback; the user's get copies."""
+        for callback in self.callbacks:
+            getattr(callback, event)(*arguments)
+        for callback in self.given:
+            getattr(callback, event)(*copy.deepcopy(arguments))
 
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """List the data rows that were left out, beside the metrics."""
@@ -230,6 +258,7 @@ class RunLogger:
             if read_metrics(self.run.metrics):
                 write_report(self.run.path, self.run.report)  # which draws the plots, too
         self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")
+        self.tell("on_end", self.run.path)
 
 
 class NoLogger(RunLogger):
@@ -251,8 +280,7 @@ class NoLogger(RunLogger):
     def writing(
         self, what: str, step: int, work: Callable[[], T], *, insist: bool = False
     ) -> T | None: ...
-    def row(self, row: dict[str, Any]) -> None: ...
-    def completions(self, step: int, records: list[dict[str, Any]]) -> None: ...
+    def tell(self, event: str, *arguments: Any) -> None: ...
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
     def finish(self, save_model: Callable[[Path], Path]) -> None: ...
 

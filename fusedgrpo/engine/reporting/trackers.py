@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedgrpo.engine.callbacks import Callback
 from fusedgrpo.engine.reporting.metrics_log import Row, finite
 from fusedgrpo.errors import ConfigError, did_you_mean, reason
 
@@ -79,7 +80,7 @@ def _arguments(name: str, run_name: str) -> tuple[list[str], dict[str, str]]:
     return [re.sub(r"[/\\]", "-", run_name)[:200].strip(". ") or "run"], {}
 
 
-class Trackers:
+class Trackers(Callback):
     """The trackers of one run. One that fails is dropped with one warning.
 
     report_to: see :func:`tracker_classes`.
@@ -125,7 +126,7 @@ class Trackers:
             except Exception as error:  # noqa: BLE001 - not logged in, no network, full disk, ...
                 self._drop(name, error)
 
-    def log(self, row: Row) -> None:
+    def on_step(self, row: Row) -> None:
         """Hand the finite numbers of one row of metrics to every tracker that still works."""
         values = {key: v for key in row if key != "step" and (v := finite(row[key])) is not None}
         for name, tracker in list(self._trackers.items()):

@@ -55,14 +55,14 @@ def open_sinks(tmp_path, report_to="recorder"):
 @pytest.mark.parametrize("nothing", [None, "none", "", [], ["none"]])
 def test_none_reports_nowhere(tmp_path, nothing):
     sinks = open_sinks(tmp_path, nothing)
-    sinks.log({"step": 1, "loss": 0.0})
+    sinks.on_step({"step": 1, "loss": 0.0})
     sinks.close()
     assert Recorder.calls == []
 
 
 def test_a_tracker_gets_config_finite_values_and_the_end(tmp_path):
     sinks = open_sinks(tmp_path)
-    sinks.log({"step": 3, "loss": 0.5, "kl": float("nan"), "reward": None})
+    sinks.on_step({"step": 3, "loss": 0.5, "kl": float("nan"), "reward": None})
     sinks.close()
     assert Recorder.calls == [
         ("start",),
@@ -77,7 +77,7 @@ def test_a_failing_tracker_gives_one_warning_and_is_dropped(tmp_path, caplog, me
     Recorder.fails_in.add(method)
     sinks = open_sinks(tmp_path)
     for step in range(3):
-        sinks.log({"step": step, "loss": 0.5})
+        sinks.on_step({"step": step, "loss": 0.5})
     sinks.close()
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "fusedgrpo"]
     assert "'recorder' failed (ConnectionError: the network is gone)" in warning

@@ -1,0 +1,47 @@
+"""``Callback``: code that is told what happens in a run. Display, trackers and advice are such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusedgrpo.errors import ConfigError
+
+
+class Callback:
+    """Override what you need; pass instances as ``GRPOTrainer(callbacks=[...])``.
+
+    Called in process 0 between pieces of work, in the order given, after the step's rows are in
+    metrics.jsonl. Nothing that a callback does to its arguments changes the run. An error in one
+    ends the run like one in a reward function: its last step is saved first.
+    """
+
+    def on_rollout(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """A rollout was sampled and scored, and ``step`` is the first to train on it. records: one
+        for each completion, as in ``completions/*.jsonl``."""
+
+    def on_evaluate(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The held-out prompts were sampled and scored after ``step``; names begin with
+        ``eval_``."""
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        """An optimizer step is done. row: as in ``metrics.jsonl``, evaluation included."""
+
+    def on_end(self, directory: Path) -> None:
+        """The run has reached its last step; weights and report are in ``directory``."""
+
+
+def check_callbacks(given: Any) -> list[Callback]:
+    """``given`` as a list. Raises ConfigError for what is no ``Callback``, TRL's among them."""
+    found = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    for callback in found:
+        if not isinstance(callback, Callback):
+            kind = callback if isinstance(callback, type) else type(callback)
+            raise ConfigError(
+                f"callbacks: expected instances of fusedgrpo.Callback (on_rollout, on_step, "
+                f"on_evaluate, on_end), got {kind.__module__}.{kind.__qualname__}. Those of "
+                "transformers look into its own loop: metrics.jsonl has a row per step, report_to "
+                "sends them to a tracker, eval_steps and save_steps say when to evaluate and save."
+            )
+    return found
