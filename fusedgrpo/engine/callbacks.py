@@ -13,8 +13,9 @@ class Callback:
     """Override what you need; pass instances as ``GRPOTrainer(callbacks=[...])``.
 
     Called in process 0 between pieces of work, in the order given, after the step's rows are in
-    metrics.jsonl. Nothing that a callback does to its arguments changes the run. An error in one
-    ends the run like one in a reward function: its last step is saved first.
+    metrics.jsonl; a rollout that came with a checkpoint is not told again. Nothing that a callback
+    does to its arguments changes the run. An error in one ends the run, in all its processes, like
+    one in a reward function: its last step is saved first. At ``on_end`` all is written already.
     """
 
     def on_rollout(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
@@ -34,7 +35,8 @@ class Callback:
 
 def check_callbacks(given: Any) -> list[Callback]:
     """``given`` as a list. Raises ConfigError for what is no ``Callback``, TRL's among them."""
-    found = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    found = list(given) if isinstance(given, Iterable) else [given]
+    found = [callback for callback in found if callback is not None]
     for callback in found:
         if not isinstance(callback, Callback):
             kind = callback if isinstance(callback, type) else type(callback)

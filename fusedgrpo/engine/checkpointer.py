@@ -66,9 +66,9 @@ class Checkpointer:
         self.torn = self._what
 
     @contextmanager
-    def loading(self, path: Path) -> Iterator[None]:
-        """Around the loading of a checkpoint: after an error in it the trainer is no one's."""
-        self.torn = f"the loading of {path}"
+    def loading(self, source: Path | str) -> Iterator[None]:
+        """Around the loading of a state: after an error in it the trainer is no one's."""
+        self.torn = f"the loading of {source}"
         yield
         self.torn = None
 

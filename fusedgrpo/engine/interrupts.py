@@ -88,6 +88,7 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.received = None
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -42,10 +42,6 @@ from fusedgrpo.errors import ConfigError, NonFiniteError
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.finite import not_finite
 from fusedgrpo.models.settings import model_limits
-
-log = logging.getLogger("fusedgrpo")
-
-TOKENS_PER_MICROBATCH = {"cuda": 8192, "cpu": 4096}
 
 
 class GRPOTrainer(TRLSurface):
@@ -152,6 +148,7 @@ class GRPOTrainer(TRLSurface):
     def state_dict(self, unsynced: Sequence[Row] = ()) -> dict[str, Any]:
         """The state after the last completed step, without the weights. ``state``: plain values;
         ``optimizer``: tensors; ``window``: tensors and values of an unfinished rollout, or None.
+        As in torch, tensors are those that the next step changes: copy what is to be kept.
 
         unsynced: rows of metrics that are written, and would be lost if the machine stopped now.
         """
@@ -170,19 +167,29 @@ class GRPOTrainer(TRLSurface):
         return {"state": state, "optimizer": tensors, "window": window_state}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` gave. Raises CheckpointError."""
+        """Put back what ``state_dict`` gave; weights, and whether it is the same run, are the
+        caller's. Raises CheckpointError."""
         state, window = saved["state"], saved["window"]
-        checkpoint_files.load_optimizer_state(
-            self.learner.optimizer, saved["optimizer"], state["optimizer"]
-        )
-        self.learner.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self.unwritten = Unwritten()
-        if "unwritten" in state:  # else it is of version 0.1
-            self.unwritten = Unwritten.from_state(state["unwritten"])
-        self.buffer = None if window is None else RolloutBuffer.from_state(*window)
+        with self.checkpointer.loading("a state_dict"):
+            checkpoint_files.load_optimizer_state(
+                self.learner.optimizer, saved["optimizer"], state["optimizer"]
+            )
+            self.learner.scaler.load_state_dict(state["scaler"])
+            self.progress = Progress(**state["progress"])
+            self.unwritten = Unwritten()
+            if "unwritten" in state:  # else it is of version 0.1
+                self.unwritten = Unwritten.from_state(copy.deepcopy(state["unwritten"]))
+            self.buffer = None if window is None else RolloutBuffer.from_state(*window)
+            self._follow_progress()
 
-    def restore(self, path: Path) -> None:
+    def _follow_progress(self) -> None:
+        """Prompts and learning rate go on from the last completed step."""
+        self.stream.cursor = self.progress.cursor
+        self.learner.scheduler = build_scheduler(
+            self.args, self.learner.optimizer, self.plan.total_steps, self.progress.step
+        )
+
+    def _restore(self, path: Path) -> None:
         """Become what was saved in the checkpoint ``path``. Raises CheckpointError."""
         state = checkpointing.read_state(path)
         if "started" in state:  # else it is of version 0.1
@@ -211,20 +218,16 @@ class GRPOTrainer(TRLSurface):
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else (
             resume_from_checkpoint
         )  # fmt: skip
-        if 0 < self.plan.total_steps <= self.progress.step:
-            raise ConfigError("This trainer has finished its run. Make a new one to train again.")
+        self._check_more_to_do()
         checkpoints = Path(args.output_dir).expanduser().absolute() / "checkpoints"
         with ExitStack() as stack:
             stack.enter_context(self.signals)
             with self.signals.at_once():
                 found = self.processes.in_main(lambda: checkpointing.find(resume, checkpoints))
                 if found is not None:
-                    self.restore(found)
+                    self._restore(found)
                 self.checkpointer.check_whole()
-            self.stream.cursor = self.progress.cursor
-            self.learner.scheduler = build_scheduler(
-                args, self.learner.optimizer, self.plan.total_steps, self.progress.step
-            )
+            self._follow_progress()
             outputs = stack.enter_context(
                 (RunLogger if self.processes.is_main else NoLogger).opened(
                     args,
@@ -245,7 +248,7 @@ class GRPOTrainer(TRLSurface):
             if self.memory_plan is not None:
                 outputs.display.note(f"Memory, planned:\n{plan_table(self.memory_plan)}")
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
-                outputs.display.note(self.warm_up())
+                outputs.display.note(self.rehearse())
             row: dict[str, Any] = {}
             with self.checkpointer.saved_if_it_ends(outputs), missing_backward.refused():
                 outputs.write(self.unwritten, self.progress.step)
@@ -266,7 +269,7 @@ class GRPOTrainer(TRLSurface):
             global_step=self.progress.step, training_loss=row.get("loss"), metrics=row
         )
 
-    def warm_up(self) -> str:
+    def rehearse(self) -> str:
         """Hold the memory that the largest rollout and update will take; says what was found.
 
         What does not fit is halved, for the rest of the run. Raises MemoryExhaustedError.
@@ -296,7 +299,9 @@ class GRPOTrainer(TRLSurface):
 
     def step(self, outputs: RunLogger | None = None) -> dict[str, Any]:
         """One optimizer step; returns its metrics. Without ``outputs``, which ``train`` opens,
-        nothing is shown or written."""
+        nothing is shown or written, and no callback is called."""
+        self._check_more_to_do()
+        self.checkpointer.check_whole()
         outputs = outputs or NoLogger()
         timer = PhaseTimer(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
         if self.buffer is None or self.buffer.finished:
@@ -315,10 +320,14 @@ class GRPOTrainer(TRLSurface):
             self._accept(result, samples, outputs, timer)
         self._measure(self.unwritten.rows[-1])
         row = self._finish_row(outputs)
-        due = self._is_due(self.args.save_strategy, self.args.save_steps)
+        due = outputs.writes and self._is_due(self.args.save_strategy, self.args.save_steps)
         self.checkpointer.save_if_due(outputs, due)
         self.processes.together(self.execution.check_interrupt)
         return row
+
+    def _check_more_to_do(self) -> None:
+        if 0 < self.plan.total_steps <= self.progress.step:
+            raise ConfigError("This trainer has finished its run. Make a new one to train again.")
 
     def _measure(self, row: dict[str, Any]) -> None:
         """Add to a row what all processes together took."""
@@ -340,9 +349,8 @@ class GRPOTrainer(TRLSurface):
             row |= metrics
             self.unwritten.evaluation_due = False
         outputs.write(self.unwritten, self.progress.step)
-        if metrics:
-            outputs.tell("on_evaluate", self.progress.step, metrics)
-        outputs.tell("on_step", row)
+        evaluated = [("on_evaluate", self.progress.step, metrics)] if metrics else []
+        self.processes.in_main(lambda: outputs.tell(*evaluated, ("on_step", row)))
         return row
 
     def _next_prompts(self) -> list[Example]:
@@ -406,7 +414,8 @@ class GRPOTrainer(TRLSurface):
             self.progress.rollouts += 1
             self.progress.num_tokens += tokens
         outputs.write(self.unwritten, self.progress.step + 1)
-        outputs.tell("on_rollout", self.progress.step + 1, records)
+        told = "on_rollout", self.progress.step + 1, records
+        self.processes.in_main(lambda: outputs.tell(told))
 
     def _records(
         self, buffer: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]

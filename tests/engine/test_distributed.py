@@ -128,10 +128,10 @@ def test_a_step_that_depends_on_the_number_of_processes_is_not_resumed_by_anothe
     )
     again = make(tmp_path / "again", per_device_train_batch_size=4)
     again.args = saved.args
-    again.restore(path)
+    again._restore(path)
     again.plan = resolve_batch(again.args, len(PROMPTS), 2)
     with pytest.raises(CheckpointError, match=r"\[1, 1\] -> \[2, 2\].*prompts_per_step"):
-        again.restore(path)
+        again._restore(path)
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path: Path) -> None:
         (path / "state.json").write_text(json.dumps(state))
 
     old = checkpoint.write_checkpoint(tmp_path / "old", 2, as_then)
-    trainer(tmp_path / "b", template).restore(old)
+    trainer(tmp_path / "b", template)._restore(old)
     other = trainer(tmp_path / "c", template + "w4")
     with pytest.raises(CheckpointError, match="the training prompts are not the same"):
-        other.restore(old)
+        other._restore(old)

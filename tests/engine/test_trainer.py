@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -14,7 +15,13 @@ from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine import learner as update
 from fusedgrpo.engine import scoring
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
-from fusedgrpo.errors import ConfigError, ModelError, NonFiniteError, RewardError
+from fusedgrpo.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    NonFiniteError,
+    RewardError,
+)
 from fusedgrpo.kernels.reference import reference_group_advantages
 from fusedgrpo.models import loading
 from fusedgrpo.models import packing_probe as layout
@@ -547,3 +554,38 @@ def test_a_step_needs_nothing_that_train_opens(tmp_path):
     assert [row["step"] for row in rows] == [1, 2] and rows[1]["grad_norm"] > 0
     assert torch.equal(weights(by_hand), weights(whole))
     assert not list((tmp_path / "by_hand/run").iterdir())
+
+
+def test_a_state_dict_goes_on_where_it_was_taken(tmp_path):
+    whole = trainer(tmp_path / "whole", max_steps=4, generation_batch_size=16)
+    rows = [whole.step() for _ in range(4)]
+    first = trainer(tmp_path / "first", max_steps=4, generation_batch_size=16)
+    first.step()
+    saved = copy.deepcopy(first.state_dict())
+    again = trainer(tmp_path / "again", max_steps=4, generation_batch_size=16, model=tiny.model())
+    for (_, new), (_, old) in zip(again.policy.trainable(), first.policy.trainable(), strict=True):
+        new.data.copy_(old)
+    again.load_state_dict(saved)
+    rest = [again.step() for _ in range(3)]
+    for one, other in zip(rest, rows[1:], strict=True):
+        assert {k: v for k, v in one.items() if not k.startswith(TIMES)} == {
+            k: v for k, v in other.items() if not k.startswith(TIMES)
+        }
+    assert torch.equal(weights(again), weights(whole))
+    with pytest.raises(ConfigError, match="has finished its run"):
+        again.step()
+
+
+def test_a_step_that_left_half_a_change_is_not_gone_on_from(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+
+    def half(*args, **kwargs):
+        run.learner.changing()
+        raise RuntimeError("half a step")
+
+    monkeypatch.setattr(run.learner.scaler, "step", half)
+    with pytest.raises(RuntimeError, match="half a step"):
+        run.step()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="half a change"):
+        run.step()

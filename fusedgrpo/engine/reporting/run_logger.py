@@ -82,6 +82,8 @@ class _NoDisplay:
 class RunLogger:
     """One run's directory, metrics, display, trackers and advice; open it with ``opened``."""
 
+    writes = True
+
     def __init__(
         self,
         config: GRPOConfig,
@@ -228,12 +230,15 @@ class RunLogger:
             log.warning("%s may not be on the disk yet: %s", self.metrics.path, error)
         return list(self.metrics.unsynced)
 
-    def tell(self, event: str, *arguments: Any) -> None:
-        """Call the method ``event`` of every callback; the user's get copies."""
+    def tell(self, *events: tuple[Any, ...]) -> None:
+        """Call every callback: the method that each event begins with, with the rest of it. Ours
+        come first; the user's get copies."""
         for callback in self.callbacks:
-            getattr(callback, event)(*arguments)
+            for event, *arguments in events:
+                getattr(callback, event)(*arguments)
         for callback in self.given:
-            getattr(callback, event)(*copy.deepcopy(arguments))
+            for event, *arguments in events:
+                getattr(callback, event)(*copy.deepcopy(arguments))
 
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """List the data rows that were left out, beside the metrics."""
@@ -258,12 +263,14 @@ class RunLogger:
             if read_metrics(self.run.metrics):
                 write_report(self.run.path, self.run.report)  # which draws the plots, too
         self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")
-        self.tell("on_end", self.run.path)
+        self.tell(("on_end", self.run.path))
 
 
 class NoLogger(RunLogger):
     """Nothing is locked, shown or written: in every process but the first, and where ``step`` is
     called without ``train``."""
+
+    writes = False
 
     def __init__(self) -> None:
         self.display = _NoDisplay()  # type: ignore[assignment]
@@ -280,7 +287,7 @@ class NoLogger(RunLogger):
     def writing(
         self, what: str, step: int, work: Callable[[], T], *, insist: bool = False
     ) -> T | None: ...
-    def tell(self, event: str, *arguments: Any) -> None: ...
+    def tell(self, *events: tuple[Any, ...]) -> None: ...
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
     def finish(self, save_model: Callable[[Path], Path]) -> None: ...
 
