@@ -295,14 +295,14 @@ def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
             probe.begin()
             self.sampler = Given() if probe.request == "gate" else without_eos
             row = super().step(outputs)
-            assert self.window is not None
-            rollout = self.window.rollout
+            assert self.buffer is not None
+            rollout = self.buffer.rollout
             probe.end(
                 {name: row[f"time/{name}"] for name in ("sample", "score", "update")},
                 [len(completion.ids) for completion in rollout.completions()],
                 {
                     "prompt_ids": [list(group.prompt_ids) for group in rollout.groups],
-                    "advantages": self.window.advantages.tolist(),
+                    "advantages": self.buffer.advantages.tolist(),
                     "loss": row["loss"],
                 },
             )
