@@ -79,7 +79,15 @@ def test_every_family_equals_one_sequence_at_a_time(family, layout):
 
 
 @pytest.mark.parametrize(
-    "how", ["plain", "checkpointing", "reentrant", "lora", "compiled", "eager"]
+    "how",
+    [
+        "plain",
+        "checkpointing",
+        "reentrant",
+        "lora",
+        pytest.param("compiled", marks=pytest.mark.slow),
+        "eager",
+    ],
 )
 def test_the_ways_in_which_models_are_wrapped(how):
     model = tiny.model("Qwen2", scale=6.0)

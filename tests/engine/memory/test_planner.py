@@ -85,13 +85,24 @@ def agree(simulate: ModuleType, model: str, P: int, options: GRPOConfig, **chang
 @pytest.mark.parametrize(
     ("model", "P", "options", "changes"),
     [
-        ("qwen2.5-7b", 512, config(1024, tokens_per_microbatch=1536), {}),
-        ("llama-3.2-3b", 64, config(256, lora_r=8, gradient_checkpointing=False), {}),
-        ("qwen2.5-14b", 256, config(768, optim="adamw_8bit"), {"offload": True}),
-        ("qwen2.5-0.5b", 128, config(512, load_in_4bit=False, shared_prompt="off"), {}),
+        pytest.param(
+            "qwen2.5-7b", 512, config(1024, tokens_per_microbatch=1536), {},
+            id="7b", marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "llama-3.2-3b", 64, config(256, lora_r=8, gradient_checkpointing=False), {},
+            id="3b-no-checkpointing",
+        ),
+        pytest.param(
+            "qwen2.5-14b", 256, config(768, optim="adamw_8bit"), {"offload": True},
+            id="14b-offload-8bit", marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "qwen2.5-0.5b", 128, config(512, load_in_4bit=False, shared_prompt="off"), {},
+            id="0.5b-16bit-packed", marks=pytest.mark.slow,
+        ),
     ],
-    ids=["7b", "3b-no-checkpointing", "14b-offload-8bit", "0.5b-16bit-packed"],
-)
+)  # fmt: skip
 def test_plan_is_within_a_tenth_of_the_simulated_step(
     simulate: ModuleType, model: str, P: int, options: GRPOConfig, changes: dict[str, Any]
 ) -> None:
@@ -147,6 +158,7 @@ def test_eight_bit_and_paged_optimizers() -> None:
     assert paged.host["paged optimizer state"] == small.resident["optimizer state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"load_in_4bit": False}, {"bf16": False}, {"fp16": True}])
 def test_the_plan_is_the_same_on_every_machine(pretended: Any, monkeypatch, changes: Any) -> None:
     found = []
