@@ -20,7 +20,9 @@ def save(model: Any, path: Path) -> None:
     from transformers import GenerationConfig
 
     own = model.generation_config
-    misplaced = model.config._get_generation_parameters()
+    found = model.config._get_generation_parameters()
+    # Values of a class cannot be taken away for the moment; of those transformers says so itself.
+    misplaced = {name: value for name, value in found.items() if name in vars(model.config)}
     written = copy.deepcopy(own) or GenerationConfig()
     for name, value in misplaced.items():
         if getattr(written, name, None) is None:

@@ -125,13 +125,13 @@ class RunLogger:
             self.advisor.start()
             for row in read_metrics(run.metrics):
                 self.advisor.observe(row)  # it said all this before the run was interrupted
-        self.sinks = Trackers(
+        self.trackers = Trackers(
             config.report_to,
             run_name=config.run_name or run.path.name,
             directory=run.trackers,
             config=settings,
         )
-        stack.callback(self.sinks.close)
+        stack.callback(self.trackers.close)
         self.display = stack.enter_context(
             Display(
                 total_steps,
@@ -147,13 +147,13 @@ class RunLogger:
         for line in self.advisor.start():
             self.display.note(line)
         self.callbacks: list[Callback] = [
-            self.sinks,
+            self.trackers,
             self.display,
             _Advice(self.advisor, self.display),
         ]
         if config.log_completions:
             self.callbacks.append(_Completions(self.display, config.num_completions_to_print))
-        self.given = list(callbacks)
+        self.user_callbacks = list(callbacks)
 
     @classmethod
     @contextmanager
@@ -236,7 +236,7 @@ class RunLogger:
         for callback in self.callbacks:
             for event, *arguments in events:
                 getattr(callback, event)(*arguments)
-        for callback in self.given:
+        for callback in self.user_callbacks:
             for event, *arguments in events:
                 getattr(callback, event)(*copy.deepcopy(arguments))
 
