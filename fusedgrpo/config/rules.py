@@ -7,13 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo.errors import brief, did_you_mean
+from fusedgrpo.loss_options import LOSS_TYPES
 
 # Per rollout: its prompts, texts and rewards are in memory together.
 MOST_COMPLETIONS = 1 << 20
 
+# Options that name one of ours, or code of the user's as ``file.py:name`` or ``module:name``.
+EXTENSIBLE: dict[str, tuple[str, ...]] = {
+    "loss_type": LOSS_TYPES,
+    "advantage_estimator": ("group",),
+    "sampler": ("auto", "generate"),
+    "dataset_format": ("auto", "prompt", "alpaca", "sharegpt", "openai"),
+}
+
+
+def one_of(option: str) -> str:
+    """What such an option may be, for its help."""
+    return f"{', '.join(EXTENSIBLE[option])}, file.py:name or module:name"
+
 
 def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """The options that a broken rule is about, the one to blame first, and what is wrong."""
+    for name, known in EXTENSIBLE.items():
+        value = getattr(c, name)
+        if value not in known and not all(value.rpartition(":")):
+            text = f"{name}: {brief(value)} is none of {one_of(name)}."
+            yield (name,), text + did_you_mean(value, known)
     if not c.do_train:
         yield ("do_train",), "do_train: false leaves nothing to do; set it to true."
     if c.bf16 and c.fp16:

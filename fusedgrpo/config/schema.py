@@ -17,12 +17,12 @@ from fusedgrpo.config.aliases import ALIASES, Alias
 from fusedgrpo.config.foreign import REFUSED
 from fusedgrpo.config.reading import Problem, label_of, left_out, plain, raise_all, resolve
 from fusedgrpo.config.redaction import redacted, remember
-from fusedgrpo.config.rules import broken_rules
+from fusedgrpo.config.rules import broken_rules, one_of
 from fusedgrpo.config.script_surface import TrainingArgumentsSurface
 from fusedgrpo.config.values import is_free, limits_of, option, takes_text, takes_truth
 from fusedgrpo.config.yaml_file import parse_override, read_config_file
 from fusedgrpo.errors import ConfigError, did_you_mean
-from fusedgrpo.loss_options import ImportanceSamplingLevel, LossOptions, LossType
+from fusedgrpo.loss_options import ImportanceSamplingLevel, LossOptions
 
 log = logging.getLogger("fusedgrpo")
 
@@ -91,6 +91,9 @@ class GRPOConfig(TrainingArgumentsSurface):
     )
     dataset_dir: str = option("data", "where dataset_info.json and named data sets are", free=True)
     eval_dataset: str | None = option(None, "data set for evaluation", free=True)
+    dataset_format: str = option(
+        "auto", f"{one_of('dataset_format')}: where the prompt is in a row"
+    )
     val_size: float = option(
         0.0, "rows held out for evaluation: a share if < 1, else a count", low=0
     )
@@ -146,6 +149,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     skip_special_tokens: bool = option(
         True, "in the text of completions; false keeps all but the EOS at their end"
     )
+    sampler: str = option("auto", f"{one_of('sampler')}: what draws the completions")
     max_in_flight: int | None = option(
         None, "completions decoded together; null: what the plan says, or all", low=1, free=True
     )
@@ -157,7 +161,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         _LOSS.epsilon_high, "upper clip bound; null: epsilon", low=0
     )
     delta: float | None = option(_LOSS.delta, "cap of the ratio for negative advantages", above=1)
-    loss_type: LossType = option(_LOSS.loss_type, "the surrogate and its normaliser")
+    loss_type: str = option(_LOSS.loss_type, f"{one_of('loss_type')}: the surrogate")
     importance_sampling_level: ImportanceSamplingLevel = option(
         _LOSS.importance_sampling_level, "level of the ratio"
     )
@@ -191,6 +195,9 @@ class GRPOConfig(TrainingArgumentsSurface):
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize", "how several rewards become one advantage"
+    )
+    advantage_estimator: str = option(
+        "group", f"{one_of('advantage_estimator')}: from rewards to advantages"
     )
     on_reward_error: Literal["halt", "drop"] = option(
         "halt", "a failing reward: stop, or no reward"

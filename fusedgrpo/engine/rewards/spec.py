@@ -6,20 +6,18 @@ model's directory, its Hub id (has a ``/``), dotted ``module.function``.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from fusedgrpo.engine.rewards.builtin import FACTORIES, FUNCTIONS
 from fusedgrpo.engine.rewards.call import RewardCall
 from fusedgrpo.errors import RewardError, did_you_mean
+from fusedgrpo.named_code import NamedCode, load_code, locate_code
+
+WHO = "reward function"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +41,8 @@ def locate(text: str, folders: Sequence[Path]) -> Source:
     """
     if text in FUNCTIONS or text in FACTORIES:
         return Source("builtin", text, text)
-    target, colon, attribute = text.rpartition(":")
-    if colon and target.endswith(".py"):
-        return Source("file", text, str(_existing(text, target, folders)), attribute)
-    if colon:
-        return Source("module", text, target, attribute)
+    if code := locate_code(text, folders, WHO, RewardError):
+        return Source("file" if code.is_file else "module", text, code.target, code.attribute)
     if text.endswith(".py"):
         raise RewardError(f"reward_funcs: name a function of {text!r}, as in {text + ':reward'!r}")
     for folder in folders:
@@ -67,15 +62,6 @@ def locate(text: str, folders: Sequence[Path]) -> Source:
     )
 
 
-def _existing(text: str, target: str, folders: Sequence[Path]) -> Path:
-    paths = [(folder / Path(target).expanduser()).resolve() for folder in folders]
-    for path in paths:
-        if path.is_file():
-            return path
-    looked = ", ".join(map(str, dict.fromkeys(paths)))
-    raise RewardError(f"reward function {text!r}: no such file (looked for {looked})")
-
-
 def load(source: Source, kwargs: Mapping[str, Any]) -> RewardCall:
     """Import the function behind ``source``, a built-in one or the user's.
 
@@ -88,7 +74,8 @@ def load(source: Source, kwargs: Mapping[str, Any]) -> RewardCall:
             return RewardCall(FUNCTIONS[source.text], kwargs)
         function = FACTORIES[source.text]
     else:
-        function = _attribute(source, _module(source))
+        code = NamedCode(source.text, source.kind == "file", source.target, source.attribute)
+        function = load_code(code, WHO, RewardError)
     if source.kind == "builtin" or inspect.isclass(function):
         return RewardCall(_made(source, function, kwargs))
     return RewardCall(function, kwargs)
@@ -111,44 +98,3 @@ def _made(source: Source, factory: Callable[..., Any], kwargs: Mapping[str, Any]
             f"reward function {source.text!r}: making it with reward_kwargs failed with "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _module(source: Source) -> ModuleType:
-    who = f"reward function {source.text!r}"
-    try:
-        if source.kind == "module":
-            return importlib.import_module(source.target)
-        return _import_file(Path(source.target))
-    except ModuleNotFoundError as error:
-        where = f" (cwd {os.getcwd()})" if error.name == source.target.split(".")[0] else ""
-        raise RewardError(f"{who}: {error}{where}") from error
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise RewardError(
-            f"{who}: importing {source.target} failed with {type(error).__name__}: {error}"
-        ) from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    # Its neighbours are importable, as they would be if the file were run, but for those that are
-    # named like a library: whatever else is imported would get them, too.
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    name = f"reward_file_{path.stem}"  # not the bare stem: the file may be called random.py
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # given for every .py file
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as dataclasses and pickle expect it
-    spec.loader.exec_module(module)
-    return module
-
-
-def _attribute(source: Source, module: ModuleType) -> Callable[..., Any]:
-    function = getattr(module, source.attribute, None)
-    if callable(function):
-        return function
-    names = [name for name, value in vars(module).items() if callable(value)]
-    problem = "has no" if function is None else "holds no function in"
-    raise RewardError(
-        f"reward function {source.text!r}: {source.target} {problem} {source.attribute!r}."
-        + did_you_mean(source.attribute, names)
-    )

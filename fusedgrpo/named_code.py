@@ -1,0 +1,92 @@
+"""Code of the user's by its name: ``file.py:name`` or ``module:name``.
+
+Rewards, losses, advantage estimators, samplers and data formats are found this way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fusedgrpo.errors import FusedGRPOError, did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class NamedCode:
+    """text: as the user gave it. target: the absolute path of a file if ``is_file``, else a
+    module."""
+
+    text: str
+    is_file: bool
+    target: str
+    attribute: str
+
+
+def locate_code(
+    text: str, folders: Sequence[Path], who: str, error: type[FusedGRPOError]
+) -> NamedCode | None:
+    """What ``text`` names, without importing anything; None where it has no ``:``.
+
+    folders: where relative files are looked for, in this order. who: what it is to be, for
+    messages. Raises ``error`` for a file that is not there.
+    """
+    target, colon, attribute = text.rpartition(":")
+    if not colon:
+        return None
+    if not target.endswith(".py"):
+        return NamedCode(text, False, target, attribute)
+    paths = [(folder / Path(target).expanduser()).resolve() for folder in folders]
+    for path in paths:
+        if path.is_file():
+            return NamedCode(text, True, str(path), attribute)
+    looked = ", ".join(map(str, dict.fromkeys(paths)))
+    raise error(f"{who} {text!r}: no such file (looked for {looked})")
+
+
+def load_code(code: NamedCode, who: str, error: type[FusedGRPOError]) -> Callable[..., Any]:
+    """Import the function or class that ``code`` names. Raises ``error``."""
+    module = _module(code, f"{who} {code.text!r}", error)
+    found = getattr(module, code.attribute, None)
+    if callable(found):
+        return found
+    names = [name for name, value in vars(module).items() if callable(value)]
+    problem = "has no" if found is None else "holds no function in"
+    raise error(
+        f"{who} {code.text!r}: {code.target} {problem} {code.attribute!r}."
+        + did_you_mean(code.attribute, names)
+    )
+
+
+def _module(code: NamedCode, who: str, error: type[FusedGRPOError]) -> ModuleType:
+    try:
+        if code.is_file:
+            return _import_file(Path(code.target))
+        return importlib.import_module(code.target)
+    except ModuleNotFoundError as problem:
+        where = f" (cwd {os.getcwd()})" if problem.name == code.target.split(".")[0] else ""
+        raise error(f"{who}: {problem}{where}") from problem
+    except (Exception, SystemExit) as problem:  # a user's module may raise anything
+        raise error(
+            f"{who}: importing {code.target} failed with {type(problem).__name__}: {problem}"
+        ) from problem
+
+
+def _import_file(path: Path) -> ModuleType:
+    # Its neighbours are importable, as they would be if the file were run, but for those that are
+    # named like a library: whatever else is imported would get them, too.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    name = f"user_file_{path.stem}"  # not the bare stem: the file may be called random.py
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # given for every .py file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as dataclasses and pickle expect it
+    spec.loader.exec_module(module)
+    return module
