@@ -32,7 +32,7 @@ class NamedCode:
 def locate_code(
     text: str, folders: Sequence[Path], who: str, error: type[FusedGRPOError]
 ) -> NamedCode | None:
-    """What ``text`` names, without importing anything; None where it has no ``:``.
+    """Find out what ``text`` names, without importing; None where it has no ``:``.
 
     folders: where relative files are looked for, in this order. who: what it is to be, for
     messages. Raises ``error`` for a file that is not there.

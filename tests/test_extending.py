@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import torch
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
@@ -25,6 +26,9 @@ def block(name: str) -> dict[str, Any]:
 
 def train(directory: Path, data: Any = None, **arguments: Any) -> list[dict[str, Any]]:
     options: dict[str, Any] = {"num_generations": 2, "prompts_per_step": 1, "max_steps": 2}
+    for name in ("loss_type", "num_iterations", "advantage_estimator", "learning_rate"):
+        if name in arguments:
+            options[name] = arguments.pop(name)
     trainer = GRPOTrainer(
         model=tiny.model(),
         args=GRPOConfig(
@@ -61,6 +65,29 @@ def test_a_sampler(tmp_path: Path) -> None:
     first = sampler.sample([[4, 5, 6]], 3, GRPOSampling(), seed=1, first=1)
     both = sampler.sample([[7], [4, 5, 6]], 3, GRPOSampling(), seed=1)
     assert first[0].completions == both[1].completions
+
+
+def written(directory: Path, name: str) -> str:
+    """The block that defines ``name`` as a file; what names it in a configuration."""
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", TEXT, re.S) if f"def {name}" in c]
+    file = directory / f"{name}_file.py"
+    file.write_text(code)
+    return f"{file}:{name}"
+
+
+def test_a_loss(tmp_path: Path) -> None:
+    loss = written(tmp_path, "tempered")
+    rows = train(tmp_path / "run", loss_type=loss, num_iterations=2, learning_rate=0.1)
+    assert rows[0]["tempered/weight"] == 1 and 0 < rows[1]["tempered/weight"] < 1
+
+
+def test_an_advantage_estimator(tmp_path: Path) -> None:
+    name = written(tmp_path, "leave_one_out")
+    rows = train(tmp_path / "run", advantage_estimator=name)
+    assert len(rows) == 2
+    total, groups = torch.tensor([1.0, 0.0, 5.0, torch.nan]), torch.tensor([0, 0, 1, 1])
+    found = block("leave_one_out")["leave_one_out"](total=total, group_ids=groups)
+    assert found.tolist() == [1.0, -1.0, 0.0, 0.0]
 
 
 class GRPOSampling:

@@ -24,6 +24,7 @@ LAYERS = [
     ["engine.execution"],
     ["engine.rollout"],
     ["engine.reporting"],
+    ["engine.custom_loss", "engine.advantages"],
     ["engine.learner", "engine.scoring"],
     ["engine.evaluation", "engine.warmup", "engine.checkpointing", "engine.same_run"],
     ["engine.checkpointer", "engine.setup", "engine.trl_surface"],

@@ -22,7 +22,7 @@ EXTENSIBLE: dict[str, tuple[str, ...]] = {
 
 
 def one_of(option: str) -> str:
-    """What such an option may be, for its help."""
+    """The values of such an option, for its help."""
     return f"{', '.join(EXTENSIBLE[option])}, file.py:name or module:name"
 
 

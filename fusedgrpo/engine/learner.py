@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.custom_loss import CustomLoss
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.metric_names import MISMATCH_MAX, MISMATCH_MEAN
 from fusedgrpo.engine.rollout.training_sample import (
@@ -21,7 +22,7 @@ from fusedgrpo.engine.rollout.training_sample import (
     loss_mask,
 )
 from fusedgrpo.engine.seeding import seeded
-from fusedgrpo.kernels import LossOptions, policy_loss
+from fusedgrpo.kernels import LossOptions, PolicyLoss, policy_loss
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.finite import largest
 from fusedgrpo.models.micro_batches import forwarded_tokens, longest, micro_batches, shares
@@ -64,8 +65,9 @@ class Learner:
     processes, a forward pass without gradients counts first.
 
     execution: signals are looked for between micro-batches; each process forwards its share of the
-    samples, and gradients are summed. offload: entered around the forward pass. changing: called
-    before anything of weights or optimizer changes.
+    samples, and gradients are summed. custom_loss: in place of the one in ``options``. offload:
+    entered around the forward pass. changing: called before anything of weights or optimizer
+    changes.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Learner:
         *,
         max_grad_norm: float,
         execution: Execution,
+        custom_loss: CustomLoss | None = None,
         entropy_coef: float = 0.0,
         seed: int = 0,
         offload: AbstractContextManager[Any] | None = None,
@@ -86,6 +89,12 @@ class Learner:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.options = options
+        self.custom_loss = custom_loss
+        self.policy_loss: Callable[..., PolicyLoss] = (
+            functools.partial(policy_loss, **options.to_dict())
+            if custom_loss is None
+            else functools.partial(custom_loss, options=options)
+        )
         self.max_grad_norm = max_grad_norm
         self.execution = execution
         self.processes = execution.processes
@@ -265,7 +274,10 @@ class Learner:
 
     def _has_gradient(self, sample: TrainingSample) -> bool:
         # The router's loss has a gradient in all of them.
-        return self.policy.whole or has_gradient(sample, self.options, self.entropy_coef)
+        custom = self.custom_loss is not None
+        return self.policy.whole or has_gradient(
+            sample, self.options, self.entropy_coef, custom=custom
+        )
 
     def _loss(
         self,
@@ -287,7 +299,7 @@ class Learner:
         mask = loss_mask(batch, device)
         weight = concatenated(batch, "sampler_weight", device)
         old_logp = concatenated(batch, "old_logp", device)
-        loss, metrics = policy_loss(
+        loss, metrics = self.policy_loss(
             logp,
             torch.tensor([s.advantage for s in batch], device=device),
             packed.cu_completions,
@@ -298,7 +310,6 @@ class Learner:
             entropy=entropy,
             num_items=num_items,
             num_sequences=num_sequences,
-            **self.options.to_dict(),
         )
         sampled = concatenated(batch, "sampler_logp", device)
         if sampled is not None and old_logp is None:

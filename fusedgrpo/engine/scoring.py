@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.advantages import Estimator
 from fusedgrpo.engine.data.dataset import Example
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
@@ -27,7 +28,8 @@ from fusedgrpo.engine.rollout.training_sample import TrainingSample, has_gradien
 from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.errors import NonFiniteError
-from fusedgrpo.kernels import LossOptions, group_advantages
+from fusedgrpo.kernels import LossOptions
+from fusedgrpo.loss_options import LOSS_TYPES
 from fusedgrpo.models.micro_batches import Pair, longest, micro_batches, shares
 from fusedgrpo.models.policy import Policy
 
@@ -159,26 +161,22 @@ def make_buffer(
     policy: Policy,
     config: GRPOConfig,
     *,
+    estimate: Estimator,
     steps: int,
     execution: Execution,
 ) -> RolloutBuffer:
     """Advantages, and the log-probs that the loss will compare with, of a scored rollout."""
     group_ids = torch.tensor(rollout.group_ids)
-    advantages = group_advantages(
-        rewards.values,
-        group_ids=group_ids,
-        weights=functions.weights,
-        scale_rewards=config.scale_rewards,
-        multi_objective_aggregation=config.multi_objective_aggregation,
-    )
+    advantages = estimate(rewards, group_ids, functions.weights)
     metrics = length_metrics(rollout) | reward_metrics(
         functions.names, rewards, group_ids, config.scale_rewards
     )
     buffer = RolloutBuffer(rollout, advantages, steps, config.num_iterations, metrics=metrics)
     options, truncated = loss_options(config), config.mask_truncated_completions
+    custom = config.loss_type not in LOSS_TYPES
 
     def trains(sample: TrainingSample) -> bool:
-        return policy.whole or has_gradient(sample, options, config.entropy_coef)
+        return policy.whole or has_gradient(sample, options, config.entropy_coef, custom=custom)
 
     def logprobs(needs: Callable[[TrainingSample], bool] = trains) -> Tensor:
         return rollout_logprobs(
@@ -213,6 +211,10 @@ def make_buffer(
 
 
 def loss_options(config: GRPOConfig) -> LossOptions:
-    """The loss of a configuration."""
+    """The loss of a configuration. One of the user's own shares with ``dapo`` what it divides by,
+    the number of the step's tokens."""
     names = (field.name for field in dataclasses.fields(LossOptions))
-    return LossOptions(**{name: getattr(config, name) for name in names})
+    values = {name: getattr(config, name) for name in names}
+    if config.loss_type not in LOSS_TYPES:
+        values["loss_type"] = "dapo"
+    return LossOptions(**values)

@@ -18,7 +18,9 @@ from typing import Any
 from fusedgrpo import host
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.advantages import Estimator, find_estimator
 from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
+from fusedgrpo.engine.custom_loss import CustomLoss, find_custom_loss
 from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
@@ -66,6 +68,7 @@ class Parts:
     eos_ids: list[int]
     plan: BatchPlan
     stream: PromptStream
+    estimate_advantages: Estimator
     learner: Learner
     sampler: Sampler
     sampling: SamplingParams
@@ -95,6 +98,9 @@ def build_parts(
     # A launcher passes on the signal that the terminal has sent to everybody already.
     signals = StopSignals(echo_seconds=10.0 if processes.size > 1 else 0.0)
     tracker_classes(args.report_to)
+    folders = list(dict.fromkeys(Path(path).resolve() for path in (os.getcwd(), *search_paths)))
+    custom_loss = find_custom_loss(args.loss_type, folders)
+    estimator = find_estimator(args, folders)
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)
     clock = RunClock(processes.in_main(datetime.now))
@@ -152,7 +158,8 @@ def build_parts(
             eos_ids=ends,
             plan=plan,
             stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
-            learner=_learner(args, policy, plan, execution, memory_plan),
+            estimate_advantages=estimator,
+            learner=_learner(args, policy, plan, execution, memory_plan, custom_loss),
             sampler=_sampler(args, policy, tokenizer, ends, execution, sampler),
             sampling=SamplingParams(
                 max_new_tokens=args.max_completion_length,
@@ -194,6 +201,7 @@ def _learner(
     plan: BatchPlan,
     execution: Execution,
     memory_plan: MemoryPlan | None,
+    custom_loss: CustomLoss | None,
 ) -> Learner:
     offloads = args.activation_offloading or (
         memory_plan is not None and memory_plan.activation_offloading
@@ -206,6 +214,7 @@ def _learner(
         loss_options(args),
         max_grad_norm=args.max_grad_norm,
         execution=execution,
+        custom_loss=custom_loss,
         entropy_coef=args.entropy_coef,
         seed=args.seed,
         offload=OffloadActivations(policy.device) if offloads else None,

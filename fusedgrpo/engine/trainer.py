@@ -123,6 +123,7 @@ class GRPOTrainer(TRLSurface):
         self.plan = parts.plan
         self.stream = parts.stream
         self.learner = parts.learner
+        self.estimate_advantages = parts.estimate_advantages
         self.sampler = parts.sampler
         self.sampling = parts.sampling
         self.progress = Progress()
@@ -389,6 +390,7 @@ class GRPOTrainer(TRLSurface):
             self.reward_funcs,
             self.policy,
             self.args,
+            estimate=self.estimate_advantages,
             steps=-(-len(rollout.groups) // self.plan.groups_per_step),
             execution=self.execution,
         )

@@ -49,12 +49,14 @@ class TrainingSample:
         return len(self.completion_ids) - self.loss_tokens if self.in_loss else 0
 
 
-def has_gradient(sample: TrainingSample, options: LossOptions, entropy_coef: float) -> bool:
+def has_gradient(
+    sample: TrainingSample, options: LossOptions, entropy_coef: float, *, custom: bool = False
+) -> bool:
     """False for a completion whose gradient is exactly 0: it need not be forwarded, and still
-    counts in the denominators."""
+    counts in the denominators. custom: nothing is known of the loss."""
     if not sample.loss_tokens:
         return False
-    return bool(sample.advantage or options.beta or entropy_coef)
+    return custom or bool(sample.advantage or options.beta or entropy_coef)
 
 
 def concatenated(
