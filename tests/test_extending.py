@@ -77,7 +77,11 @@ def written(directory: Path, name: str) -> str:
 
 def test_a_loss(tmp_path: Path) -> None:
     loss = written(tmp_path, "tempered")
-    rows = train(tmp_path / "run", loss_type=loss, num_iterations=2, learning_rate=0.1)
+    options: dict[str, Any] = {"num_iterations": 2, "learning_rate": 0.1}
+    options["reward_funcs"] = lambda completion_ids, **_: [
+        float(sum(ids)) for ids in completion_ids
+    ]
+    rows = train(tmp_path / "run", loss_type=loss, **options)
     assert rows[0]["tempered/weight"] == 1 and 0 < rows[1]["tempered/weight"] < 1
 
 
