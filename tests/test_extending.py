@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
+import yaml
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
@@ -23,14 +25,22 @@ def block(name: str) -> dict[str, Any]:
     return names
 
 
-def train(directory: Path, data: Any = None, **arguments: Any) -> list[dict[str, Any]]:
-    options: dict[str, Any] = {"num_generations": 2, "prompts_per_step": 1, "max_steps": 2}
+def train(
+    directory: Path, options: dict[str, Any] | None = None, **arguments: Any
+) -> list[dict[str, Any]]:
+    """The metrics of a run. options: with a ``dataset``, which is trained on then."""
+    some = [{"prompt": "w4 w5 w6", "solution": s} for s in ("w7", None)]
+    sizes: dict[str, Any] = {"num_generations": 2, "prompts_per_step": 1, "max_steps": 2}
     trainer = GRPOTrainer(
         model=tiny.model(),
         args=GRPOConfig(
-            output_dir=str(directory), max_completion_length=4, bf16=False, use_cpu=True, **options
+            output_dir=str(directory),
+            max_completion_length=4,
+            bf16=False,
+            use_cpu=True,
+            **sizes | (options or {}),
         ),
-        train_dataset=data or [{"prompt": "w4 w5 w6", "solution": s} for s in ("w7", None)],
+        train_dataset=None if options else some,
         tokenizer=tiny.tokenizer(template=True),
         **{"reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]}
         | arguments,
@@ -67,9 +77,20 @@ class GRPOSampling:
     max_new_tokens = 4
 
 
-def test_data(tmp_path: Path) -> None:
-    data = block("from_questions")["train_dataset"]
-    assert len(train(tmp_path, data=[row | {"solution": "w7"} for row in data])) == 2
+def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (options,) = re.findall(r"```yaml\n(dataset:.*?)```", TEXT, re.S)
+    (code,) = re.findall(r"```python\n(def from_question.*?)```", TEXT, re.S)
+    rows = [{"question": "w4?", "answer": a} for a in ("w7", None)] + [
+        {"question": "w4", "answer": "w7"}
+    ]
+    (tmp_path / "questions.py").write_text(code)
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    named = {**yaml.safe_load(options), "on_bad_row": "skip"}
+    assert len(train(tmp_path / "run", options=named)) == 2
+    lines = (tmp_path / "run" / "skipped_rows.jsonl").read_text().splitlines()
+    left_out, bad = (json.loads(line)["reason"] for line in lines)
+    assert "leaves it out" in left_out and "not a question" in bad
 
 
 def test_every_file_that_is_named_is_there() -> None:
