@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fusedgrpo.errors import FusedGRPOError, did_you_mean
+from fusedgrpo.errors import FusedGRPOError, brief, did_you_mean, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class NamedCode:
 def locate_code(
     text: str, folders: Sequence[Path], who: str, error: type[FusedGRPOError]
 ) -> NamedCode | None:
-    """Find out what ``text`` names, without importing; None where it has no ``:``.
+    """Find what ``text`` names, without importing anything; None where it has no ``:``.
 
     folders: where relative files are looked for, in this order. who: what it is to be, for
     messages. Raises ``error`` for a file that is not there.
@@ -42,10 +42,14 @@ def locate_code(
         return None
     if not target.endswith(".py"):
         return NamedCode(text, False, target, attribute)
-    paths = [(folder / Path(target).expanduser()).resolve() for folder in folders]
-    for path in paths:
-        if path.is_file():
-            return NamedCode(text, True, str(path), attribute)
+    paths = []
+    try:
+        for folder in folders:
+            paths.append((folder / Path(target).expanduser()).resolve())
+            if paths[-1].is_file():
+                return NamedCode(text, True, str(paths[-1]), attribute)
+    except (OSError, ValueError, RuntimeError) as problem:  # NUL, thousands of letters, ~nobody
+        raise error(f"{who} {brief(text)}: no such file ({reason(problem)})") from problem
     looked = ", ".join(map(str, dict.fromkeys(paths)))
     raise error(f"{who} {text!r}: no such file (looked for {looked})")
 

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
+import yaml
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
@@ -24,17 +26,22 @@ def block(name: str) -> dict[str, Any]:
     return names
 
 
-def train(directory: Path, data: Any = None, **arguments: Any) -> list[dict[str, Any]]:
-    options: dict[str, Any] = {"num_generations": 2, "prompts_per_step": 1, "max_steps": 2}
-    for name in ("loss_type", "num_iterations", "advantage_estimator", "learning_rate"):
-        if name in arguments:
-            options[name] = arguments.pop(name)
+def train(
+    directory: Path, options: dict[str, Any] | None = None, **arguments: Any
+) -> list[dict[str, Any]]:
+    """The metrics of a run. options: with a ``dataset``, which is trained on then."""
+    some = [{"prompt": "w4 w5 w6", "solution": s} for s in ("w7", None)]
+    sizes: dict[str, Any] = {"num_generations": 2, "prompts_per_step": 1, "max_steps": 2}
     trainer = GRPOTrainer(
         model=tiny.model(),
         args=GRPOConfig(
-            output_dir=str(directory), max_completion_length=4, bf16=False, use_cpu=True, **options
+            output_dir=str(directory),
+            max_completion_length=4,
+            bf16=False,
+            use_cpu=True,
+            **sizes | (options or {}),
         ),
-        train_dataset=data or [{"prompt": "w4 w5 w6", "solution": s} for s in ("w7", None)],
+        train_dataset=None if "dataset" in (options or {}) else some,
         tokenizer=tiny.tokenizer(template=True),
         **{"reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]}
         | arguments,
@@ -76,19 +83,18 @@ def written(directory: Path, name: str) -> str:
 
 
 def test_a_loss(tmp_path: Path) -> None:
-    loss = written(tmp_path, "tempered")
-    options: dict[str, Any] = {"num_iterations": 2, "learning_rate": 0.1}
-    options["reward_funcs"] = lambda completion_ids, **_: [
-        float(sum(ids)) for ids in completion_ids
-    ]
-    rows = train(tmp_path / "run", loss_type=loss, **options)
+    options = {"loss_type": written(tmp_path, "tempered"), "num_iterations": 2}
+    rows = train(
+        tmp_path / "run",
+        options | {"learning_rate": 0.1},
+        reward_funcs=lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids],
+    )
     assert rows[0]["tempered/weight"] == 1 and 0 < rows[1]["tempered/weight"] < 1
 
 
 def test_an_advantage_estimator(tmp_path: Path) -> None:
-    name = written(tmp_path, "leave_one_out")
-    rows = train(tmp_path / "run", advantage_estimator=name)
-    assert len(rows) == 2
+    options = {"advantage_estimator": written(tmp_path, "leave_one_out")}
+    assert len(train(tmp_path / "run", options)) == 2
     total, groups = torch.tensor([1.0, 0.0, 5.0, torch.nan]), torch.tensor([0, 0, 1, 1])
     found = block("leave_one_out")["leave_one_out"](total=total, group_ids=groups)
     assert found.tolist() == [1.0, -1.0, 0.0, 0.0]
@@ -98,9 +104,20 @@ class GRPOSampling:
     max_new_tokens = 4
 
 
-def test_data(tmp_path: Path) -> None:
-    data = block("from_questions")["train_dataset"]
-    assert len(train(tmp_path, data=[row | {"solution": "w7"} for row in data])) == 2
+def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (options,) = re.findall(r"```yaml\n(dataset:.*?)```", TEXT, re.S)
+    (code,) = re.findall(r"```python\n(def from_question.*?)```", TEXT, re.S)
+    rows = [{"question": "w4?", "answer": a} for a in ("w7", None)] + [
+        {"question": "w4", "answer": "w7"}
+    ]
+    (tmp_path / "questions.py").write_text(code)
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    named = {**yaml.safe_load(options), "on_bad_row": "skip"}
+    assert len(train(tmp_path / "run", options=named)) == 2
+    lines = (tmp_path / "run" / "skipped_rows.jsonl").read_text().splitlines()
+    left_out, bad = (json.loads(line)["reason"] for line in lines)
+    assert "leaves it out" in left_out and "not a question" in bad
 
 
 def test_every_file_that_is_named_is_there() -> None:

@@ -22,6 +22,7 @@ from fusedgrpo.engine.advantages import Estimator, find_estimator
 from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.custom_loss import CustomLoss, find_custom_loss
 from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
+from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
@@ -60,6 +61,7 @@ class Parts:
     processing_class: Any
     tokenizer: Any
     clock: RunClock
+    formats: Formats
     reward_funcs: RewardFunctions
     train_dataset: PromptDataset
     eval_dataset: PromptDataset | None
@@ -101,6 +103,7 @@ def build_parts(
     folders = list(dict.fromkeys(Path(path).resolve() for path in (os.getcwd(), *search_paths)))
     custom_loss = find_custom_loss(args.loss_type, folders)
     estimator = find_estimator(args, folders)
+    formats = Formats(args.dataset_format, search_paths)
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)
     clock = RunClock(processes.in_main(datetime.now))
@@ -126,9 +129,8 @@ def build_parts(
         if limits is None:
             policy = Policy.load(args, model, peft_config)
             limits = model_limits(args, policy.causal_lm)
-        train, held_out = _load_data(
-            args, processing_class, train_dataset, eval_dataset, {**(limits or {}), "clock": clock}
-        )
+        reading = {**(limits or {}), "clock": clock, "formats": formats}
+        train, held_out = _load_data(args, processing_class, train_dataset, eval_dataset, reading)
         memory_plan = None
         if model is None and peft_config is None:  # else the options do not describe the model
             memory_plan = _plan_memory(args, policy, all_examples(train, held_out), processes.size)
@@ -150,6 +152,7 @@ def build_parts(
             processing_class=processing_class,
             tokenizer=tokenizer,
             clock=clock,
+            formats=formats,
             reward_funcs=rewards,
             train_dataset=train,
             eval_dataset=held_out,
@@ -268,7 +271,7 @@ def all_examples(train: PromptDataset, held_out: PromptDataset | None) -> list[E
 
 
 def _load_data(
-    args: GRPOConfig, processing_class: Any, train: Any, held_out: Any, limits: dict[str, Any]
+    args: GRPOConfig, processing_class: Any, train: Any, held_out: Any, reading: dict[str, Any]
 ) -> tuple[PromptDataset, PromptDataset | None]:
     source = args.dataset if train is None else train
     if source is None:
@@ -276,11 +279,11 @@ def _load_data(
             "dataset is missing: give a file, a directory, a name in dataset_dir, or pass "
             "train_dataset."
         )
-    prompts = load_prompts(source, args, processing_class, **limits)
+    prompts = load_prompts(source, args, processing_class, **reading)
     held_out = args.eval_dataset if held_out is None else held_out
     evaluation = None
     if held_out is not None:
-        evaluation = load_prompts(held_out, args, processing_class, split="test", **limits)
+        evaluation = load_prompts(held_out, args, processing_class, split="test", **reading)
     elif args.val_size:
         prompts, evaluation = prompts.split(args.val_size, args.seed)
     if args.eval_strategy != "no" and evaluation is None:

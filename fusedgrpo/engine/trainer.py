@@ -58,7 +58,7 @@ class GRPOTrainer(TRLSurface):
     callbacks: of ``fusedgrpo.Callback``, told what happens in ``train``. optimizers, tools,
     rollout_func, environment_factory: TRL's, refused with a remedy.
     sampler: another ``Sampler`` than transformers' generate. search_paths: folders where
-        ``file.py:function`` rewards are looked for, beside the working directory.
+        ``file.py:function`` is looked for, beside the working directory.
 
     Everything that can be wrong is checked here, before the first step. Raises ConfigError,
     DataError, RewardError, ModelError or OutputDirError.
@@ -114,6 +114,7 @@ class GRPOTrainer(TRLSurface):
         self.processing_class = parts.processing_class
         self.tokenizer = parts.tokenizer
         self.clock = parts.clock
+        self.formats = parts.formats
         self.reward_funcs = parts.reward_funcs
         self.train_dataset = parts.train_dataset
         self.eval_dataset = parts.eval_dataset
@@ -510,6 +511,7 @@ class GRPOTrainer(TRLSurface):
                 self.processing_class,
                 split="test",
                 clock=self.clock,
+                formats=self.formats,
                 **limits,
             )
         if held_out is None:

@@ -16,7 +16,6 @@ from fusedgrpo.engine.columns import ANSWER, CONVENTION, NOT_COLUMNS
 from fusedgrpo.engine.data.encoder import PromptEncoder
 from fusedgrpo.engine.data.fingerprint import joined, row_digest
 from fusedgrpo.engine.data.formats import (
-    BadRowError,
     Layout,
     Messages,
     Prompt,
@@ -24,8 +23,10 @@ from fusedgrpo.engine.data.formats import (
     guess_layout,
     missing_column,
 )
+from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.media import media_reason
-from fusedgrpo.engine.data.sources import Row, Source, read_source
+from fusedgrpo.engine.data.rows import BadRowError, Row
+from fusedgrpo.engine.data.sources import read_source
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import DataError
 from fusedgrpo.input_files import exists
@@ -40,8 +41,9 @@ class Example:
     """One prompt.
 
     row: index in the source. prompt: text or messages, as the reward functions get it.
-    prompt_ids: what the model gets. columns: the row's other columns, as in the source.
-    read: the prompt before it was encoded. digest: sha256 of the row, as in the source.
+    prompt_ids: what the model gets. columns: the row's other columns, as in the source or as the
+    function made them that is its format. read: the prompt before it was encoded. digest: sha256
+    of the row, likewise.
     """
 
     row: int
@@ -76,7 +78,8 @@ class PromptDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the rows of the source that are used: equal for equal training data."""
+        """sha256 over the rows that are used, as their format makes them: equal for equal
+        training data."""
         return joined(example.digest for example in self.examples)
 
     @property
@@ -129,20 +132,23 @@ def load_prompts(
     context_length: int | None,
     split: str = "train",
     clock: RunClock | None = None,
+    formats: Formats | None = None,
 ) -> PromptDataset:
     """Read, encode and check all prompts of ``source``.
 
     source: a name or path (several, comma-separated), a ``datasets.Dataset`` or a list of dicts.
     vocab_size, context_length: the model's, where known. clock: says the date to chat
-    templates; the system's if there is none.
+    templates; the system's if there is none. formats: the run's, with its search paths; without,
+    that of ``dataset_format``.
     Raises DataError for a source, column or row that cannot be used.
     """
     encoder = PromptEncoder(
         config, tokenizer, vocab_size=vocab_size, context_length=context_length, clock=clock
     )
-    name, rows = _read_all(source, config, split)
+    name, rows = _read_all(source, config, split, formats or Formats(config.dataset_format))
     examples: list[Example] = []
     skipped: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
     kind: type | None = None
     for index, (row, layout) in enumerate(rows):
         try:
@@ -152,10 +158,16 @@ def load_prompts(
                 raise BadRowError("it mixes text prompts and messages with the rows before it")
         except BadRowError as reason:
             skipped.append({"row": index, "where": row.where, "reason": str(reason)})
+            bad += [] if row.left_out else skipped[-1:]
             continue
         examples.append(example)
+    if bad and config.on_bad_row == "error":
+        raise DataError(
+            f"{name}: {len(bad)} of {len(rows)} rows cannot be used:\n{_listing(bad)}\n"
+            "Correct them, or set on_bad_row: skip."
+        )
     if skipped:
-        _report(skipped, len(rows), name, config)
+        logger.warning(f"{name}: skipped {len(skipped)} of {len(rows)} rows:\n{_listing(skipped)}")
     if not examples:
         raise DataError(
             f"{name}: {len(rows)} rows, none of them a usable prompt:\n{_listing(skipped)}"
@@ -166,35 +178,48 @@ def load_prompts(
     return PromptDataset(examples, columns, kind is list, name, skipped, encoder)
 
 
-def _read_all(source: Any, config: GRPOConfig, split: str) -> tuple[str, list[tuple[Row, Layout]]]:
+def _read_all(
+    source: Any, config: GRPOConfig, split: str, formats: Formats
+) -> tuple[str, list[tuple[Row, Layout]]]:
     """The name of the source, or of all in a comma-separated list, and their rows in order."""
     several = isinstance(source, str) and "," in source and not exists(Path(source))
     names: list[str] = []
     rows: list[tuple[Row, Layout]] = []
     for one in source.split(",") if several else [source]:
-        found = read_source(one.strip() if several else one, config.dataset_dir, split)
+        found = read_source(
+            one.strip() if several else one, config.dataset_dir, split, formats=formats
+        )
         kept = found.rows[: config.max_samples]
         if not kept:
             raise DataError(f"{found.name}: no rows.")
-        layout = _layout(found)
+        layout = found.layout or formats.given or _guessed(found.rows, found.name)
+        made = [layout.made(row) for row in kept]
+        _check_columns(_columns(made), layout, found.name)
         names.append(found.name)
-        rows += [(row, layout) for row in kept]
+        rows += [(row, layout) for row in made]
     return ", ".join(names), rows
 
 
-def _layout(source: Source) -> Layout:
-    columns = list(dict.fromkeys(key for row in source.rows for key in row.values or ()))
-    if not columns:  # no row could be read: let their reasons be the message
-        return PromptLayout()
-    layout = source.layout or guess_layout(columns, source.name)
+def _columns(rows: list[Row]) -> list[str]:
+    """The columns that the rows have; none where no row could be read."""
+    return list(dict.fromkeys(key for row in rows for key in row.values or ()))
+
+
+def _guessed(rows: list[Row], name: str) -> Layout:
+    columns = _columns(rows)
+    return guess_layout(columns, name) if columns else PromptLayout()
+
+
+def _check_columns(columns: list[str], layout: Layout, source: str) -> None:
+    if not columns:  # let the reasons of the rows be the message
+        return
     if layout.required not in columns:
-        raise missing_column(layout.required, columns, source.name)
+        raise missing_column(layout.required, columns, source)
     for name in CONVENTION:
         if name in columns and name not in NOT_COLUMNS:
             raise DataError(
-                f"{source.name}: reward functions get their own {name!r}; rename the column."
+                f"{source}: reward functions get their own {name!r}; rename the column."
             )
-    return layout
 
 
 def _encode(index: int, row: Row, layout: Layout, encoder: PromptEncoder) -> Example:
@@ -218,19 +243,8 @@ def _encode(index: int, row: Row, layout: Layout, encoder: PromptEncoder) -> Exa
     return Example(index, prompt.given, prompt_ids, columns, prompt, digest)
 
 
-def _report(skipped: list[dict[str, Any]], total: int, name: str, config: GRPOConfig) -> None:
-    """Stop for unusable rows, or say which were skipped."""
-    listing = _listing(skipped)
-    if config.on_bad_row == "error":
-        raise DataError(
-            f"{name}: {len(skipped)} of {total} rows cannot be used:\n{listing}\n"
-            "Correct them, or set on_bad_row: skip."
-        )
-    logger.warning(f"{name}: skipped {len(skipped)} of {total} rows:\n{listing}")
-
-
 def _listing(skipped: list[dict[str, Any]]) -> str:
-    """The first rows that cannot be used and why; one line for all that share a reason."""
+    """The first rows that are not used and why; one line for all that share a reason."""
     by_reason: dict[str, list[str]] = {}
     for bad in skipped:
         by_reason.setdefault(bad["reason"], []).append(bad["where"])

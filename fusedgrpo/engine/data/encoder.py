@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine.data.formats import BadRowError, Messages, Prompt
+from fusedgrpo.engine.data.formats import Messages, Prompt
+from fusedgrpo.engine.data.rows import BadRowError
 from fusedgrpo.engine.run_clock import RunClock, is_dated
 from fusedgrpo.errors import ConfigError, DataError, did_you_mean
 from fusedgrpo.models.tokenizer import chat_template_of, text_tokenizer

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedgrpo.engine.data.formats import AlpacaLayout, ConversationLayout, Layout
+from fusedgrpo.engine.data.formats import LAYOUTS, Layout
+from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.errors import DataError, brief, did_you_mean, reason
 from fusedgrpo.input_files import exists, read_text
 
@@ -55,7 +56,7 @@ def read_registry(directory: Path) -> dict[str, Any]:
     return registry
 
 
-def read_entry(name: str, entry: Any, directory: Path) -> Entry:
+def read_entry(name: str, entry: Any, directory: Path, formats: Formats) -> Entry:
     """The content of ``entry``, every value checked. Raises DataError."""
     where = f"{directory / FILE_NAME}: {name}"
     if not isinstance(entry, dict):
@@ -82,7 +83,7 @@ def read_entry(name: str, entry: Any, directory: Path) -> Entry:
         subset=texts["subset"],
         split=texts["split"],
         count=count,
-        layout=_layout(entry, texts["formatting"], where),
+        layout=_layout(entry, texts["formatting"], where, directory, formats),
     )
 
 
@@ -102,7 +103,13 @@ def _texts(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     return {name: _text(found, name, f"{where}: {key}") for name in found}
 
 
-def _layout(entry: Mapping[str, Any], formatting: str | None, where: str) -> Layout | None:
+def _layout(
+    entry: Mapping[str, Any],
+    formatting: str | None,
+    where: str,
+    directory: Path,
+    formats: Formats,
+) -> Layout | None:
     columns, tags = _texts(entry, "columns", where), _texts(entry, "tags", where)
     for key, value in {**columns, **tags}.items():
         if key not in (*_COLUMNS, *_TAGS) and value and key not in _OTHER_TAGS:
@@ -110,27 +117,10 @@ def _layout(entry: Mapping[str, Any], formatting: str | None, where: str) -> Lay
                 f"{where}: the column {key!r} is not supported here."
                 f"{did_you_mean(key, (*_COLUMNS, *_TAGS))}"
             )
-    if formatting in (None, "alpaca"):
-        if not columns:
-            return None if formatting is None else AlpacaLayout()
-        # As in LLaMA-Factory: where `columns` is given, what it does not name is not used.
-        names = {key: columns.get(key) for key in ("query", "response", "system", "history")}
-        return AlpacaLayout(columns.get("prompt") or "instruction", **names)
-    if formatting not in ("sharegpt", "openai"):
-        raise DataError(f"{where}: formatting is {formatting!r}, expected alpaca or sharegpt.")
-    openai = formatting == "openai"
-    default = {
-        "role_tag": "role" if openai else "from",
-        "content_tag": "content" if openai else "value",
-        "user_tag": "user" if openai else "human",
-        "assistant_tag": "assistant" if openai else "gpt",
-        "system_tag": "system",
-    }
-    tags = {**default, **{key: value for key, value in tags.items() if value}}
-    return ConversationLayout(
-        column=columns.get("messages") or ("messages" if openai else "conversations"),
-        system=columns.get("system"),
-        role_tag=tags["role_tag"],
-        content_tag=tags["content_tag"],
-        roles={tags[f"{role}_tag"]: role for role in ("system", "user", "assistant")},
-    )
+    layout = formats.of_entry(formatting, where, directory)
+    if layout is None:  # names without a formatting are Alpaca's, as in LLaMA-Factory
+        return LAYOUTS["alpaca"].mapped(columns, tags) if columns else None
+    try:
+        return layout.mapped(columns, tags)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.encoder import PromptEncoder
-from fusedgrpo.engine.data.formats import BadRowError, Prompt
+from fusedgrpo.engine.data.formats import Prompt
+from fusedgrpo.engine.data.rows import BadRowError
 from fusedgrpo.errors import ConfigError, DataError, ModelError
 
 CHATML = (

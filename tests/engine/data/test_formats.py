@@ -4,11 +4,11 @@ import pytest
 
 from fusedgrpo.engine.data.formats import (
     AlpacaLayout,
-    BadRowError,
     ConversationLayout,
     PromptLayout,
     guess_layout,
 )
+from fusedgrpo.engine.data.rows import BadRowError
 from fusedgrpo.errors import DataError
 
 USER = {"role": "user", "content": "2+2?"}
@@ -112,7 +112,7 @@ def test_the_last_answer_of_a_conversation_is_the_reference() -> None:
     [
         (None, "is null"),
         ([], "expected a list of turns"),
-        ([{"from": "tool", "value": "x"}], "role 'tool', expected human, gpt"),
+        ([{"from": "tool", "value": "x"}], "role 'tool', expected system, human, gpt"),
         ([{"from": "gpt", "value": "x"}], "no user turn"),
         ([{"from": "human", "value": None}], "'value' is null"),
     ],
