@@ -1,4 +1,4 @@
-"""The options of the policy loss, as one value that every caller passes around."""
+"""The losses there are, and the options of one as a value that every caller passes around."""
 
 from __future__ import annotations
 
@@ -7,12 +7,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
-
-LOSS_TYPES: tuple[str, ...] = get_args(LossType)
-CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 IMPORTANCE_SAMPLING_LEVELS: tuple[str, ...] = get_args(ImportanceSamplingLevel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossKind:
+    """A loss type, apart from the arithmetic of its surrogate.
+
+    surrogate: its file in ``kernels/loss/surrogates``, with formula and paper.
+    summed: ``"tokens"``, or the ``"means"`` of the completions over their tokens.
+    divided_by: what the sum is divided by: ``"tokens"``, ``"completions"``, or the
+        ``"longest"``, completions times ``max_completion_length``.
+    metrics: those of its own, and the entry of ``kernels.loss.types.METRICS`` that each is.
+    weighs_completions: a whole completion has one weight, of its ratio and of its sampler's.
+    """
+
+    surrogate: str
+    summed: Literal["tokens", "means"] = "tokens"
+    divided_by: Literal["tokens", "completions", "longest"]
+    metrics: dict[str, str]
+    weighs_completions: bool = False
+
+
+_CLIP_SHARES = {
+    f"clip_ratio/{name}": f"clip_ratio/{name}"
+    for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")
+}
+_PHI = {"vespo/phi_seq_mean": "vespo/phi_seq_mean"}
+
+LOSSES: dict[str, LossKind] = {
+    "grpo": LossKind(
+        surrogate="clipped", summed="means", divided_by="completions", metrics=_CLIP_SHARES
+    ),
+    "bnpo": LossKind(surrogate="clipped", divided_by="tokens", metrics=_CLIP_SHARES),
+    "dr_grpo": LossKind(surrogate="clipped", divided_by="longest", metrics=_CLIP_SHARES),
+    "dapo": LossKind(surrogate="clipped", divided_by="tokens", metrics=_CLIP_SHARES),
+    "luspo": LossKind(surrogate="clipped", divided_by="completions", metrics=_CLIP_SHARES),
+    "cispo": LossKind(
+        surrogate="cispo",
+        divided_by="tokens",
+        metrics={"cispo_clip_ratio": "clip_ratio/high_mean"},
+    ),
+    "sapo": LossKind(surrogate="sapo", summed="means", divided_by="completions", metrics={}),
+    "vespo": LossKind(
+        surrogate="vespo", divided_by="tokens", metrics=_PHI, weighs_completions=True
+    ),
+}
+LOSS_TYPES = tuple(LOSSES)
+CLIPPED_LOSS_TYPES = tuple(name for name, kind in LOSSES.items() if kind.surrogate == "clipped")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +110,14 @@ class LossOptions:
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number > 0.")
-        if self.loss_type == "dr_grpo" and not self.max_completion_length:
-            raise ValueError("loss_type='dr_grpo' divides by max_completion_length: give it.")
+        if self.kind.divided_by == "longest" and not self.max_completion_length:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} divides by max_completion_length: give it."
+            )
+
+    @property
+    def kind(self) -> LossKind:
+        return LOSSES[self.loss_type]
 
     @property
     def upper(self) -> float:
@@ -78,14 +127,28 @@ class LossOptions:
     @property
     def mean_per_completion(self) -> bool:
         """Is the loss a sum of each completion's mean over its tokens, not of all tokens?"""
-        return self.loss_type in ("grpo", "sapo")
+        return self.kind.summed == "means"
+
+    @property
+    def per_sequence(self) -> bool:
+        """Is there one ratio per completion?"""
+        return self.importance_sampling_level == "sequence"
+
+    @property
+    def needs_whole_completions(self) -> bool:
+        """Does a token's derivative depend on the other tokens of its completion?"""
+        return self.per_sequence or self.kind.weighs_completions
 
     def to_dict(self) -> dict[str, Any]:
         """The options as keyword arguments of ``policy_loss``."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to_numbers(self) -> list[float]:
-        """The options as a custom op's schema can carry them; ``from_numbers`` reads them back."""
+        """The options as a custom op's schema can carry them; ``from_numbers`` reads them back.
+
+        No JSON: torch.compile traces this, and cannot write a number that changes between calls
+        into a string.
+        """
         values = self.to_dict()
         values["loss_type"] = LOSS_TYPES.index(self.loss_type)
         values["importance_sampling_level"] = IMPORTANCE_SAMPLING_LEVELS.index(

@@ -225,10 +225,10 @@ MUTANTS = (
     ),
     Mutant(
         "delta is for negative advantages only",
-        "loss/terms.py",
+        "loss/surrogates/clipped.py",
         "capped = ratio if options.delta is None else ratio.clamp(max=options.delta)",
         "capped = ratio if options.delta is None else ratio.clamp(max=options.delta)\n"
-        "        capped = torch.where(advantage > 0, ratio, capped)",
+        "    capped = torch.where(advantage > 0, ratio, capped)",
         (LOSS + "test_a_delta_below_the_clip_holds_for_both_signs",),
     ),
     Mutant(
@@ -243,7 +243,7 @@ MUTANTS = (
     ),
     Mutant(
         "the clip takes the gradient on the wrong side",
-        "loss/surrogate_triton.py",
+        "loss/surrogates/clipped_triton.py",
         "a_counts = tl.where(a == b, 0.5, tl.where(a < b, 1.0, 0.0))",
         "a_counts = tl.where(a == b, 0.5, tl.where(a > b, 1.0, 0.0))",
         (LOSS + "test_clip_sides",),
@@ -264,9 +264,9 @@ MUTANTS = (
     ),
     Mutant(
         "vespo takes the exponent of the other sign",
-        "loss/completion_triton.py",
-        "k = tl.where(advantage >= 0.0, K_POS, K_NEG)",
-        "k = tl.where(advantage < 0.0, K_POS, K_NEG)",
+        "loss/surrogates/vespo_triton.py",
+        "k = tl.where(advantage >= 0.0, OPTIONS.k_pos, OPTIONS.k_neg)",
+        "k = tl.where(advantage < 0.0, OPTIONS.k_pos, OPTIONS.k_neg)",
         (LOSS + "test_loss_and_gradient_equal_the_reference[token-vespo]",),
     ),
     Mutant(

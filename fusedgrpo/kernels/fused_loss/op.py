@@ -42,7 +42,7 @@ from fusedgrpo.kernels.logprob.tiles import HeadOptions
 from fusedgrpo.kernels.logprob.vocab_pass import VocabPass, accumulator, tiling_for, vocab_pass
 from fusedgrpo.kernels.loss.denominator import loss_denominator
 from fusedgrpo.kernels.loss.op import check_ragged, loss_terms
-from fusedgrpo.kernels.loss.types import METRICS, PolicyLoss, name_metrics
+from fusedgrpo.kernels.loss.types import METRICS, PerToken, PolicyLoss, name_metrics
 from fusedgrpo.loss_options import LossOptions
 
 
@@ -84,26 +84,8 @@ def linear_policy_loss(
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}: expected [N, H].")
     check_operands(hidden, weight, targets, bias, mask)
     logp = hidden.new_empty(len(targets), dtype=accumulator(hidden))
-    check_ragged(
-        logp,
-        advantages,
-        cu_seqlens,
-        options,
-        backend,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        mask=mask,
-        sampler_ratio=sampler_ratio,
-    )
-    denominator = loss_denominator(
-        options,
-        logp,
-        len(advantages),
-        mask=mask,
-        sampler_ratio=sampler_ratio,
-        num_items=num_items,
-        num_sequences=num_sequences,
-    )
+    per_token = PerToken(old_logp, ref_logp, mask, sampler_ratio)
+    check_ragged(logp, advantages, cu_seqlens, options, backend, per_token)
     with_grad = torch.is_grad_enabled()
     loss, metrics, *_ = _linear_policy_loss(
         hidden,
@@ -112,7 +94,7 @@ def linear_policy_loss(
         targets,
         advantages,
         cu_seqlens,
-        denominator,
+        loss_denominator(options, logp, len(advantages), per_token, num_items, num_sequences),
         old_logp,
         ref_logp,
         mask,
@@ -161,16 +143,7 @@ def _linear_policy_loss(
     loss_options = LossOptions.from_numbers(options)
     head = HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     chosen = resolve_backend(backend, "linear_policy_loss", hidden.device, hidden.dtype)
-    per_token: dict[str, Any] = {
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "sampler_ratio": sampler_ratio,
-    }
-    common: dict[str, Any] = {
-        "options": loss_options,
-        "denominator": denominator,
-        "backend": chosen,
-    }
+    per_token = PerToken(old_logp, ref_logp, None, sampler_ratio)
     targets = targets.contiguous()
     bias = None if bias is None else bias.contiguous()
     used, ends = used_tokens(cu_seqlens, mask, sampler_ratio, hidden)
@@ -184,9 +157,7 @@ def _linear_policy_loss(
     gradients = _gradients(hidden, weight, bias, *wanted, torch.zeros)
     sizes = tiling_for(weight)
     R = sizes.stored_rows if any(wanted) else sizes.rows
-    whole = (
-        loss_options.importance_sampling_level == "sequence" or loss_options.loss_type == "vespo"
-    )
+    whole = loss_options.needs_whole_completions
 
     def forward(tokens: Tensor, store: bool) -> VocabPass:
         return vocab_pass(
@@ -213,16 +184,15 @@ def _linear_policy_loss(
             if not any(wanted):
                 continue
             own = slice(chunk.first, chunk.last)
-            theirs: dict[str, Any] = {
-                k: None if x is None else x[tokens] for k, x in per_token.items()
-            }
             coefficient = loss_terms(
                 logp[tokens],
                 advantages[own],
                 torch.tensor(chunk.ends(ends), device=hidden.device),
+                denominator,
+                loss_options,
+                per_token.at(tokens),
                 counts=counts[own],
-                **theirs,
-                **common,
+                backend=chosen,
             ).coefficient
             for piece, c in zip(pieces, coefficient.split(R), strict=True):
                 if not once:
@@ -232,7 +202,13 @@ def _linear_policy_loss(
                 add_gradients(gradients, piece, passed, c, hidden, weight, targets, head, chosen)
                 del passed  # the next chunk's probabilities take its place
         terms = loss_terms(
-            logp, advantages, cu_seqlens, mask=mask, entropy=entropy, **per_token, **common
+            logp,
+            advantages,
+            cu_seqlens,
+            denominator,
+            loss_options,
+            per_token._replace(mask=mask, entropy=entropy),
+            backend=chosen,
         )
     return terms.loss, terms.metrics, *gradients.in_stored_dtypes(weight, bias)
 

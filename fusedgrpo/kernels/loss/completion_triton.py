@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from fusedgrpo.kernels.loss.surrogate_triton import k3
+from fusedgrpo.kernels.loss.kl_triton import k3
 from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, MIN_LOG_WEIGHT
 from fusedgrpo.kernels.triton_math import clamp
 
@@ -47,18 +47,15 @@ def completion_sums(
     ref_ptr,
     mask_ptr,
     weight_ptr,
-    KIND: tl.constexpr,
+    COMPLETION_WEIGHT: tl.constexpr,
+    SURROGATE_OPTIONS: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
     MEAN_PER_COMPLETION: tl.constexpr,
     CORRECTED: tl.constexpr,
-    K_POS: tl.constexpr,
-    K_NEG: tl.constexpr,
-    LAMBDA_POS: tl.constexpr,
-    LAMBDA_NEG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sums over all tokens of a completion, where the options ask for them: how many are kept,
-    their mean log-ratio, vespo's phi, the sum of their sampler weights, and of k3."""
+    their mean log-ratio, their weight phi, the sum of their sampler weights, and of k3."""
     lane = tl.arange(0, BLOCK)
     count = length.to(tl.float32)
     mean_log_ratio = 0.0
@@ -67,7 +64,7 @@ def completion_sums(
     sum_k3 = 0.0
     if (
         PER_SEQUENCE
-        or KIND == "vespo"
+        or COMPLETION_WEIGHT is not None
         or (MEAN_PER_COMPLETION and (mask_ptr is not None or weight_ptr is not None))
     ):
         counts = tl.zeros([BLOCK], tl.float32)
@@ -83,7 +80,7 @@ def completion_sums(
             counts += tl.where(keep, 1.0, 0.0)
             log_ratios += log_ratio
             weights += tl.where(keep, weight, 0.0)
-            if KIND == "vespo":
+            if COMPLETION_WEIGHT is not None:
                 log_weights += clamp(log_ratio, -_LIMIT, _LIMIT)
                 if weight_ptr is not None:
                     log_weights += clamp(tl.log(weight), _LEAST, _LIMIT)
@@ -94,9 +91,7 @@ def completion_sums(
         mean_log_ratio = tl.sum(log_ratios) / tl.where(count < 1.0, 1.0, count)
         sum_weight = tl.sum(weights)
         sum_k3 = tl.sum(k3s)
-        if KIND == "vespo":
+        if COMPLETION_WEIGHT is not None:
             log_w = clamp(tl.sum(log_weights), _LEAST, _LIMIT)
-            k = tl.where(advantage >= 0.0, K_POS, K_NEG)
-            lam = tl.where(advantage >= 0.0, LAMBDA_POS, LAMBDA_NEG)
-            phi = tl.exp(lam + k * log_w - lam * tl.exp(log_w))
+            phi = COMPLETION_WEIGHT(log_w, advantage, SURROGATE_OPTIONS)
     return count, mean_log_ratio, phi, sum_weight, sum_k3

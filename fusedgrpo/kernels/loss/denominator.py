@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedgrpo.kernels.loss.types import PerToken
 from fusedgrpo.loss_options import LossOptions
 
 
@@ -12,14 +13,13 @@ def loss_denominator(
     options: LossOptions,
     logp: Tensor,
     completions: int,
-    *,
-    mask: Tensor | None = None,
-    sampler_ratio: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    num_sequences: float | Tensor | None = None,
+    per_token: PerToken,
+    num_items: float | Tensor | None,
+    num_sequences: float | Tensor | None,
 ) -> Tensor:
     """The divisor of ``loss_terms``: a 0-dim tensor like ``logp [N]``, computed on its device."""
-    if options.mean_per_completion or options.loss_type in ("luspo", "dr_grpo"):
+    mask, sampler_ratio = per_token.mask, per_token.sampler_ratio
+    if options.kind.divided_by != "tokens":
         count = completions if num_sequences is None else num_sequences
     elif num_items is not None:
         count = num_items
@@ -33,7 +33,7 @@ def loss_denominator(
     else:  # not as_tensor, which waits for the GPU
         count = torch.full((), count, device=logp.device, dtype=logp.dtype)
     count = count.detach().clamp(min=1)
-    if options.loss_type == "dr_grpo":
+    if options.kind.divided_by == "longest":
         assert options.max_completion_length is not None
         count = count * options.max_completion_length
     return count

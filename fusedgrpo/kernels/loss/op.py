@@ -12,7 +12,7 @@ completion, level "sequence"), r = exp(s):
 
 and the sum over tokens is divided by a denominator that the caller knows, so that any split into
 micro-batches adds up to the same loss. Formulas and metric names: TRL 1.16's ``GRPOTrainer``; each
-loss's paper: ``terms.py``.
+loss's paper: ``surrogates/``.
 It differs from TRL in one thing: log-ratios are masked, and clamped to +-20, before ``exp``.
 
 The forward already writes d loss / d logp (``terms.py``, where the derivation is), so that the
@@ -31,7 +31,7 @@ from fusedgrpo.kernels.backend import Backend, resolve_backend
 from fusedgrpo.kernels.custom_op import plain_arithmetic_on, refuse_second_derivative
 from fusedgrpo.kernels.loss.denominator import loss_denominator
 from fusedgrpo.kernels.loss.terms import loss_terms_torch
-from fusedgrpo.kernels.loss.types import METRICS, LossTerms, PolicyLoss, name_metrics
+from fusedgrpo.kernels.loss.types import METRICS, LossTerms, PerToken, PolicyLoss, name_metrics
 from fusedgrpo.loss_options import LossOptions
 
 
@@ -103,38 +103,16 @@ def policy_loss(
         vespo_k_neg=vespo_k_neg,
         vespo_lambda_neg=vespo_lambda_neg,
     )
-    check_ragged(
-        logp,
-        advantages,
-        cu_seqlens,
-        options,
-        backend,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        mask=mask,
-        sampler_ratio=sampler_ratio,
-        entropy=entropy,
-    )
+    per_token = PerToken(old_logp, ref_logp, mask, sampler_ratio, entropy)
+    check_ragged(logp, advantages, cu_seqlens, options, backend, per_token)
     if logp.dtype != torch.float64:
         logp = logp.float()
     loss, _, metrics = torch.ops.fusedgrpo.policy_loss(
         logp,
         advantages,
         cu_seqlens,
-        loss_denominator(
-            options,
-            logp,
-            len(advantages),
-            mask=mask,
-            sampler_ratio=sampler_ratio,
-            num_items=num_items,
-            num_sequences=num_sequences,
-        ),
-        old_logp,
-        ref_logp,
-        mask,
-        sampler_ratio,
-        entropy,
+        loss_denominator(options, logp, len(advantages), per_token, num_items, num_sequences),
+        *per_token,
         options.to_numbers(),
         backend,
     )
@@ -153,7 +131,7 @@ def check_ragged(
     cu_seqlens: Tensor,
     options: LossOptions,
     backend: str,
-    **per_token: Tensor | None,
+    per_token: PerToken,
 ) -> None:
     """ValueError for shapes or a missing ``ref_logp`` that do not fit; TypeError for float64 where
     Triton is asked for."""
@@ -167,11 +145,11 @@ def check_ragged(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected ({len(advantages) + 1},), "
             "one more than there are advantages."
         )
-    if options.beta and per_token["ref_logp"] is None:
+    if options.beta and per_token.ref_logp is None:
         raise ValueError(f"beta={options.beta:g} needs ref_logp.")
     if backend == "triton" and logp.dtype == torch.float64:
         raise TypeError("backend='triton' computes in float32: logp is float64.")
-    for name, tensor in per_token.items():
+    for name, tensor in per_token._asdict().items():
         if tensor is not None and tensor.shape != logp.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: expected {tuple(logp.shape)}."
@@ -183,15 +161,11 @@ def loss_terms(
     logp: Tensor,
     advantages: Tensor,
     cu_seqlens: Tensor,
-    *,
-    options: LossOptions,
     denominator: Tensor,
+    options: LossOptions,
+    per_token: PerToken,
+    *,
     counts: Tensor | None = None,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    mask: Tensor | None = None,
-    sampler_ratio: Tensor | None = None,
-    entropy: Tensor | None = None,
     backend: str,
 ) -> LossTerms:
     """Loss, coefficients and metrics of completions, or of fragments of them; not differentiable.
@@ -213,28 +187,27 @@ def loss_terms(
     def numeric(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(logp.device, dtype)
 
-    cu_seqlens = cu_seqlens.to(logp.device)
-    tensors: dict[str, Any] = {
-        "counts": numeric(counts),
-        "old_logp": numeric(old_logp),
-        "ref_logp": numeric(ref_logp) if options.beta else None,
-        "mask": None if mask is None else mask.bool(),
-        "sampler_ratio": numeric(sampler_ratio),
-        "entropy": numeric(entropy),
-    }
-    required = (
+    arguments = (
         logp.to(dtype),
         advantages.to(logp.device, dtype),
-        cu_seqlens,
+        cu_seqlens.to(logp.device),
         denominator.to(logp.device, dtype),
         options,
+        PerToken(
+            old_logp=numeric(per_token.old_logp),
+            ref_logp=numeric(per_token.ref_logp) if options.beta else None,
+            mask=None if per_token.mask is None else per_token.mask.bool(),
+            sampler_ratio=numeric(per_token.sampler_ratio),
+            entropy=numeric(per_token.entropy),
+        ),
+        numeric(counts),
     )
     if backend == "triton":
         from fusedgrpo.kernels.loss.terms_triton import loss_terms_triton
 
         with plain_arithmetic_on(logp):
-            return loss_terms_triton(*required, **tensors)
-    return loss_terms_torch(*required, **tensors)
+            return loss_terms_triton(*arguments)
+    return loss_terms_torch(*arguments)
 
 
 @torch.library.custom_op("fusedgrpo::policy_loss", mutates_args=())
@@ -260,13 +233,9 @@ def _policy_loss(
         logp,
         advantages,
         cu_seqlens,
-        options=LossOptions.from_numbers(options),
-        denominator=denominator,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        mask=mask,
-        sampler_ratio=sampler_ratio,
-        entropy=entropy,
+        denominator,
+        LossOptions.from_numbers(options),
+        PerToken(old_logp, ref_logp, mask, sampler_ratio, entropy),
         # Here, not in the public function: torch.compile cannot trace the look at the machine.
         backend=resolve_backend(backend, "policy_loss", logp.device, logp.dtype),
     )

@@ -9,27 +9,18 @@ For a token t of completion i with advantage A, n unmasked tokens, s = logp - ol
 
 With L' the derivative of L through r, and l' the derivative by logp where it stands on its own,
 
-    surrogate                                    L'                           l'
-    clipped  -min(min(r, delta) A, clip(r) A)    -A, or 0 where the side      0
-                                                 that is the minimum is cut
-    cispo    -stop(c) A logp, c = min(r, upper)  0                            -c A
-    sapo     -4/T sigmoid(x) A, x = T (r - 1)    -4 sigmoid(x) sigmoid(-x) A  0
-    vespo    -stop(phi_i) A logp                 0                            -phi_i A
-    KL       beta k3(d) [* r]                    0 [beta k3(d)]               -beta expm1(d) [* r]
+    surrogate    L' and l' times sampler_ratio (vespo: as they are); each in its file of surrogates/
+    KL           L' = 0 [beta k3(d)],   l' = -beta expm1(d) [* r], 0 where d is clamped
 
-(of the surrogate both times sampler_ratio; the KL's l' is 0 where d is clamped), the coefficient
-d loss / d logp_t is
+the coefficient d loss / d logp_t is
 
     level "token"       (L'_t r_t [|w_t| <= 20] + l'_t) / D
     level "sequence"    (mean_i(L' r [|w| <= 20]) + l'_t) / D
 
-Papers (arXiv): clipping Schulman et al. 2017 (PPO, 1707.06347), grpo 2402.03300, dapo 2503.14476,
-dr_grpo 2503.20783, luspo 2602.05261, cispo 2506.13585, sapo 2511.20347, vespo 2602.10693, level
-"sequence" 2507.18071 (GSPO), delta 2505.07291 (INTELLECT-2), the KL times r 2512.02556 (DeepSeek-
-V3.2); k3: Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
+Papers (arXiv): level "sequence" 2507.18071 (GSPO), the KL times r 2512.02556 (DeepSeek-V3.2); k3:
+Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
 
-At a tie of the minimum each side counts half, and a clip passes the gradient at its bounds, as in
-torch's autograd. ``terms_triton.py`` has the same lines as a kernel.
+``terms_triton.py`` has the same lines as a kernel.
 """
 
 from __future__ import annotations
@@ -39,8 +30,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, MIN_LOG_WEIGHT, LossTerms
-from fusedgrpo.loss_options import CLIPPED_LOSS_TYPES, LossOptions
+from fusedgrpo.kernels.loss.surrogates import SURROGATES
+from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, MIN_LOG_WEIGHT, LossTerms, PerToken
+from fusedgrpo.loss_options import LossOptions
 
 
 def loss_terms_torch(
@@ -49,16 +41,12 @@ def loss_terms_torch(
     cu_seqlens: Tensor,
     denominator: Tensor,
     options: LossOptions,
-    *,
+    per_token: PerToken,
     counts: Tensor | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    mask: Tensor | None,
-    sampler_ratio: Tensor | None,
-    entropy: Tensor | None,
 ) -> LossTerms:
     """All tensors on the device and of the dtype of ``logp``, ``mask`` and ``cu_seqlens`` aside."""
-    per_sequence = options.importance_sampling_level == "sequence"
+    old_logp, ref_logp, mask, sampler_ratio, entropy = per_token
+    surrogate = SURROGATES[options.kind.surrogate]
     keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     dropped = logp.new_zeros(())
     if sampler_ratio is not None:
@@ -71,17 +59,18 @@ def loss_terms_torch(
     log_ratio = logp - (logp if old_logp is None else torch.where(keep, old_logp, 0.0))
     advantage = ragged.spread(advantages)
 
-    log_weight = ragged.spread(ragged.mean(log_ratio)) if per_sequence else log_ratio
+    log_weight = ragged.spread(ragged.mean(log_ratio)) if options.per_sequence else log_ratio
     clamped = log_weight.abs() > MAX_LOG_RATIO
     ratio = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     phi = logp.new_zeros(ragged.size)
-    if options.loss_type == "vespo":
-        phi = _vespo_weight(log_ratio, sampler_ratio, advantages, ragged, options)
+    if surrogate.completion_weight is not None:
+        log_w = _completion_log_weight(log_ratio, sampler_ratio, ragged)
+        phi = surrogate.completion_weight(log_w, advantages, options)
 
-    value, by_ratio, by_logp, low, high = _surrogate(
+    value, by_ratio, by_logp, low, high = surrogate.token_terms(
         ratio, advantage, logp, ragged.spread(phi), options
     )
-    if sampler_ratio is not None and options.loss_type != "vespo":
+    if sampler_ratio is not None and surrogate.completion_weight is None:
         value, by_ratio, by_logp = (x * sampler_ratio for x in (value, by_ratio, by_logp))
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
@@ -96,7 +85,7 @@ def loss_terms_torch(
         by_logp = by_logp + options.beta * kl_by_logp
 
     through_ratio = torch.where(clamped, 0.0, by_ratio * ratio)
-    if per_sequence:
+    if options.per_sequence:
         through_ratio = ragged.spread(ragged.mean(through_ratio))
     sums = ragged.sum(value)
     share = 1 / denominator
@@ -109,7 +98,7 @@ def loss_terms_torch(
 
     def mean(x: Tensor) -> Tensor:
         """Over tokens; over completions where x is constant in each."""
-        if per_sequence:
+        if options.per_sequence:
             return ragged.mean(x).sum() / (ragged.count > 0).sum().clamp(min=1)
         return ragged.token_mean(x)
 
@@ -157,60 +146,14 @@ class _Ragged:
         return self.sum(x).sum() / self.count.sum().clamp(min=1)
 
 
-def _surrogate(
-    ratio: Tensor, advantage: Tensor, logp: Tensor, phi: Tensor, options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All ``[N]``: the loss, its derivative by the ratio, and by logp where it stands on its own;
-    is the ratio clipped from below, from above."""
-    zero = torch.zeros_like(ratio)
-    never = torch.zeros_like(ratio, dtype=torch.bool)
-    if options.loss_type in CLIPPED_LOSS_TYPES:
-        lower, upper = 1 - options.epsilon, 1 + options.upper
-        capped = ratio if options.delta is None else ratio.clamp(max=options.delta)
-        a, b = capped * advantage, ratio.clamp(lower, upper) * advantage
-        a_counts = torch.where(a == b, 0.5, (a < b).to(ratio.dtype))
-        b_counts = 1 - a_counts
-        if options.delta is not None:
-            a_counts = torch.where(ratio > options.delta, 0.0, a_counts)
-        b_counts = torch.where((ratio < lower) | (ratio > upper), 0.0, b_counts)
-        low = (capped < lower) & (advantage < 0)
-        high = (capped > upper) & (advantage > 0)
-        return -torch.minimum(a, b), -advantage * (a_counts + b_counts), zero, low, high
-    if options.loss_type == "cispo":
-        by_logp = -ratio.clamp(max=options.upper) * advantage
-        high = (ratio > options.upper) & (advantage > 0)
-        return by_logp * logp, zero, by_logp, never, high
-    if options.loss_type == "sapo":
-        t = _choose(advantage > 0, options.sapo_temperature_pos, options.sapo_temperature_neg, logp)
-        x = t * (ratio - 1)
-        value = -torch.sigmoid(x) * 4 / t * advantage
-        by_ratio = -4 * torch.sigmoid(x) * torch.sigmoid(-x) * advantage
-        return value, by_ratio, zero, never, never
-    by_logp = -phi * advantage
-    return by_logp * logp, zero, by_logp, never, never
-
-
-def _vespo_weight(
-    log_ratio: Tensor,
-    sampler_ratio: Tensor | None,
-    advantages: Tensor,
-    ragged: _Ragged,
-    options: LossOptions,
+def _completion_log_weight(
+    log_ratio: Tensor, sampler_ratio: Tensor | None, ragged: _Ragged
 ) -> Tensor:
-    """``phi [B] = w^k exp(lambda (1 - w))`` of the completion's importance weight w; phi(1) = 1."""
+    """``[B]``: the logarithm of the product of a completion's ratios, and of its sampler's."""
     log_w = ragged.sum(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     if sampler_ratio is not None:
         log_w = log_w + ragged.sum(sampler_ratio.log().clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO))
-    log_w = log_w.clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO)
-    gain = advantages >= 0
-    k = _choose(gain, options.vespo_k_pos, options.vespo_k_neg, log_w)
-    lam = _choose(gain, options.vespo_lambda_pos, options.vespo_lambda_neg, log_w).clamp(min=1e-4)
-    return (lam + k * log_w - lam * log_w.exp()).exp()
-
-
-def _choose(where: Tensor, a: float, b: float, like: Tensor) -> Tensor:
-    """``where ? a : b`` in the dtype of ``like`` (torch.where of two numbers would be float32)."""
-    return torch.where(where, like.new_full((), a), like.new_full((), b))
+    return log_w.clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO)
 
 
 def _or_zero(x: Tensor, extreme: Callable[[Tensor], Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fusedgrpo.kernels.launch import ragged_launch
 from fusedgrpo.kernels.loss.completion_triton import completion_sums, read_tokens
+from fusedgrpo.kernels.loss.kl_triton import k3
 from fusedgrpo.kernels.loss.metrics_triton import (
     CLAMPED,
     COLUMNS,
@@ -30,10 +31,10 @@ from fusedgrpo.kernels.loss.metrics_triton import (
     PHI,
     loss_and_metrics,
 )
-from fusedgrpo.kernels.loss.surrogate_triton import k3, surrogate
-from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, LossTerms
+from fusedgrpo.kernels.loss.surrogates.registry_triton import SURROGATES
+from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, LossTerms, PerToken
 from fusedgrpo.kernels.triton_math import clamp
-from fusedgrpo.loss_options import CLIPPED_LOSS_TYPES, LossOptions
+from fusedgrpo.loss_options import LossOptions
 
 _LIMIT = tl.constexpr(MAX_LOG_RATIO)
 
@@ -53,15 +54,12 @@ def _token_terms(
     sum_k3,
     ref_ptr,
     weight_ptr,
-    KIND: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    SURROGATE_OPTIONS: tl.constexpr,
+    WEIGHT_IN_PHI: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
-    LOWER: tl.constexpr,
-    UPPER: tl.constexpr,
-    DELTA: tl.constexpr,
     BETA: tl.constexpr,
     CORRECTED: tl.constexpr,
-    T_POS: tl.constexpr,
-    T_NEG: tl.constexpr,
 ):
     """The loss of the tokens at ``t``, its derivative by their logp, their KL; is the ratio
     clipped from below, from above, clamped."""
@@ -72,19 +70,17 @@ def _token_terms(
     ratio = tl.exp(clamp(log_weight, -_LIMIT, _LIMIT))
     # Broadcast here: the interpreter cannot and a block of bools with a scalar one.
     spread = tl.zeros_like(logp) + advantage
-    value, by_ratio, by_logp, low, high = surrogate(
-        ratio, spread, logp, phi, KIND, LOWER, UPPER, DELTA, T_POS, T_NEG
-    )
+    value, by_ratio, by_logp, low, high = SURROGATE(ratio, spread, logp, phi, SURROGATE_OPTIONS)
     if PER_SEQUENCE:
         # The mean over the completion of what follows, token by token, at the other level.
         mean_of = tl.where(count < 1.0, 1.0, count)
-        if weight_ptr is not None and KIND != "vespo":
+        if weight_ptr is not None and not WEIGHT_IN_PHI:
             value = value * weight
             by_logp = by_logp * weight
             by_ratio = by_ratio * (sum_weight / mean_of)
         if ref_ptr is not None and CORRECTED:
             by_ratio = by_ratio + BETA * (sum_k3 / mean_of)
-    elif weight_ptr is not None and KIND != "vespo":
+    elif weight_ptr is not None and not WEIGHT_IN_PHI:
         value = value * weight
         by_logp = by_logp * weight
         by_ratio = by_ratio * weight
@@ -119,20 +115,13 @@ def completion_kernel(
     mask_ptr,
     weight_ptr,
     entropy_ptr,
-    KIND: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    COMPLETION_WEIGHT: tl.constexpr,
+    SURROGATE_OPTIONS: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
     MEAN_PER_COMPLETION: tl.constexpr,
-    LOWER: tl.constexpr,
-    UPPER: tl.constexpr,
-    DELTA: tl.constexpr,
     BETA: tl.constexpr,
     CORRECTED: tl.constexpr,
-    T_POS: tl.constexpr,
-    T_NEG: tl.constexpr,
-    K_POS: tl.constexpr,
-    K_NEG: tl.constexpr,
-    LAMBDA_POS: tl.constexpr,
-    LAMBDA_NEG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
@@ -141,8 +130,8 @@ def completion_kernel(
     advantage = tl.load(advantages_ptr + i)
     lane = tl.arange(0, BLOCK)
     count, mean_log_ratio, phi, sum_weight, sum_k3 = completion_sums(
-        start, length, advantage, logp_ptr, old_ptr, ref_ptr, mask_ptr, weight_ptr, KIND,
-        PER_SEQUENCE, MEAN_PER_COMPLETION, CORRECTED, K_POS, K_NEG, LAMBDA_POS, LAMBDA_NEG, BLOCK,
+        start, length, advantage, logp_ptr, old_ptr, ref_ptr, mask_ptr, weight_ptr,
+        COMPLETION_WEIGHT, SURROGATE_OPTIONS, PER_SEQUENCE, MEAN_PER_COMPLETION, CORRECTED, BLOCK,
     )  # fmt: skip
     share = 1.0 / tl.load(denominator_ptr)
     per_token = 1.0
@@ -169,8 +158,8 @@ def completion_kernel(
         )
         value, derivative, kl, low, high, clamped = _token_terms(
             t, keep, weight, logp, log_ratio, advantage, count, mean_log_ratio, phi, sum_weight,
-            sum_k3, ref_ptr, weight_ptr, KIND, PER_SEQUENCE, LOWER, UPPER, DELTA, BETA, CORRECTED,
-            T_POS, T_NEG,
+            sum_k3, ref_ptr, weight_ptr, SURROGATE, SURROGATE_OPTIONS,
+            COMPLETION_WEIGHT is not None, PER_SEQUENCE, BETA, CORRECTED,
         )  # fmt: skip
         coefficient = tl.where(keep, derivative * share, 0.0)
         tl.store(coefficient_ptr + t, coefficient, mask=here)
@@ -203,23 +192,19 @@ def loss_terms_triton(
     cu_seqlens: Tensor,
     denominator: Tensor,
     options: LossOptions,
-    *,
+    per_token: PerToken,
     counts: Tensor | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    mask: Tensor | None,
-    sampler_ratio: Tensor | None,
-    entropy: Tensor | None,
 ) -> LossTerms:
     """Float32, int32 or int64 ``cu_seqlens``, bool ``mask``; all on the device of ``logp``."""
+    mask = per_token.mask
     logp, cu_seqlens = logp.contiguous(), cu_seqlens.contiguous()
     optional = {
         "counts": counts,
-        "old": old_logp,
-        "ref": ref_logp,
+        "old": per_token.old_logp,
+        "ref": per_token.ref_logp,
         "mask": None if mask is None else mask.view(torch.uint8),
-        "weight": sampler_ratio,
-        "entropy": entropy,
+        "weight": per_token.sampler_ratio,
+        "entropy": per_token.entropy,
     }
     pointers = {
         f"{name}_ptr": None if x is None else x.contiguous() for name, x in optional.items()
@@ -241,27 +226,18 @@ def loss_terms_triton(
             BLOCK=launch.block,
             **launch.options(),
         )
-    loss, metrics = loss_and_metrics(
-        sums, denominator, per_sequence=options.importance_sampling_level == "sequence"
-    )
+    loss, metrics = loss_and_metrics(sums, denominator, per_sequence=options.per_sequence)
     return LossTerms(loss, coefficient, metrics)
 
 
 def constants(options: LossOptions) -> dict[str, Any]:
-    clipped = options.loss_type in CLIPPED_LOSS_TYPES
+    surrogate = SURROGATES[options.kind.surrogate]
     return {
-        "KIND": "clipped" if clipped else options.loss_type,
-        "PER_SEQUENCE": options.importance_sampling_level == "sequence",
+        "SURROGATE": surrogate.token_terms,
+        "COMPLETION_WEIGHT": surrogate.completion_weight,
+        "SURROGATE_OPTIONS": surrogate.constants(options),
+        "PER_SEQUENCE": options.per_sequence,
         "MEAN_PER_COMPLETION": options.mean_per_completion,
-        "LOWER": 1 - options.epsilon,
-        "UPPER": 1 + options.upper if clipped else options.upper,
-        "DELTA": options.delta,
         "BETA": options.beta,
         "CORRECTED": options.use_bias_correction_kl,
-        "T_POS": options.sapo_temperature_pos,
-        "T_NEG": options.sapo_temperature_neg,
-        "K_POS": options.vespo_k_pos,
-        "K_NEG": options.vespo_k_neg,
-        "LAMBDA_POS": max(options.vespo_lambda_pos, 1e-4),
-        "LAMBDA_NEG": max(options.vespo_lambda_neg, 1e-4),
     }

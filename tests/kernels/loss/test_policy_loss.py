@@ -16,6 +16,7 @@ from fusedgrpo.kernels import LOSS_TYPES, LossOptions, policy_loss
 from fusedgrpo.kernels.backend import interpreted
 from fusedgrpo.kernels.launch import ragged_launch
 from fusedgrpo.kernels.loss.op import loss_terms
+from fusedgrpo.kernels.loss.types import PerToken
 from fusedgrpo.kernels.reference import reference_policy_loss
 
 LEVELS = ("token", "sequence")
@@ -169,21 +170,16 @@ def test_any_split_into_micro_batches_adds_up(kernel, loss_type, level):
 def test_fragments_of_a_completion_give_the_coefficients_of_the_whole_bit_by_bit(kernel, loss_type):
     logp, advantages, cu, old, ref, mask, ratio = make(kernel, (5, 0, 3, 6))
     options = LossOptions(loss_type=loss_type, beta=0.1, max_completion_length=9)
-    tensors = {
-        "logp": logp.detach(), "old_logp": old, "ref_logp": ref, "mask": mask,
-        "sampler_ratio": ratio,
-    }  # fmt: skip
-    common = {
-        "options": options,
-        "denominator": torch.tensor(7.0, device=kernel.device),
-        "backend": kernel.backend,
-    }
-    whole = loss_terms(advantages=advantages, cu_seqlens=cu, **tensors, **common)
+    logp, per_token = logp.detach(), PerToken(old, ref, mask, ratio)
+    denominator = torch.tensor(7.0, device=kernel.device)
+    whole = loss_terms(
+        logp, advantages, cu, denominator, options, per_token, backend=kernel.backend
+    )
     counts = torch.stack([mask[a:b].sum() for a, b in itertools.pairwise(cu.tolist())])
     parts = [
         loss_terms(
-            advantages=advantages, cu_seqlens=cu.clamp(start, end) - start, counts=counts,
-            **{name: x[start:end] for name, x in tensors.items()}, **common,
+            logp[start:end], advantages, cu.clamp(start, end) - start, denominator, options,
+            per_token.at(slice(start, end)), counts=counts, backend=kernel.backend,
         )
         for start, end in ((0, 2), (2, 7), (7, 9), (9, 14))
     ]  # fmt: skip
