@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/grpo_demo.py
 
 test: $(VENV)/.dev
-	$(PYTEST) --dist loadfile -m "not slow"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --dist worksteal -m slow

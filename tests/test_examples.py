@@ -25,6 +25,7 @@ def test_the_loop_by_hand_learns() -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_trl_with_one_line_changed_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     pytest.importorskip("trl")

@@ -146,6 +146,7 @@ def test_the_script_runs_as_it_stands(workplace):
         assert (out / "plots" / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_options_on_the_command_line_win(workplace):
     done = run(
         workplace, "-m", "fusedgrpo.cli", "train", "grpo.yaml", "--num_generations", "3",
@@ -169,6 +170,7 @@ def test_options_on_the_command_line_win(workplace):
         (["--model_name_or_path", "no/model"], 1, "no/model"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_clear_message_and_an_exit_code(workplace, words, code, message):
     done = run(workplace, "-m", "fusedgrpo.cli", "train", "grpo.yaml", *words)
     assert done.returncode == code, done.stdout + done.stderr
@@ -177,6 +179,7 @@ def test_mistakes_are_one_clear_message_and_an_exit_code(workplace, words, code,
     assert not (workplace / "saves/qwen2.5-7b/lora/grpo/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_other_commands(workplace):
     doctor = run(workplace, "-m", "fusedgrpo.cli", "doctor")
     assert doctor.returncode == 0 and "transformers builds them" in doctor.stdout

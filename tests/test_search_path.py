@@ -54,6 +54,7 @@ LIBRARY = sorted(
 
 @pytest.mark.parametrize("names_the_folder", [False, True])
 @pytest.mark.parametrize("start", ["module", "script"])
+@pytest.mark.slow
 def test_files_in_the_working_directory_are_no_libraries(
     tmp_path: Path, start: str, names_the_folder: bool
 ) -> None:

@@ -70,6 +70,7 @@ def weights(run: GRPOTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.policy.trainable()}
 
 
+@pytest.mark.slow
 def test_an_adapter_in_a_file_of_options_is_trained_further_and_resumed(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +111,7 @@ def test_of_two_adapters_the_one_that_trains_is_resumed(tmp_path: Path) -> None:
     PeftModel.from_pretrained(tiny.model(), tmp_path / "run" / "adapter")
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_run_twice_goes_on(tmp_path: Path) -> None:
     model = tiny.model()
     first = make(tmp_path / "run", model, lora_r=4, max_steps=1)
@@ -124,6 +126,7 @@ def test_a_cell_that_is_run_twice_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "run/adapter/adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_memory_of_an_adapter_is_planned_by_its_own_shape(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def state(trainer: GRPOTrainer) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_a_run_learns_from_what_was_sampled_and_resumes_bit_for_bit(
     tmp_path: Path, family: str
 ) -> None:

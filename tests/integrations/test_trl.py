@@ -192,6 +192,7 @@ PROMPTS_THAT_LEARN = {
 
 
 @pytest.mark.parametrize("kind", PROMPTS_THAT_LEARN)
+@pytest.mark.slow
 def test_adapters_that_learn_a_prompt_train_as_with_trl(tmp_path, caplog, kind):
     """They are around the model, so all log-probs take TRL's forward, which is said."""
     runs = []

@@ -36,12 +36,14 @@ def test_a_run_logs_the_same(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", RLOO_RUNS)
+@pytest.mark.slow
 def test_a_run_of_rloo_logs_the_same(tmp_path, name):
     options = RLOO_RUNS[name] | {"config": RLOOConfig}
     stock = trained(RLOOTrainer, tmp_path, **options)
     assert_same_runs(stock, trained(FusedRLOOTrainer, tmp_path, **options, **OURS))
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_evaluation_completions_and_resume_logs_the_same(tmp_path):
     stock = trained(GRPOTrainer, tmp_path / "stock", **LORA_RUN)
     assert any("eval_reward" in row for row in logs(stock))

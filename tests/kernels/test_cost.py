@@ -180,8 +180,17 @@ def scratch(run, rows):
 
 
 @pytest.mark.usefixtures("no_data")
-@pytest.mark.parametrize("path", ["cpu", "gpu"])
-@pytest.mark.parametrize("what", ["score", "train", "entropy", "loss", "loss, trainable head"])
+@pytest.mark.parametrize("path", [pytest.param("cpu", marks=pytest.mark.slow), "gpu"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "score",
+        "train",
+        pytest.param("entropy", marks=pytest.mark.slow),
+        "loss",
+        pytest.param("loss, trainable head", marks=pytest.mark.slow),
+    ],
+)
 def test_scratch_at_7b_shapes_stays_below_512_mib_whatever_n(path, what, request):
     if path == "gpu":
         request.getfixturevalue("as_on_a_gpu")

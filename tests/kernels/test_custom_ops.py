@@ -83,7 +83,10 @@ BACKENDS = [
     "aot_eager",
     pytest.param(
         "inductor",
-        marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+        ],
     ),
 ]
 

@@ -78,6 +78,7 @@ def test_switched_off_a_model_in_training_is_the_one_that_samples(family):
     assert [getattr(owner, name) for owner, name, _ in places] == [p.value for p in places]
 
 
+@pytest.mark.slow
 def test_ratio_and_kl_of_the_first_step_are_those_of_an_untouched_model(tmp_path, caplog):
     row = run(tmp_path / "off", dropping("GPT2"))[0]
     assert row["kl"] == 0 and row["grad_norm"] > 0
@@ -129,6 +130,7 @@ def test_layers_are_checkpointed_where_a_model_trains_as_it_samples():
     assert kinds == {"0", "1", "default"}  # two layers, and the dropout of the adapter
 
 
+@pytest.mark.slow
 def test_experts_are_not_drawn_in_a_run(tmp_path, caplog):
     changes = {"router_aux_loss_coef": 0, "gradient_checkpointing": True}
     row = run(tmp_path / "off", drawing(), **changes)[0]

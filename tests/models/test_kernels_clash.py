@@ -71,6 +71,7 @@ def forward_from(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_model_runs_from_the_repository_root_beside_the_kernels_distribution(
     stub_distribution: Path,
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_model_runs_from_the_repository_root_beside_the_kernels_distribution(
     assert result.stdout.strip() == str(stub_distribution / "kernels" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_a_kernels_package_at_the_root_would_break_it(
     stub_distribution: Path, tmp_path: Path
 ) -> None:

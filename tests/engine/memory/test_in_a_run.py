@@ -50,6 +50,7 @@ def test_plan_needs_no_weights_and_says_that_it_fits(recipe):
         assert phase in done.output
 
 
+@pytest.mark.slow
 def test_plan_says_what_is_missing_and_what_would_fit(recipe):
     done = invoke(recipe, "--gpu", "8GB", "--tokens_per_microbatch", "16384")
     assert done.exit_code == 1, done.output
@@ -73,6 +74,7 @@ def rows(trainer):
     return found, [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in found]
 
 
+@pytest.mark.slow
 def test_a_run_for_a_named_card_prints_its_plan_and_keeps_to_it(tmp_path, capsys):
     def make(name, **changes):
         model = str(tiny.save(tmp_path / "model", tiny.model("Llama")))

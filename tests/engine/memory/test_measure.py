@@ -29,6 +29,7 @@ def models() -> Any:
 
 
 @pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.slow
 def test_two_depths_tell_all_others(models: Any, gradients: bool) -> None:
     batch = Batch(tokens=2000, keys=2500, scored=1800)
 
@@ -38,6 +39,7 @@ def test_two_depths_tell_all_others(models: Any, gradients: bool) -> None:
     assert straight_line(at, *DEPTHS, LAYERS) == pytest.approx(at(LAYERS), rel=0.001)
 
 
+@pytest.mark.slow
 def test_repeated_prompts_are_kept_per_key_until_the_layer_is_done(models: Any) -> None:
     few, many = (
         models[LAYERS].activations(Batch(4000, keys, 3000), gradients=True)
@@ -58,6 +60,7 @@ def planned(settings: Any, **options: Any) -> dict[str, int]:
     return plan_memory(config, settings, gpu_bytes=16 * GIB, activation_offloading=False).totals
 
 
+@pytest.mark.slow
 def test_dropout_is_counted_where_it_is_on() -> None:
     settings = tiny.model("Phi3").config
     settings.dtype = "bfloat16"
@@ -70,6 +73,7 @@ def test_dropout_is_counted_where_it_is_on() -> None:
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GraniteMoe", "Glm4Moe"])
+@pytest.mark.slow
 def test_what_the_router_adds_to_an_update_is_counted(family: str) -> None:
     settings = tiny.mixture(family).config
     settings.dtype = "bfloat16"

@@ -131,6 +131,7 @@ def test_plan_is_within_a_tenth_of_the_simulated_step_of_whole_models(
     agree(simulate, model, P, options, offload=offload)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_counted_once() -> None:
     options = config(256)
     tied = plan(options).resident["embeddings and head"]

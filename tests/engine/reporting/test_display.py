@@ -177,6 +177,7 @@ def run(script: str, **env: str) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_characters_the_console_cannot_encode_do_not_end_the_run():
     child = run(
         "from fusedgrpo.engine.reporting.display import Display\n"
@@ -188,6 +189,7 @@ def test_characters_the_console_cannot_encode_do_not_end_the_run():
     assert b"??" in out
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     child = run(
         "from pathlib import Path; from fusedgrpo.engine.reporting.display import Display\n"

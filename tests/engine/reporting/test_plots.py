@@ -36,6 +36,7 @@ def make_rows(count=12, **more):
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])
+@pytest.mark.slow
 def test_every_metric_gets_its_file(tmp_path, count):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -71,6 +72,7 @@ def test_the_legend_names_functions_that_start_with_an_underscore():
     assert render("reward", one) != render("reward", other)
 
 
+@pytest.mark.slow
 def test_each_curve_changes_its_picture():
     rows = make_rows(6)
     for name, key in {"reward": "rewards/accuracy/mean", "time": "time/sample", "kl": "kl"}.items():
