@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from yaml import safe_load
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
@@ -23,8 +24,10 @@ def block(name: str) -> dict[str, Any]:
     return names
 
 
-def train(directory: Path, data: Any = None, **arguments: Any) -> list[dict[str, Any]]:
-    options: dict[str, Any] = {"num_generations": 2, "prompts_per_step": 1, "max_steps": 2}
+def train(
+    directory: Path, data: Any = None, options: dict[str, Any] | None = None, **arguments: Any
+) -> list[dict[str, Any]]:
+    options = {"num_generations": 2, "prompts_per_step": 1, "max_steps": 2} | (options or {})
     trainer = GRPOTrainer(
         model=tiny.model(),
         args=GRPOConfig(
@@ -55,12 +58,24 @@ def test_a_callback(tmp_path: Path) -> None:
 
 
 def test_a_sampler(tmp_path: Path) -> None:
-    sampler = block("Parrot")["Parrot"](tiny.tokenizer())
+    sampler = block("Parrot")["Parrot"](None, tiny.tokenizer(), [tiny.EOS])
     rows = train(tmp_path, sampler=sampler)
     assert rows[0]["completions/max_length"] <= 3 and rows[0]["completions/clipped_ratio"] == 1
+    assert sampler.updates == 2
     first = sampler.sample([[4, 5, 6]], 3, GRPOSampling(), seed=1, first=1)
     both = sampler.sample([[7], [4, 5, 6]], 3, GRPOSampling(), seed=1)
     assert first[0].completions == both[1].completions
+
+
+def test_a_sampler_by_its_name(tmp_path: Path) -> None:
+    (yaml,) = re.findall(r"```yaml\n(sampler: .*?)```", TEXT, re.S)
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "Parrot" in code]
+    (tmp_path / "parrot.py").write_text(code)
+    named = train(tmp_path / "named", options=safe_load(yaml), search_paths=[tmp_path])
+    passed = block("Parrot")["Parrot"](None, tiny.tokenizer(), [])
+    rows = train(tmp_path / "passed", sampler=passed)
+    for name in ("reward", "completions/mean_length", "loss"):
+        assert [row[name] for row in named] == [row[name] for row in rows]
 
 
 class GRPOSampling:

@@ -32,7 +32,9 @@ from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
 from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
-from fusedgrpo.engine.rollout.sampler import GenerateSampler, Sampler, SamplingParams, SharedSampler
+from fusedgrpo.engine.rollout.choice import MakeSampler, choose_sampler
+from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.shared_sampler import SharedSampler
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.errors import ConfigError, PlanError
@@ -82,7 +84,7 @@ def build_parts(
     reward_processing_classes: Any,
     quantization_config: Any,
     peft_config: Any,
-    sampler: Sampler | None,
+    sampler: Any,
     search_paths: Sequence[str | Path],
 ) -> Parts:
     """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
@@ -95,6 +97,8 @@ def build_parts(
     # A launcher passes on the signal that the terminal has sent to everybody already.
     signals = StopSignals(echo_seconds=10.0 if processes.size > 1 else 0.0)
     tracker_classes(args.report_to)
+    folders = list(dict.fromkeys(Path(path).resolve() for path in (os.getcwd(), *search_paths)))
+    make_sampler = choose_sampler(args.sampler, sampler, folders)
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)
     clock = RunClock(processes.in_main(datetime.now))
@@ -153,7 +157,7 @@ def build_parts(
             plan=plan,
             stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
             learner=_learner(args, policy, plan, execution, memory_plan),
-            sampler=_sampler(args, policy, tokenizer, ends, execution, sampler),
+            sampler=_sampler(args, policy, tokenizer, ends, execution, make_sampler),
             sampling=SamplingParams(
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature,
@@ -218,15 +222,10 @@ def _sampler(
     tokenizer: Any,
     ends: list[int],
     execution: Execution,
-    given: Sampler | None,
+    make: MakeSampler,
 ) -> Sampler:
-    made = given or GenerateSampler(
-        policy,
-        tokenizer,
-        ends,
-        execution=execution,
-        skip_special_tokens=args.skip_special_tokens,
-    )
+    skips = args.skip_special_tokens
+    made = make(policy, tokenizer, ends, execution=execution, skip_special_tokens=skips)
     processes = execution.processes
     return SharedSampler(made, processes) if processes.size > 1 else made
 
