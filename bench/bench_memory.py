@@ -185,7 +185,8 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     from fusedgrpo.engine.execution import Execution
     from fusedgrpo.engine.memory.oom_retry import OOMRetry
     from fusedgrpo.engine.optimizer import build_optimizer
-    from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams
+    from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
+    from fusedgrpo.engine.rollout.sampler import SamplingParams
     from fusedgrpo.models import loading
     from fusedgrpo.models.activation_offload import OffloadActivations
     from fusedgrpo.models.policy import Policy

@@ -264,7 +264,8 @@ class Probe:
 
 def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
     from fusedgrpo import GRPOConfig, GRPOTrainer
-    from fusedgrpo.engine.rollout.sampler import GenerateSampler
+    from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
+    from fusedgrpo.engine.rollout.sampler import Sampler
     from fusedgrpo.engine.rollout.types import Completion, Group
 
     model, tokenizer = load(case)
@@ -276,7 +277,7 @@ def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
             config.min_new_tokens = params.max_new_tokens
             return config
 
-    class Given:
+    class Given(Sampler):
         def sample(
             self, prompt_ids: Any, n: int, params: Any, seed: int, *, rows: Any, first: int = 0
         ) -> Any:

@@ -37,13 +37,13 @@ from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.storage_tracker import Peak, StorageTracker, fake_tensors
 from fusedgrpo.engine.optimizer import build_optimizer
-from fusedgrpo.engine.rollout import sampler as sampling
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.models import decoding
 from fusedgrpo.models.activation_offload import OffloadActivations
 from fusedgrpo.models.micro_batches import micro_batches
 from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.token_chooser import TokenChooser
 
 GIB = 2**30
 
@@ -154,8 +154,7 @@ def _rollout(
                 shape = (rows, layer.keys.shape[1], length - 1, layer.keys.shape[3])
                 layer.keys = layer.keys.new_empty(shape)
                 layer.values = layer.values.new_empty(shape)
-        params = sampling.SamplingParams(max_new_tokens=C)
-        chooser = sampling._Chooser(params, [0] * rows, torch.device("cpu"), lambda: None)
+        chooser = TokenChooser([0] * rows, C, torch.device("cpu"))
         logits = model(
             input_ids=torch.zeros(rows, 1, dtype=torch.int64),
             attention_mask=torch.ones(rows, length, dtype=torch.int64),

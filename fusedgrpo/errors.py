@@ -41,6 +41,10 @@ class RewardError(FusedGRPOError, ValueError):
     """A reward function cannot be found, failed, or returned something that is no reward."""
 
 
+class SamplerError(FusedGRPOError, ValueError):
+    """A sampler of the user's returned something that is no rollout."""
+
+
 class ModelError(FusedGRPOError, ValueError):
     """A model, tokenizer or adapter cannot be loaded or does not fit the rest."""
 

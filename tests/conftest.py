@@ -89,6 +89,24 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
 
+# One transparent pixel.
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000b49444154789c63600002"
+    "00000500017a5eab3f0000000049454e44ae426082"
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Five of the six seconds of a tiny run are matplotlib's. Runs that are started as processes
+    draw, and so do the tests of what is drawn."""
+    if request.node.get_closest_marker("pictures") or "engine/reporting" in str(request.path):
+        return
+    monkeypatch.setattr(
+        "fusedgrpo.engine.reporting.plots.render", lambda name, rows: PIXEL if rows else None
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

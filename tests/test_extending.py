@@ -66,9 +66,10 @@ def test_a_callback(tmp_path: Path) -> None:
 
 
 def test_a_sampler(tmp_path: Path) -> None:
-    sampler = block("Parrot")["Parrot"](tiny.tokenizer())
+    sampler = block("Parrot")["Parrot"](None, tiny.tokenizer(), [tiny.EOS])
     rows = train(tmp_path, sampler=sampler)
     assert rows[0]["completions/max_length"] <= 3 and rows[0]["completions/clipped_ratio"] == 1
+    assert sampler.updates == 2
     first = sampler.sample([[4, 5, 6]], 3, GRPOSampling(), seed=1, first=1)
     both = sampler.sample([[7], [4, 5, 6]], 3, GRPOSampling(), seed=1)
     assert first[0].completions == both[1].completions
@@ -98,6 +99,17 @@ def test_an_advantage_estimator(tmp_path: Path) -> None:
     total, groups = torch.tensor([1.0, 0.0, 5.0, torch.nan]), torch.tensor([0, 0, 1, 1])
     found = block("leave_one_out")["leave_one_out"](total=total, group_ids=groups)
     assert found.tolist() == [1.0, -1.0, 0.0, 0.0]
+
+
+def test_a_sampler_by_its_name(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(sampler: .*?)```", TEXT, re.S)
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "Parrot" in code]
+    (tmp_path / "parrot.py").write_text(code)
+    named = train(tmp_path / "named", options=yaml.safe_load(text), search_paths=[tmp_path])
+    passed = block("Parrot")["Parrot"](None, tiny.tokenizer(), [])
+    rows = train(tmp_path / "passed", sampler=passed)
+    for name in ("reward", "completions/mean_length", "loss"):
+        assert [row[name] for row in named] == [row[name] for row in rows]
 
 
 class GRPOSampling:

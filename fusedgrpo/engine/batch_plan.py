@@ -104,5 +104,11 @@ def resolve_batch(config: GRPOConfig, num_prompts: int, world_size: int = 1) -> 
     )
 
 
+def decoded_together(rows: int, n: int) -> int:
+    """How many completions are a decode batch where ``rows`` may be in flight: whole groups of
+    ``n`` if one fits, so that no prompt is prefilled twice."""
+    return rows - rows % n or rows
+
+
 def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{'' if number == 1 else plural}"

@@ -35,7 +35,9 @@ from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
 from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
-from fusedgrpo.engine.rollout.sampler import GenerateSampler, Sampler, SamplingParams, SharedSampler
+from fusedgrpo.engine.rollout.choice import MakeSampler, choose_sampler
+from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.shared_sampler import SharedSampler
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.errors import ConfigError, PlanError
@@ -87,7 +89,7 @@ def build_parts(
     reward_processing_classes: Any,
     quantization_config: Any,
     peft_config: Any,
-    sampler: Sampler | None,
+    sampler: Any,
     search_paths: Sequence[str | Path],
 ) -> Parts:
     """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
@@ -104,6 +106,7 @@ def build_parts(
     custom_loss = find_custom_loss(args.loss_type, folders)
     estimator = find_estimator(args, folders)
     formats = Formats(args.dataset_format, search_paths)
+    make_sampler = choose_sampler(args.sampler, sampler, folders)
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)
     clock = RunClock(processes.in_main(datetime.now))
@@ -163,7 +166,7 @@ def build_parts(
             stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
             estimate_advantages=estimator,
             learner=_learner(args, policy, plan, execution, memory_plan, custom_loss),
-            sampler=_sampler(args, policy, tokenizer, ends, execution, sampler),
+            sampler=_sampler(args, policy, tokenizer, ends, execution, make_sampler),
             sampling=SamplingParams(
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature,
@@ -230,15 +233,10 @@ def _sampler(
     tokenizer: Any,
     ends: list[int],
     execution: Execution,
-    given: Sampler | None,
+    make: MakeSampler,
 ) -> Sampler:
-    made = given or GenerateSampler(
-        policy,
-        tokenizer,
-        ends,
-        execution=execution,
-        skip_special_tokens=args.skip_special_tokens,
-    )
+    skips = args.skip_special_tokens
+    made = make(policy, tokenizer, ends, execution=execution, skip_special_tokens=skips)
     processes = execution.processes
     return SharedSampler(made, processes) if processes.size > 1 else made
 

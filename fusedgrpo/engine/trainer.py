@@ -29,7 +29,6 @@ from fusedgrpo.engine.reporting.run_logger import NoLogger, RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
-from fusedgrpo.engine.rollout.sampler import Sampler, SharedSampler
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.same_run import RunIdentity
@@ -57,8 +56,8 @@ class GRPOTrainer(TRLSurface):
     quantization_config, peft_config: of bitsandbytes and peft, instead of what ``args`` describes.
     callbacks: of ``fusedgrpo.Callback``, told what happens in ``train``. optimizers, tools,
     rollout_func, environment_factory: TRL's, refused with a remedy.
-    sampler: another ``Sampler`` than transformers' generate. search_paths: folders where
-        ``file.py:function`` is looked for, beside the working directory.
+    sampler: another ``Sampler`` than the option ``sampler`` says, or anything that has ``sample``.
+    search_paths: folders where ``file.py:name`` is looked for, beside the working directory.
 
     Everything that can be wrong is checked here, before the first step. Raises ConfigError,
     DataError, RewardError, ModelError or OutputDirError.
@@ -82,7 +81,7 @@ class GRPOTrainer(TRLSurface):
         environment_factory: Any = None,
         *,
         tokenizer: Any = None,
-        sampler: Sampler | None = None,
+        sampler: Any = None,
         search_paths: Sequence[str | Path] = (),
     ):
         refuse_arguments(
@@ -169,8 +168,8 @@ class GRPOTrainer(TRLSurface):
         return {"state": state, "optimizer": tensors, "window": window_state}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` gave; weights, and whether it is the same run, are the
-        caller's. Raises CheckpointError."""
+        """Put back what ``state_dict`` gave; the weights, which are put back before, and whether it
+        is the same run, are the caller's. Raises CheckpointError."""
         state, window = saved["state"], saved["window"]
         with self.checkpointer.loading("a state_dict"):
             checkpoint_files.load_optimizer_state(
@@ -183,6 +182,7 @@ class GRPOTrainer(TRLSurface):
                 self.unwritten = Unwritten.from_state(copy.deepcopy(state["unwritten"]))
             self.buffer = None if window is None else RolloutBuffer.from_state(*window)
             self._follow_progress()
+        self.sampler.weights_changed()
 
     def _follow_progress(self) -> None:
         """Prompts and learning rate go on from the last completed step."""
@@ -277,12 +277,11 @@ class GRPOTrainer(TRLSurface):
         What does not fit is halved, for the rest of the run. Raises MemoryExhaustedError.
         """
         window = self.plan.steps_per_rollout * self.plan.num_iterations > 1
-        sampler = self.sampler.sampler if isinstance(self.sampler, SharedSampler) else self.sampler
         share = self.processes.size
         said = self.processes.together(
             lambda: warm_up(
                 self.learner,
-                sampler,
+                self.sampler,
                 self.sampling,
                 prompt_lengths=[
                     len(example.prompt_ids)
@@ -320,6 +319,8 @@ class GRPOTrainer(TRLSurface):
             with timer.phase("update"):
                 result = self.learner.step(samples, self.progress.step)
             self._accept(result, samples, outputs, timer)
+        if result.applied:
+            self.sampler.weights_changed()
         self._measure(self.unwritten.rows[-1])
         row = self._finish_row(outputs)
         due = outputs.writes and self._is_due(self.args.save_strategy, self.args.save_steps)

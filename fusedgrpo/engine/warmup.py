@@ -1,6 +1,6 @@
 """The worst case first: what will not fit into memory fails before step 1, not at step 600.
 
-One rollout wave and one micro-batch at the greatest lengths that the configuration and the data
+One decode batch and one micro-batch at the greatest lengths that the configuration and the data
 allow, with random tokens and without a trace: no weight, seed, counter or metric knows of it. What
 does not fit is halved here already, as it would be later.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fusedgrpo.engine.memory.oom_retry import release
-from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams
+from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.models.micro_batches import forwarded_tokens, longest, micro_batches
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def warm_up(
     learner: Learner,
-    sampler: object,
+    sampler: Sampler,
     params: SamplingParams,
     *,
     prompt_lengths: Sequence[int],
@@ -35,11 +35,11 @@ def warm_up(
     keeps_old: bool,
     seed: int,
 ) -> str:
-    """Run the largest wave and the largest micro-batch once; returns what to tell the user.
+    """Run the largest decode batch and the largest micro-batch once; returns what to tell the user.
 
     prompt_lengths: of the prompts that the run may draw. groups_per_step, groups_per_rollout: of
-    this process. keeps_old: old log-probs are compared with. A sampler that is not ours is left
-    out. Raises MemoryExhaustedError.
+    this process. keeps_old: old log-probs are compared with. A sampler that cannot be warmed up is
+    left out. Raises MemoryExhaustedError.
     """
     started = time.perf_counter()
     on_gpu = learner.policy.device.type == "cuda"
@@ -50,9 +50,7 @@ def warm_up(
     lengths = sorted(prompt_lengths, reverse=True)
     parts = ["an update"]
     with seeded(derive(seed, "rehearsal")):
-        if isinstance(sampler, GenerateSampler):
-            wave = _prompts(learner, lengths, groups_per_rollout)
-            sampler.warm_up(wave, n, params)
+        if sampler.warm_up(_prompts(learner, lengths, groups_per_rollout), n, params):
             parts.insert(0, "a rollout")
         step = _prompts(learner, lengths, groups_per_step)
         _warm_up_update(learner, step, n, params.max_new_tokens, keeps_old)

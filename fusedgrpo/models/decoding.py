@@ -294,30 +294,30 @@ def _decoded(policy: Policy, route: Route, pairs: Sequence[tuple[list[int], list
 
     result: dict[int, Tensor] = {}
     if route.padded:
-        waves = [list(range(len(pairs)))]
+        batches = [list(range(len(pairs)))]
     elif route.alone:
-        waves = [[i] for i in range(len(pairs))]
+        batches = [[i] for i in range(len(pairs))]
     else:
         # The single token last: what longer ones left behind must not show in it.
         lengths = sorted({len(prompt) for prompt, _ in pairs}, reverse=True)
-        waves = [[i for i, (p, _) in enumerate(pairs) if len(p) == n] for n in lengths]
-    for wave in waves:
+        batches = [[i for i, (p, _) in enumerate(pairs) if len(p) == n] for n in lengths]
+    for members in batches:
         prompts: list[list[int]] = []
-        for i in wave:
+        for i in members:
             if pairs[i][0] not in prompts:
                 prompts.append(pairs[i][0])
-        forced = torch.tensor([pairs[i][1] for i in wave], device=policy.device)
+        forced = torch.tensor([pairs[i][1] for i in members], device=policy.device)
         scores: list[Tensor] = []
         decode(
             policy,
             route,
             prompts,
-            [prompts.index(pairs[i][0]) for i in wave],
+            [prompts.index(pairs[i][0]) for i in members],
             GenerationConfig(max_new_tokens=forced.shape[1], do_sample=False, pad_token_id=0),
             LogitsProcessorList([_forcing(forced, scores)]),
         )
         logp = torch.stack([score.float().log_softmax(-1) for score in scores], 1)
-        result.update(zip(wave, logp, strict=True))
+        result.update(zip(members, logp, strict=True))
     return torch.stack([result[i] for i in range(len(pairs))])
 
 

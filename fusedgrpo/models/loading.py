@@ -16,7 +16,7 @@ from fusedgrpo.models.adapters.attached import has_adapters, unwrapped
 from fusedgrpo.models.adapters.checks import prepare
 from fusedgrpo.models.adapters.files import check_options, find_adapter, put_onto
 from fusedgrpo.models.adapters.lora import add_lora, check_kind
-from fusedgrpo.models.device import pick_compute_dtype
+from fusedgrpo.models.device import pick_compute_dtype, stored_dtype
 from fusedgrpo.models.dropout import (
     as_it_samples,
     computes_otherwise_in_training,
@@ -243,17 +243,8 @@ def _forget_gguf(model: Any) -> None:
 
 
 def weights_dtype(config: GRPOConfig, device: torch.device) -> torch.dtype | str:
-    """``auto`` is the stored dtype for frozen weights where the run computes in bfloat16, float16
-    where it computes in that, and float32 for weights that train: bfloat16 weights lose updates
-    below 1/256 of their size."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if config.finetuning_type == "full":
-        return torch.float32
-    computed = pick_compute_dtype(config.bf16, config.fp16, device)
-    if computed is None:
-        return torch.float32
-    return computed if computed == torch.float16 else "auto"
+    """``stored_dtype`` as from_pretrained takes it."""
+    return stored_dtype(config, pick_compute_dtype(config.bf16, config.fp16, device)) or "auto"
 
 
 def _store_in_float16(model: nn.Module) -> None:

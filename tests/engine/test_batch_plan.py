@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine.batch_plan import resolve_batch
+from fusedgrpo.engine.batch_plan import decoded_together, resolve_batch
 from fusedgrpo.errors import ConfigError
 
 
@@ -104,3 +104,10 @@ def test_max_steps_is_the_number_of_steps() -> None:
 def test_no_prompts_are_refused() -> None:
     with pytest.raises(ConfigError, match="no training prompts"):
         resolve_batch(GRPOConfig(), 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "expected"), [(16, 4, 16), (7, 4, 4), (4, 4, 4), (3, 4, 3), (1, 4, 1), (9, 1, 9)]
+)
+def test_whole_groups_are_decoded_together_if_one_fits(rows: int, n: int, expected: int) -> None:
+    assert decoded_together(rows, n) == expected

@@ -86,6 +86,7 @@ def test_it_learns(tmp_path):
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 1
 
 
+@pytest.mark.pictures
 def test_the_output_directory_is_complete(tmp_path):
     run = trained(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1, beta=0.1)
     out = tmp_path / "run"

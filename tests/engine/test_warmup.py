@@ -24,18 +24,18 @@ def rows(trainer):
 def recorded(trainer):
     """The trainer, and where it notes the sizes of forwards with gradients and of decodings."""
     tokens, cached = [], []
-    logprobs, wave = trainer.policy.logprobs, trainer.sampler._wave
+    logprobs, decode = trainer.policy.logprobs, trainer.sampler._decode
 
     def noting(packed, **kwargs):
         tokens.append(packed.input_ids.numel())
         return logprobs(packed, **kwargs)
 
-    def noting_wave(prompts, prompt_of, params, seeds, skipped=0):
+    def noting_decode(prompts, prompt_of, params, seeds, skipped=0):
         longest = max(map(len, prompts))
         cached.append((len(prompt_of), longest + skipped + params.max_new_tokens))
-        return wave(prompts, prompt_of, params, seeds, skipped)
+        return decode(prompts, prompt_of, params, seeds, skipped)
 
-    trainer.policy.logprobs, trainer.sampler._wave = noting, noting_wave
+    trainer.policy.logprobs, trainer.sampler._decode = noting, noting_decode
     return trainer, tokens, cached
 
 

@@ -12,7 +12,8 @@ import torch
 
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
-from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams
+from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
+from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models import decoding
 from fusedgrpo.models.decoding import ROUTES, Route, choose_route
@@ -55,8 +56,8 @@ def test_a_state_is_sampled_from_as_it_is_trained(family: str) -> None:
     assert gap(policy, groups) < 1e-4
     assert policy.layout == "rows"
     for in_flight in (1, 3):
-        waves = sampler(policy, in_flight).sample(PROMPTS, 2, SamplingParams(max_new_tokens=6), 1)
-        assert ids(waves) == ids(groups)
+        batches = sampler(policy, in_flight).sample(PROMPTS, 2, SamplingParams(max_new_tokens=6), 1)
+        assert ids(batches) == ids(groups)
     penalty = SamplingParams(max_new_tokens=8, repetition_penalty=1e6, greedy=True)
     for group in s.sample(PROMPTS, 1, penalty, seed=0):
         said = group.completions[0].ids

@@ -10,7 +10,7 @@ import torch
 from fusedgrpo import host
 from fusedgrpo.errors import ConfigError
 from fusedgrpo.models import device as devices
-from fusedgrpo.models.device import pick_compute_dtype
+from fusedgrpo.models.device import asked_compute_dtype, pick_compute_dtype
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -70,3 +70,13 @@ def test_fp16_needs_a_gpu(hardware) -> None:
     assert pick_compute_dtype(None, True, CUDA) == torch.float16
     with pytest.raises(ConfigError, match="fp16"):
         pick_compute_dtype(None, True, CPU)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16"), [(None, False), (True, False), (False, False), (None, True)]
+)
+def test_what_is_planned_for_is_what_a_gpu_with_everything_computes_in(
+    hardware, bf16, fp16
+) -> None:
+    hardware(True)
+    assert asked_compute_dtype(bf16, fp16) == pick_compute_dtype(bf16, fp16, CUDA)

@@ -33,9 +33,11 @@ from fusedgrpo.engine.memory.fake_layers import (
 from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.models.adapters.lora import add_lora
+from fusedgrpo.models.device import asked_compute_dtype, stored_dtype
 from fusedgrpo.models.dropout import own_dropout
 from fusedgrpo.models.loading import enable_checkpointing
 from fusedgrpo.models.router import planned_router
+from fusedgrpo.models.token_chooser import BYTES_PER_LOGIT
 
 if TYPE_CHECKING:
     from fusedgrpo.config.schema import GRPOConfig
@@ -85,21 +87,8 @@ class ModelShape:
 
 
 def compute_dtype(config: GRPOConfig) -> torch.dtype:
-    """The dtype that a GPU of this decade computes in."""
-    if config.fp16:
-        return torch.float16
-    return torch.float32 if config.bf16 is False else torch.bfloat16
-
-
-def stored_dtype(config: GRPOConfig, text: Any) -> torch.dtype:
-    """The dtype of the weights that are not quantised: ``loading.weights_dtype`` for such a GPU."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if config.finetuning_type == "full" or compute_dtype(config) == torch.float32:
-        return torch.float32
-    if compute_dtype(config) == torch.float16:
-        return torch.float16
-    return text.dtype or torch.float32
+    """The dtype that the GPU computes in: what is planned for has bfloat16."""
+    return asked_compute_dtype(config.bf16, config.fp16) or torch.float32
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -154,7 +143,8 @@ def _bare(config: GRPOConfig, settings: Any, layers: int | None = None) -> Any:
         text.num_hidden_layers = layers
         if types := getattr(text, "layer_types", None):
             text.layer_types = [*types, *types[-1:] * layers][:layers]
-    dtype = stored_dtype(config, text)
+    computed = asked_compute_dtype(config.bf16, config.fp16)
+    dtype = stored_dtype(config, computed) or text.dtype or torch.float32
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
             settings, dtype=dtype, trust_remote_code=config.trust_remote_code
@@ -210,10 +200,6 @@ class Cache(NamedTuple):
     entries: int
     prefill: int
     decoding: int
-
-
-# Logits as the model gives them and in float32, log-probs, and two of float64 (sampler._Chooser).
-CHOOSING = 2 + 4 + 4 + 4 + 8 + 8
 
 
 class SmallModel:
@@ -317,7 +303,7 @@ class SmallModel:
             for p in self.model.parameters()
             if p.requires_grad and p.dtype == torch.float32 and self.dtype != torch.float32
         )
-        choosing = rows * self.head_weight.shape[0] * CHOOSING + casts
+        choosing = rows * self.head_weight.shape[0] * BYTES_PER_LOGIT + casts
         return Cache(entries, prefill, max(decoding, choosing))
 
     def _decode(self, rows: int, tokens: int, cache: Any, seen: int) -> None:

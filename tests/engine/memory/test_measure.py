@@ -11,7 +11,8 @@ from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.memory.fake_layers import Batch
 from fusedgrpo.engine.memory.measure import SmallModel, straight_line
 from fusedgrpo.engine.memory.plan import GIB
-from fusedgrpo.engine.memory.planner import DEPTHS, plan_memory
+from fusedgrpo.engine.memory.planner import plan_memory
+from fusedgrpo.engine.memory.sizes import DEPTHS
 
 LAYERS = 7
 

@@ -61,7 +61,7 @@ def with_allocator(trainer, allocator, phases=("sample", "score", "update", "nor
         setattr(owner, name, call)
 
     if "sample" in phases:
-        guarded(trainer.sampler, "_wave")
+        guarded(trainer.sampler, "_decode")
     if "score" in phases:
         plain = trainer.policy.logprobs
 
@@ -128,19 +128,19 @@ def test_what_fails_twice_is_halved_and_gives_the_same_run(tmp_path, caplog):
 
     def too_large(run):
         """More than 20 tokens, or 3 completions at once, do not fit."""
-        logprobs, wave = run.policy.logprobs, run.sampler._wave
+        logprobs, decode = run.policy.logprobs, run.sampler._decode
 
         def limited(packed, **kwargs):
             if len(packed.input_ids.flatten()) > 20:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return logprobs(packed, **kwargs)
 
-        def limited_wave(prompts, prompt_of, *args):
+        def limited_decode(prompts, prompt_of, *args):
             if len(prompt_of) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return wave(prompts, prompt_of, *args)
+            return decode(prompts, prompt_of, *args)
 
-        run.policy.logprobs, run.sampler._wave = limited, limited_wave
+        run.policy.logprobs, run.sampler._decode = limited, limited_decode
         return run
 
     run = too_large(small_run(tmp_path / "tight", **options))

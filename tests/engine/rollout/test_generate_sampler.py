@@ -1,4 +1,4 @@
-"""The sampler: the right distribution, its true log-probs, and nothing that leaks in."""
+"""Sampling with generate: the right distribution, its true log-probs, and nothing leaks in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
-from fusedgrpo.engine.rollout.sampler import GenerateSampler, SamplingParams, _Chooser
+from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
+from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.engine.rollout.types import Group
 from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
@@ -148,11 +149,27 @@ def test_completions_do_not_depend_on_how_many_are_in_flight(family: str, in_fli
     model = tiny.model(family)
     params = SamplingParams(max_new_tokens=10)
     everything = sampler(model).sample(PROMPTS, 3, params, seed=1)
-    waves = sampler(model, execution=Execution(OOMRetry(0, in_flight))).sample(
+    batches = sampler(model, execution=Execution(OOMRetry(0, in_flight))).sample(
         PROMPTS, 3, params, seed=1
     )
-    assert ids(waves) == ids(everything)
-    torch.testing.assert_close(sampled_logp(waves), sampled_logp(everything), rtol=0, atol=1e-5)
+    assert ids(batches) == ids(everything)
+    torch.testing.assert_close(sampled_logp(batches), sampled_logp(everything), rtol=0, atol=1e-5)
+
+
+def test_whole_groups_are_a_decode_batch_and_what_is_warmed_up_is_the_largest() -> None:
+    s = sampler(execution=Execution(OOMRetry(0, 7)))
+    params = SamplingParams(max_new_tokens=3)
+    sizes, decode = [], s._decode
+
+    def noting(prompts: Any, prompt_of: list[int], *args: Any, **kwargs: Any) -> Any:
+        sizes.append((len(prompts), len(prompt_of)))
+        return decode(prompts, prompt_of, *args, **kwargs)
+
+    s._decode = noting  # type: ignore[method-assign]
+    s.sample(PROMPTS[:3], 3, params, seed=1)
+    assert sizes == [(2, 6), (1, 3)]
+    assert s.warm_up(PROMPTS[:3], 3, params)
+    assert sizes[2:] == [(2, 6)]
 
 
 def test_a_completion_does_not_depend_on_the_other_prompts_or_samples() -> None:
@@ -269,16 +286,6 @@ def test_a_repetition_penalty_applies_to_prompt_and_completion_but_not_to_paddin
         torch.testing.assert_close(sampled_logp([alone]), sampled_logp([group]), rtol=0, atol=1e-5)
 
 
-def test_the_ends_of_the_uniform_range_choose_possible_tokens() -> None:
-    params = SamplingParams(max_new_tokens=1)
-    scores = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]] * 2)
-    chooser = _Chooser(params, [0, 1], torch.device("cpu"), lambda: None)
-    chooser.uniform_BT = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
-    chosen = chooser(torch.zeros(2, 1), scores).argmax(-1)
-    assert chosen.tolist() == [1, 3]
-    torch.testing.assert_close(chooser.logp[0], scores.log_softmax(-1)[[0, 1], chosen])
-
-
 def count_tokens(model: Any) -> list[tuple[int, int]]:
     """Records the shape ``(rows, tokens)`` of each forward of the decoder."""
     shapes: list[tuple[int, int]] = []
@@ -326,24 +333,24 @@ def test_dropout_and_checkpointing_are_off_while_sampling_and_modes_come_back() 
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_it_is_polled_before_each_token_and_leaves_the_model_as_it_was() -> None:
-    polls = 0
+def test_it_looks_for_signals_before_each_token_and_leaves_the_model_as_it_was() -> None:
+    checks = 0
 
-    def poll() -> None:
-        nonlocal polls
-        polls += 1
-        if polls == 4:
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks == 4:
             raise KeyboardInterrupt
 
     model = tiny.model().train()
     config = model.generation_config
-    signals: Any = types.SimpleNamespace(check=poll)
+    signals: Any = types.SimpleNamespace(check=check)
     interrupted = Execution(OOMRetry(0), signals=signals)
     with pytest.raises(KeyboardInterrupt):
         sampler(model, execution=interrupted).sample(
             [[5]], 2, SamplingParams(max_new_tokens=50), seed=0
         )
-    assert polls == 4
+    assert checks == 4
     assert model.training and model.generation_config is config
 
 

@@ -1,0 +1,167 @@
+"""The sizes of a run's parts in bytes, each measured once for all plans of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
+from fusedgrpo.engine.memory.measure import (
+    Activations,
+    Cache,
+    ModelShape,
+    SmallModel,
+    Weights,
+    count_weights,
+    straight_line,
+)
+from fusedgrpo.engine.memory.workload import Asked, paged
+from fusedgrpo.models.activation_offload import CHUNK, KEPT
+
+# Depths whose difference is one layer's share. The first layer is a case of its own: its input is
+# the embedding, which the model holds on to.
+DEPTHS = (2, 3)
+
+
+class Sizes:
+    """The parts of a run of one model, for options that are asked for.
+
+    settings: the model's transformers configuration. world_size: processes, a GPU each.
+    """
+
+    def __init__(self, settings: Any, world_size: int = 1):
+        self.settings = settings
+        self.world_size = world_size
+        self._measured: dict[Any, Any] = {}
+
+    def resident(self, asked: Asked) -> dict[str, int]:
+        """Bytes that stay on the GPU during the whole run, by kind."""
+        config, weights = asked.config, self.weights(asked)
+        trained = sum(weights.trained)
+        rows = {
+            "weights in 4 bit": weights.four_bit,
+            "embeddings and head": weights.embeddings_and_head,
+            "other weights": weights.other,
+            "LoRA adapter": weights.adapter,
+            "optimizer state": 0 if paged(config) else optimizer_state(config, weights.trained),
+        }
+        if config.finetuning_type == "full" and config.beta:
+            rows["reference model"] = trained * weights.trained_itemsize
+        return {name: size for name, size in rows.items() if size}
+
+    def weights(self, asked: Asked) -> Weights:
+        key = "weights", _model_key(asked.config)
+        return self._once(key, lambda: count_weights(asked.config, self.settings))
+
+    def activations(self, asked: Asked, tokens: int, gradients: bool) -> Activations:
+        """The memory of a micro-batch of ``tokens``, in an update or in scoring."""
+        config = asked.config
+        batch = asked.batch(max(min(tokens, self.step_tokens(asked)), 1))
+
+        def at(layers: int) -> Activations:
+            model, key = self._small_model(config, layers)
+            return self._once(
+                (key, batch, gradients), lambda: model.activations(batch, gradients=gradients)
+            )
+
+        return straight_line(at, *DEPTHS, self._shape(config).layers)
+
+    def rollout(self, asked: Asked, rows: int) -> Cache:
+        """The memory of ``rows`` completions that are decoded together."""
+        config = asked.config
+        groups = max(rows // config.num_generations, 1)
+
+        def at(layers: int) -> Cache:
+            model, key = self._small_model(config, layers)
+            return self._once(
+                (key, rows, asked.prompt, asked.longest),
+                lambda: model.rollout(
+                    rows=rows, groups=groups, prompt=asked.prompt, length=asked.longest
+                ),
+            )
+
+        return straight_line(at, *DEPTHS, self._shape(config).layers)
+
+    def update(self, asked: Asked, tokens: int, offloading: bool) -> tuple[Activations, int]:
+        """The memory of an update, and the bytes that are on the host instead."""
+        found = self.activations(asked, tokens, True)
+        if not offloading:
+            return found, 0
+        layers, one = self._shape(asked.config).layers, self._layer_input(asked, tokens)
+        # Forward the model itself holds its embeddings besides; in the head's backward pass the
+        # last input is on its way back.
+        here = Activations(
+            layers_forward=found.layers_forward - one * (layers - KEPT - 1),
+            head_forward=found.head_forward - one * (layers - KEPT + 1),
+            head_backward=found.head_backward - one * (layers - KEPT),
+            layers_backward=found.layers_backward - one * (layers - KEPT),
+        )
+        return here, self._on_host(asked, tokens, one)
+
+    def saved(self, asked: Asked, tokens: int, offloading: bool) -> int:
+        """Bytes that the forward pass leaves for the backward pass."""
+        layers = self._shape(asked.config).layers
+        if asked.config.gradient_checkpointing:
+            return self._layer_input(asked, tokens) * (KEPT if offloading else layers)
+        return self.activations(asked, tokens, True).head_forward
+
+    def step_tokens(self, asked: Asked) -> int:
+        """Packed tokens of all that a process forwards in an optimizer step."""
+        config = asked.config
+        groups = -(-self._batch_plan(config).groups_per_step // self.world_size)
+        per_group = asked.prompt + config.num_generations * config.max_completion_length
+        if config.shared_prompt == "off":
+            per_group = config.num_generations * asked.longest
+        return groups * per_group
+
+    def rollout_groups(self, config: GRPOConfig) -> int:
+        """Groups that a process samples at once."""
+        return -(-self._batch_plan(config).groups_per_rollout // self.world_size)
+
+    def _on_host(self, asked: Asked, tokens: int, layer_input: int) -> int:
+        """Every layer's input, the last norm's in float32 and what the head saves, in whole pieces
+        (models/activation_offload.py)."""
+        shape = self._shape(asked.config)
+        batch = asked.batch(max(min(tokens, self.step_tokens(asked)), 1))
+        saved = [layer_input] * shape.layers
+        saved += [4 * batch.tokens * shape.hidden, batch.scored * shape.hidden * shape.itemsize]
+        return sum(-(-size // CHUNK) * CHUNK for size in saved)
+
+    def _layer_input(self, asked: Asked, tokens: int) -> int:
+        shape = self._shape(asked.config)
+        return min(tokens, self.step_tokens(asked)) * shape.hidden * shape.itemsize
+
+    def _batch_plan(self, config: GRPOConfig) -> BatchPlan:
+        return resolve_batch(config, 1 << 30, self.world_size)
+
+    def _small_model(self, config: GRPOConfig, layers: int) -> tuple[SmallModel, Any]:
+        key = _model_key(config), config.gradient_checkpointing, layers
+        return self._once(key, lambda: SmallModel(config, self.settings, layers)), key
+
+    def _shape(self, config: GRPOConfig) -> ModelShape:
+        return ModelShape.of(config, self.settings)
+
+    def _once(self, key: Any, measure: Callable[[], Any]) -> Any:
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]
+
+
+def optimizer_state(config: GRPOConfig, trained: tuple[int, ...]) -> int:
+    """Two moments of each parameter: float32; with 8 bits a byte, and a float32 for each 256, from
+    4,096 elements on (bitsandbytes)."""
+    if "8bit" not in config.optim:
+        return 8 * sum(trained)
+    return sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in trained)
+
+
+def _model_key(config: GRPOConfig) -> tuple[Any, ...]:
+    """The options that a measurement depends on, beside lengths."""
+    targets = config.lora_target_modules
+    return (
+        config.finetuning_type, config.lora_r,
+        targets if isinstance(targets, str) else tuple(targets),
+        config.load_in_4bit, config.use_bnb_nested_quant, config.dtype, config.bf16, config.fp16,
+        config.lora_dropout, config.disable_dropout, config.router_aux_loss_coef,
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""Which sampler a run has: ours, one that was passed, or one that the option names."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusedgrpo.engine.interrupts import Interrupted
+from fusedgrpo.engine.rollout.foreign_sampler import ForeignSampler, check_sampler
+from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
+from fusedgrpo.engine.rollout.sampler import Sampler
+from fusedgrpo.errors import ConfigError, FusedGRPOError
+from fusedgrpo.models.policy import Policy
+from fusedgrpo.named_code import load_code, locate_code
+
+# From policy, tokenizer and end tokens; by name execution and skip_special_tokens.
+MakeSampler = Callable[..., Sampler]
+
+OURS: dict[str, MakeSampler] = {"auto": GenerateSampler, "generate": GenerateSampler}
+
+WHO = "sampler"
+
+
+def choose_sampler(option: str, given: Any, folders: Sequence[Path]) -> MakeSampler:
+    """The constructor of a run's sampler, which takes what that of ``GenerateSampler`` takes.
+
+    option: ``sampler`` of the configuration. given: what was passed to the trainer, or None.
+    folders: where a file that ``option`` names is looked for. The code behind it is imported here,
+    before there is a model. Raises ConfigError.
+    """
+    if given is not None:
+        if option != "auto":
+            raise ConfigError(
+                f"sampler: {option}, and a sampler was passed to the trainer as well; give one."
+            )
+        who = f"sampler ({type(given).__qualname__})"
+        check_sampler(given, who)
+        return lambda policy, *_, **__: ForeignSampler(given, policy.vocabulary_size, who)
+    if option in OURS:
+        return OURS[option]
+    code = locate_code(option, folders, WHO, ConfigError)
+    assert code is not None  # config/rules.py: what is none of ours has a colon
+    make = load_code(code, WHO, ConfigError)
+    _check_signature(make, f"{WHO} {option!r}")
+    return functools.partial(_made, make, f"{WHO} {option!r}")
+
+
+def _check_signature(make: Callable[..., Any], who: str) -> None:
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):  # of some that are not written in Python nothing is known
+        return
+    try:
+        signature.bind(None, None, None, execution=None, skip_special_tokens=True)
+    except TypeError as error:
+        raise ConfigError(
+            f"{who} is called as (policy, tokenizer, eos_ids, execution=..., "
+            f"skip_special_tokens=...): {error}."
+        ) from error
+
+
+def _made(
+    make: Callable[..., Any], who: str, policy: Policy, *arguments: Any, **options: Any
+) -> ForeignSampler:
+    try:
+        sampler = make(policy, *arguments, **options)
+    except (FusedGRPOError, Interrupted):
+        raise
+    except (Exception, SystemExit) as error:  # other people's code raises anything
+        raise ConfigError(
+            f"{who}: making it failed with {type(error).__name__}: {error}"
+        ) from error
+    return ForeignSampler(sampler, policy.vocabulary_size, who)

@@ -1,0 +1,135 @@
+"""The sampler that the options name: found before a model is loaded, made when there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+
+from fusedgrpo.config.rules import EXTENSIBLE
+from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.memory.oom_retry import OOMRetry
+from fusedgrpo.engine.rollout.choice import OURS, choose_sampler
+from fusedgrpo.engine.rollout.foreign_sampler import ForeignSampler
+from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
+from fusedgrpo.engine.rollout.sampler import SamplingParams
+from fusedgrpo.errors import ConfigError, ModelError
+from fusedgrpo.models.policy import Policy
+
+CODE = """
+from fusedgrpo.errors import ModelError
+
+class Mine:
+    def __init__(self, policy, tokenizer, eos_ids, *, execution, skip_special_tokens):
+        self.given = policy, tokenizer, eos_ids, execution, skip_special_tokens
+    def sample(self, prompt_ids, n, params, seed, *, rows=None, first=0):
+        return []
+
+def made(*args, **kwargs):
+    return Mine(*args, **kwargs)
+
+class Nothing:
+    def __init__(self, *args, **kwargs):
+        pass
+
+class Fails(Nothing):
+    def __init__(self, *args, **kwargs):
+        raise OSError("no server at port 8000")
+
+class Refuses(Nothing):
+    def __init__(self, *args, **kwargs):
+        raise ModelError("it cannot be sampled from")
+
+class Short(Nothing):
+    def __init__(self, policy):
+        pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    (tmp_path / "mine.py").write_text(CODE)
+    (tmp_path / "broken.py").write_text("import no_such_module")
+    return [Path.cwd(), tmp_path]
+
+
+POLICY: Any = SimpleNamespace(vocabulary_size=40)
+
+
+def make(option: str, folders: list[Path]) -> Any:
+    chosen = choose_sampler(option, None, folders)
+    return chosen(POLICY, "tokenizer", [2], execution=None, skip_special_tokens=False)
+
+
+def test_ours_are_those_that_the_options_know() -> None:
+    assert tuple(OURS) == EXTENSIBLE["sampler"]
+    assert all(choose_sampler(name, None, []) is GenerateSampler for name in OURS)
+
+
+@pytest.mark.parametrize("name", ["Mine", "made"])
+def test_a_named_class_or_function_makes_it(name: str, folders: list[Path]) -> None:
+    sampler = make(f"mine.py:{name}", folders)
+    assert isinstance(sampler, ForeignSampler) and sampler.vocabulary_size == 40
+    assert sampler.sampler.given == (POLICY, "tokenizer", [2], None, False)
+
+
+def test_ours_by_its_module_is_like_any_other() -> None:
+    chosen = choose_sampler(
+        "fusedgrpo.engine.rollout.generate_sampler:GenerateSampler", None, [Path.cwd()]
+    )
+    sampler = chosen(
+        Policy(tiny.model()), tiny.tokenizer(), [tiny.EOS],
+        execution=Execution(OOMRetry(0)), skip_special_tokens=True,
+    )  # fmt: skip
+    params = SamplingParams(max_new_tokens=3)
+    (group,) = sampler.sample([[5, 6]], 2, params, seed=0)
+    assert len(group.completions) == 2
+    assert sampler.warm_up([[5, 6]], 2, params)
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("none.py:Mine", r"sampler 'none.py:Mine': no such file \(looked for .*none.py"),
+        ("mine.py:Mime", r"has no 'Mime'. Did you mean 'Mine'"),
+        ("mine.py:number", r"'number'"),
+        ("broken.py:Mine", r"sampler 'broken.py:Mine'.*no_such_module"),
+        ("no.such.module:Mine", r"sampler 'no.such.module:Mine'.*No module"),
+        ("mine.py:Short", r"sampler 'mine.py:Short' is called as \(policy, tokenizer"),
+    ],
+)
+def test_a_mistake_is_found_before_there_is_a_model(
+    option: str, problem: str, folders: list[Path]
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        choose_sampler(option, None, folders)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "problem"),
+    [
+        ("Fails", ConfigError, r"sampler 'mine.py:Fails': .*OSError: no server at port 8000"),
+        ("Nothing", ConfigError, r"sampler 'mine.py:Nothing': .*a Nothing has no such method"),
+        ("Refuses", ModelError, r"^it cannot be sampled from$"),
+    ],
+)
+def test_a_mistake_in_making_it(
+    name: str, error: type[Exception], problem: str, folders: list[Path]
+) -> None:
+    with pytest.raises(error, match=problem):
+        make(f"mine.py:{name}", folders)
+
+
+def test_an_object_that_was_passed_is_taken_as_it_is() -> None:
+    given = SimpleNamespace(sample=lambda *_, **__: [])
+    sampler: Any = choose_sampler("auto", given, [])(POLICY, None, [], execution=None)
+    assert isinstance(sampler, ForeignSampler) and sampler.sampler is given
+    with pytest.raises(ConfigError, match=r"sampler: generate, and a sampler was passed"):
+        choose_sampler("generate", given, [])
+    with pytest.raises(ConfigError, match=r"sampler \(int\): expected an object with sample"):
+        choose_sampler("auto", 3, [])
