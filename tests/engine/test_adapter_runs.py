@@ -111,7 +111,6 @@ def test_of_two_adapters_the_one_that_trains_is_resumed(tmp_path: Path) -> None:
     PeftModel.from_pretrained(tiny.model(), tmp_path / "run" / "adapter")
 
 
-@pytest.mark.slow
 def test_a_cell_that_is_run_twice_goes_on(tmp_path: Path) -> None:
     model = tiny.model()
     first = make(tmp_path / "run", model, lora_r=4, max_steps=1)

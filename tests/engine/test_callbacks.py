@@ -112,7 +112,6 @@ def test_nothing_that_they_do_to_their_arguments_changes_the_run(tmp_path: Path)
     assert [event[0] for event in seen.events].count("step") == 4 and seen.events[0][2] == 4
 
 
-@pytest.mark.slow
 def test_an_error_in_one_ends_the_run_after_saving(tmp_path: Path) -> None:
     class Fails(Callback):
         def on_step(self, row: Mapping[str, Any]) -> None:

@@ -117,7 +117,6 @@ def test_checkpoints_do_not_care_how_many_processes_there_were(two, tmp_path):
     assert_same_rows(tmp_path / "saved", tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_a_step_that_depends_on_the_number_of_processes_is_not_resumed_by_another(tmp_path):
     """Saved by one process with 4 completions each; two would take 8."""
     saved = make(tmp_path / "run", per_device_train_batch_size=4, save_strategy="steps")

@@ -99,7 +99,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, changes):
 
 
 @pytest.mark.parametrize("in_a_window", [False, True])
-@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_in_bfloat16(tmp_path, pretended, in_a_window):
     pretended(bfloat16=True)
     changes = {"bf16": None, "max_steps": 6}
@@ -127,7 +126,6 @@ def test_a_machine_of_another_precision_does_not_go_on_unless_it_is_asked_to(tmp
     assert same.policy.precision == "float32" and len(state(same)[0]) == 3
 
 
-@pytest.mark.slow
 def test_the_reference_of_a_full_run_is_still_the_initial_model(tmp_path):
     options = {"finetuning_type": "full", "beta": 0.2}
     whole = make(tmp_path / "whole", **options)
@@ -144,7 +142,6 @@ def test_auto_starts_anew_where_there_is_nothing_and_true_does_not(tmp_path):
         make(tmp_path / "b", max_steps=1).train(True)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_by_what_changed(tmp_path):
     make(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1).train()
     with pytest.raises(CheckpointError, match=r"learning_rate: 0.01 -> 0.02"):

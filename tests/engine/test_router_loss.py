@@ -64,7 +64,6 @@ def run(path, **changes):
     ],
     ids=["cut", "cut, prompts not shared", "cut, checkpointed"],
 )
-@pytest.mark.slow
 def test_the_run_does_not_depend_on_the_cut(tmp_path, changes):
     whole, cut = run(tmp_path / "whole"), run(tmp_path / "cut", **changes)
     for a, b in zip(rows_of(whole), rows_of(cut), strict=True):

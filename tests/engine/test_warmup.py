@@ -40,7 +40,6 @@ def recorded(trainer):
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Gemma3"])
-@pytest.mark.slow
 def test_a_rehearsed_run_is_the_same_run(tmp_path, family, capsys):
     import tiny
 
@@ -103,7 +102,6 @@ def test_what_does_not_fit_is_halved_before_step_1(tmp_path, caplog):
     assert "the rehearsal of an update; tokens_per_microbatch 40 -> 20" in caplog.text
 
 
-@pytest.mark.slow
 def test_what_can_never_fit_fails_before_step_1(tmp_path):
     run = process_runs.make(tmp_path / "run", rehearsal=True, **OPTIONS)
 

@@ -36,7 +36,6 @@ def test_a_run_logs_the_same(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", RLOO_RUNS)
-@pytest.mark.slow
 def test_a_run_of_rloo_logs_the_same(tmp_path, name):
     options = RLOO_RUNS[name] | {"config": RLOOConfig}
     stock = trained(RLOOTrainer, tmp_path, **options)

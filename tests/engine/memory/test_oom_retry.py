@@ -201,7 +201,6 @@ def test_what_counts_as_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
 
 
-@pytest.mark.slow
 def test_halving_stops_at_the_longest_sequence_and_at_one_completion():
     guard = OOMRetry(100, 5)
 
