@@ -27,6 +27,7 @@ LAYERS = [
     ["engine.custom_loss", "engine.advantages"],
     ["engine.learner", "engine.scoring"],
     ["engine.evaluation", "engine.warmup", "engine.checkpointing", "engine.same_run"],
+    ["engine.collector", "engine.nonfinite"],
     ["engine.checkpointer", "engine.setup", "engine.trl_surface"],
     ["engine.trainer"],
     ["doctor"],

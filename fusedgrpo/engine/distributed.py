@@ -100,7 +100,7 @@ class Processes:
         torch.distributed.all_gather_object(values, value, group=self._objects)
         return values
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def run_everywhere(self, work: Callable[[], T]) -> list[T]:
         """Run ``work`` in every process; returns what it returned in each, in order.
 
         Where it fails in one, it fails in all: there with its own error, elsewhere with a
@@ -122,12 +122,12 @@ class Processes:
                 raise ProcessError(f"Process {rank} of {self.size} failed: {said}")
         return [result for result, _ in outcomes]
 
-    def in_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Run ``work`` in process 0 alone; every process gets what it returned."""
-        result: Any = self.together(lambda: work() if self.is_main else None)[0]
+        result: Any = self.run_everywhere(lambda: work() if self.is_main else None)[0]
         return result
 
-    def agree(self, values: dict[str, object]) -> None:
+    def check_equal(self, values: dict[str, object]) -> None:
         """Raise ConfigError unless all ``values`` are the same in all processes."""
         everywhere = self.gather(values)
         for rank, theirs in enumerate(everywhere):
@@ -138,7 +138,7 @@ class Processes:
                         "expected the same in all of them."
                     )
 
-    def agree_on_weights(self, model: nn.Module) -> None:
+    def check_equal_weights(self, model: nn.Module) -> None:
         """Raise ModelError unless all weights are the same in all processes, by their sums."""
         if self.size == 1:
             return
@@ -156,7 +156,7 @@ class Processes:
                         "anything of it is initialised."
                     )
 
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace each gradient by its sum over all processes.
 
         A parameter that has one in some processes counts as zero in the others; without one

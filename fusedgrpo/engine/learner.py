@@ -117,7 +117,7 @@ class Learner:
         try:
             loss, metrics = self._accumulate(samples, step)
             parameters = [p for _, p in self.policy.trainable()]
-            self.processes.sum_gradients(parameters)
+            self.processes.all_reduce_gradients(parameters)
             if all(p.grad is None for p in parameters):
                 # Where no sample had a gradient the optimizer still takes its step, as it would
                 # have with the zeros that a forward and backward of them yields.
@@ -159,8 +159,8 @@ class Learner:
         load = None
         if self.policy.router is not None and self.processes.size > 1:
             nothing = self.policy.router.nothing("cpu")
-            load = sum(self.processes.together(lambda: self._load_that_fits(mine)), nothing)
-        done = self.processes.together(
+            load = sum(self.processes.run_everywhere(lambda: self._load_that_fits(mine)), nothing)
+        done = self.processes.run_everywhere(
             lambda: self._backward_that_fits(mine, num_items, len(samples), step, load)
         )
         parts = [part for of_process in done for part in of_process]

@@ -71,7 +71,7 @@ def score_rollout(
                 state=state,
             )
 
-    return RewardBatch.joined(processes.together(score))
+    return RewardBatch.joined(processes.run_everywhere(score))
 
 
 def _score(
@@ -148,7 +148,7 @@ def rollout_logprobs(
         return logp
 
     with policy.scoring():
-        whole, *others = processes.together(score_own)
+        whole, *others = processes.run_everywhere(score_own)
     for theirs in others:
         whole = torch.where(whole.isnan(), theirs, whole)
     return whole

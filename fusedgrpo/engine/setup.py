@@ -96,7 +96,7 @@ def build_parts(
     RewardError, ModelError or OutputDirError."""
     args = own_options(args, model, quantization_config)
     processes = Processes.start(args.use_cpu)
-    processes.in_main(lambda: RunDir.probe(args.output_dir))
+    processes.run_on_main(lambda: RunDir.probe(args.output_dir))
     for text in doubtful(args):
         log.warning(text)
     # A launcher passes on the signal that the terminal has sent to everybody already.
@@ -109,7 +109,7 @@ def build_parts(
     make_sampler = choose_sampler(args.sampler, sampler, folders)
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)
-    clock = RunClock(processes.in_main(datetime.now))
+    clock = RunClock(processes.run_on_main(datetime.now))
     rewards = build_rewards(
         args.reward_funcs if reward_funcs is None else reward_funcs,
         weights=args.reward_weights,
@@ -189,7 +189,7 @@ def _check_equal(
     policy: Policy,
 ) -> None:
     """Whether all processes have the same run."""
-    processes.agree(
+    processes.check_equal(
         {
             "the training data": train.fingerprint,
             "the evaluation data": held_out and held_out.fingerprint,
@@ -198,7 +198,7 @@ def _check_equal(
         | {name: value for name, value in args.to_record().items() if name != "output_dir"}
     )
     check_loaded(policy.model)
-    processes.agree_on_weights(policy.model)
+    processes.check_equal_weights(policy.model)
 
 
 def _learner(

@@ -12,17 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import checkpoint_files, checkpointing
+from fusedgrpo.engine import checkpoint_files, checkpointing, nonfinite
 from fusedgrpo.engine.callbacks import check_callbacks
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
+from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import Example, load_prompts
 from fusedgrpo.engine.evaluation import evaluate
 from fusedgrpo.engine.learner import UpdateResult
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.metric_names import merged
 from fusedgrpo.engine.optimizer import build_scheduler
-from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.reporting.metrics_log import Row
 from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
 from fusedgrpo.engine.reporting.run_logger import NoLogger, RunLogger
@@ -30,9 +30,7 @@ from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
-from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.same_run import RunIdentity
-from fusedgrpo.engine.scoring import make_buffer, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.setup import all_examples, build_parts, describe
 from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
@@ -130,6 +128,7 @@ class GRPOTrainer(TRLSurface):
         self.unwritten = Unwritten()
         self.buffer: RolloutBuffer | None = None
         self.memory_peaks: dict[str, float] = {}
+        self.collector = Collector(self)
         self.checkpointer = Checkpointer(self)
         self.learner.changing = self.checkpointer.begins
 
@@ -225,7 +224,7 @@ class GRPOTrainer(TRLSurface):
         with ExitStack() as stack:
             stack.enter_context(self.signals)
             with self.signals.at_once():
-                found = self.processes.in_main(lambda: checkpointing.find(resume, checkpoints))
+                found = self.processes.run_on_main(lambda: checkpointing.find(resume, checkpoints))
                 if found is not None:
                     self._restore(found)
                 self.checkpointer.check_whole()
@@ -250,7 +249,7 @@ class GRPOTrainer(TRLSurface):
             if self.memory_plan is not None:
                 outputs.display.note(f"Memory, planned:\n{plan_table(self.memory_plan)}")
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
-                outputs.display.note(self.rehearse())
+                outputs.display.note(self.warm_up())
             row: dict[str, Any] = {}
             with self.checkpointer.saved_if_it_ends(outputs), missing_backward.refused():
                 outputs.write(self.unwritten, self.progress.step)
@@ -271,14 +270,14 @@ class GRPOTrainer(TRLSurface):
             global_step=self.progress.step, training_loss=row.get("loss"), metrics=row
         )
 
-    def rehearse(self) -> str:
+    def warm_up(self) -> str:
         """Hold the memory that the largest rollout and update will take; says what was found.
 
         What does not fit is halved, for the rest of the run. Raises MemoryExhaustedError.
         """
         window = self.plan.steps_per_rollout * self.plan.num_iterations > 1
         share = self.processes.size
-        said = self.processes.together(
+        said = self.processes.run_everywhere(
             lambda: warm_up(
                 self.learner,
                 self.sampler,
@@ -306,12 +305,12 @@ class GRPOTrainer(TRLSurface):
         outputs = outputs or NoLogger()
         timer = PhaseTimer(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
         if self.buffer is None or self.buffer.finished:
-            examples = self._next_prompts()
+            examples = self.collector.prompts()
             with timer.phase("sample"):
-                rollout = self._sample(examples)
+                rollout = self.collector.sample(examples)
             with timer.phase("score"):
-                rewards = self._score(rollout, examples)
-                buffer = self._make_buffer(rollout, rewards)
+                rewards = self.collector.score(rollout, examples)
+                buffer = self.collector.buffer(rollout, rewards)
             self._take(buffer, rewards, examples, outputs)
         assert self.buffer is not None
         samples = self.buffer.next_samples(mask_truncated=self.args.mask_truncated_completions)
@@ -325,7 +324,7 @@ class GRPOTrainer(TRLSurface):
         row = self._finish_row(outputs)
         due = outputs.writes and self._is_due(self.args.save_strategy, self.args.save_steps)
         self.checkpointer.save_if_due(outputs, due)
-        self.processes.together(self.execution.check_interrupt)
+        self.processes.run_everywhere(self.execution.check_interrupt)
         return row
 
     def _check_more_to_do(self) -> None:
@@ -353,49 +352,8 @@ class GRPOTrainer(TRLSurface):
             self.unwritten.evaluation_due = False
         outputs.write(self.unwritten, self.progress.step)
         evaluated = [("on_evaluate", self.progress.step, metrics)] if metrics else []
-        self.processes.in_main(lambda: outputs.tell(*evaluated, ("on_step", row)))
+        self.processes.run_on_main(lambda: outputs.tell(*evaluated, ("on_step", row)))
         return row
-
-    def _next_prompts(self) -> list[Example]:
-        """The prompts of the next rollout; what fails before ``_take`` gets the same ones again."""
-        count = self.plan.groups_per_rollout
-        if self.plan.total_prompts is not None:
-            count = min(count, self.plan.total_prompts - self.stream.cursor)
-        return self.stream.peek(count)
-
-    def _sample(self, examples: Sequence[Example]) -> Rollout:
-        groups = self.sampler.sample(
-            [example.prompt_ids for example in examples],
-            self.args.num_generations,
-            self.sampling,
-            derive(self.args.seed, "sample", self.progress.rollouts),
-            rows=[example.row for example in examples],
-        )
-        return Rollout(tuple(groups))
-
-    def _score(self, rollout: Rollout, examples: Sequence[Example]) -> RewardBatch:
-        return score_rollout(
-            self.reward_funcs,
-            rollout,
-            examples,
-            conversational=self.train_dataset.conversational,
-            column_names=self.train_dataset.column_names,
-            state=self._reward_state(),
-            seed=derive(self.args.seed, "score", self.progress.rollouts),
-            processes=self.processes,
-        )
-
-    def _make_buffer(self, rollout: Rollout, rewards: RewardBatch) -> RolloutBuffer:
-        return make_buffer(
-            rollout,
-            rewards,
-            self.reward_funcs,
-            self.policy,
-            self.args,
-            estimate=self.estimate_advantages,
-            steps=-(-len(rollout.groups) // self.plan.groups_per_step),
-            execution=self.execution,
-        )
 
     def _take(
         self,
@@ -406,7 +364,7 @@ class GRPOTrainer(TRLSurface):
     ) -> None:
         """The rollout is whole: from here on its prompts are used and its tokens counted."""
         groups = buffer.rollout.groups
-        records = self._records(buffer, rewards, examples)
+        records = self.collector.records(buffer, rewards, examples)
         tokens = sum(
             len(group.prompt_ids) + len(c.ids) for group in groups for c in group.completions
         )
@@ -419,22 +377,7 @@ class GRPOTrainer(TRLSurface):
             self.progress.num_tokens += tokens
         outputs.write(self.unwritten, self.progress.step + 1)
         told = "on_rollout", self.progress.step + 1, records
-        self.processes.in_main(lambda: outputs.tell(told))
-
-    def _records(
-        self, buffer: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]
-    ) -> list[dict[str, Any]]:
-        """The entries of a rollout in the log of completions."""
-        rollout = buffer.rollout
-        return completion_records(
-            rollout,
-            prompts=[example.prompt for example in per_completion(rollout, examples)],
-            names=self.reward_funcs.names,
-            rewards=rewards.values,
-            total=rewards.total,
-            advantages=buffer.advantages,
-            extra=rewards.extra,
-        )
+        self.processes.run_on_main(lambda: outputs.tell(told))
 
     def _accept(
         self,
@@ -444,16 +387,12 @@ class GRPOTrainer(TRLSurface):
         timer: PhaseTimer,
     ) -> None:
         """Count a step and make its row; halt on one that is not finite."""
-        if result.largest_weight is not None and not result.largest_weight.isfinite():
-            raise NonFiniteError(
-                f"Step {self.progress.step + 1}: {not_finite(self.policy.trainable())}. Loss "
-                f"{result.loss} and gradient norm {result.grad_norm} were those of the update; a "
-                "lower learning_rate or a larger adam_epsilon is the usual remedy."
-            )
-        if result.applied:
-            self.progress.nonfinite_in_a_row = 0
-        else:
-            dump = outputs.dump(
+        nonfinite.check_weights(self.learner, result, self.progress.step + 1)
+        nonfinite.count(
+            self.progress,
+            self.learner,
+            result,
+            lambda: outputs.dump(
                 self.progress.step + 1,
                 samples,
                 decode=self.tokenizer.decode,
@@ -461,19 +400,9 @@ class GRPOTrainer(TRLSurface):
                 grad_norm=result.grad_norm,
                 seed=self.args.seed,
                 rollout=self.progress.rollouts - 1,
-            )
-            self.progress.nonfinite_in_a_row += 1
-            tolerated = self.args.max_nonfinite_steps
-            if self.learner.scaler.is_enabled():
-                tolerated = max(tolerated, 20)  # the loss scale is still being searched
-            if self.progress.nonfinite_in_a_row > tolerated:
-                self.progress.nonfinite_in_a_row -= 1
-                raise NonFiniteError(
-                    f"Step {self.progress.step + 1}: loss {result.loss} and gradient norm "
-                    f"{result.grad_norm}. The weights were not changed; the batch is in {dump}. "
-                    "A lower learning_rate or max_grad_norm is the usual remedy; "
-                    "max_nonfinite_steps: N skips up to N such updates in a row."
-                )
+            ),
+            self.args.max_nonfinite_steps,
+        )
         assert self.buffer is not None
         tokens = sum(len(sample.completion_ids) for sample in samples)
         with self.signals.held():
@@ -525,7 +454,7 @@ class GRPOTrainer(TRLSurface):
             params=self.sampling,
             batch_size=self.args.per_device_eval_batch_size,
             seed=derive(self.args.seed, "eval"),
-            state=self._reward_state(),
+            state=self.collector.reward_state(),
             processes=self.processes,
         )
         return {
@@ -564,10 +493,3 @@ class GRPOTrainer(TRLSurface):
 
     def _is_due(self, strategy: str, every: int) -> bool:
         return strategy == "steps" and self.progress.step % every == 0
-
-    def _reward_state(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            global_step=self.progress.step,
-            max_steps=self.plan.total_steps,
-            epoch=self.stream.epoch,
-        )

@@ -45,8 +45,8 @@ def warm_up(
     on_gpu = learner.policy.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    guard = learner.execution.oom_retry
-    before = guard.tokens, guard.in_flight
+    oom_retry = learner.execution.oom_retry
+    before = oom_retry.tokens, oom_retry.in_flight
     lengths = sorted(prompt_lengths, reverse=True)
     parts = ["an update"]
     with seeded(derive(seed, "rehearsal")):
@@ -58,11 +58,11 @@ def warm_up(
     said = f"Rehearsed {' and '.join(parts)} at the greatest lengths"
     if on_gpu:
         said += f": {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"
-    guard.take_retries()
-    if (guard.tokens, guard.in_flight) != before:
-        said += f"; memory ran out: micro-batches have {guard.tokens} tokens from now on"
-        if guard.in_flight is not None:
-            said += f" and {guard.in_flight} completions are decoded together"
+    oom_retry.take_retries()
+    if (oom_retry.tokens, oom_retry.in_flight) != before:
+        said += f"; memory ran out: micro-batches have {oom_retry.tokens} tokens from now on"
+        if oom_retry.in_flight is not None:
+            said += f" and {oom_retry.in_flight} completions are decoded together"
     return f"{said} ({time.perf_counter() - started:.1f} s)."
 
 
@@ -78,7 +78,11 @@ def _warm_up_update(
     learner: Learner, prompts: Sequence[Sequence[int]], n: int, length: int, keeps_old: bool
 ) -> None:
     vocabulary = learner.policy.vocabulary_size
-    guard, layout, whole = learner.execution.oom_retry, learner.policy.layout, learner.policy.whole
+    oom_retry, layout, whole = (
+        learner.execution.oom_retry,
+        learner.policy.layout,
+        learner.policy.whole,
+    )
     samples: list[TrainingSample] = []
     for prompt in prompts:
         samples += [
@@ -92,7 +96,7 @@ def _warm_up_update(
             for i in range(n)
         ]
         forwarded = forwarded_tokens([s.pair for s in samples], layout, whole=whole)
-        if forwarded >= guard.tokens:
+        if forwarded >= oom_retry.tokens:
             break
     pairs = [sample.pair for sample in samples]
 
@@ -100,10 +104,10 @@ def _warm_up_update(
         # Any micro-batch but the first finds the gradients of those before it.
         for _, parameter in learner.policy.trainable():
             parameter.grad = torch.zeros_like(parameter)
-        largest = micro_batches(pairs, guard.tokens, layout, whole=whole)[0]
+        largest = micro_batches(pairs, oom_retry.tokens, layout, whole=whole)[0]
         learner.backward([samples[i] for i in largest], n * length, n, step=0)
 
     try:
-        guard.update(work, lambda: longest(pairs, whole=whole), "the rehearsal of an update")
+        oom_retry.update(work, lambda: longest(pairs, whole=whole), "the rehearsal of an update")
     finally:
         learner.optimizer.zero_grad(set_to_none=True)

@@ -217,17 +217,17 @@ class Gathered(Processes):
 
 
 def test_what_differs_between_processes_is_refused():
-    Gathered({"seed": 1}).agree({"seed": 1})
+    Gathered({"seed": 1}).check_equal({"seed": 1})
     with pytest.raises(ConfigError, match="seed is 2 in process 1 and 1 in process 0"):
-        Gathered({"seed": 2}).agree({"seed": 1})
+        Gathered({"seed": 2}).check_equal({"seed": 1})
     model = tiny.model()
     sums = {
         n: repr(p.detach().sum(dtype=torch.float64).item()) for n, p in model.named_parameters()
     }
-    Gathered(sums).agree_on_weights(model)
+    Gathered(sums).check_equal_weights(model)
     name = "model.norm.weight"
     with pytest.raises(ValueError, match=f"Process 1 has another {name} than process 0"):
-        Gathered(sums | {name: "0.0"}).agree_on_weights(model)
+        Gathered(sums | {name: "0.0"}).check_equal_weights(model)
 
 
 def test_gradients_are_summed_over_those_that_have_one(monkeypatch):
@@ -242,7 +242,7 @@ def test_gradients_are_summed_over_those_that_have_one(monkeypatch):
         return tensor.add_(10)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    Processes(0, 2).sum_gradients(parameters)
+    Processes(0, 2).all_reduce_gradients(parameters)
     got = [None if p.grad is None else p.grad.unique().tolist() for p in parameters]
     assert got == [[11.0], [10.0], [13.0], None]
     assert parameters[0].grad.shape == (3, 2)

@@ -140,8 +140,8 @@ def test_its_memory_is_rehearsed_if_it_can(tmp_path: Path) -> None:
             return True
 
     warm: list[Any] = []
-    assert trainer(tmp_path / "a", Says()).rehearse().startswith("Rehearsed an update at")
-    assert trainer(tmp_path / "b", Warm()).rehearse().startswith("Rehearsed a rollout and an upd")
+    assert trainer(tmp_path / "a", Says()).warm_up().startswith("Rehearsed an update at")
+    assert trainer(tmp_path / "b", Warm()).warm_up().startswith("Rehearsed a rollout and an upd")
     assert warm == [(2, 4, 4)]
 
 

@@ -68,7 +68,7 @@ def test_a_run_learns_from_what_was_sampled_and_resumes_bit_for_bit(
 ) -> None:
     whole = make(tmp_path / "whole", family)
     before = state_of_weights(whole)
-    whole.rehearse()
+    whole.warm_up()
     whole.train()
     rows, weights = state(whole)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and rows[-1]["kl"] > 0

@@ -58,7 +58,7 @@ def test_a_rehearsed_run_is_the_same_run(tmp_path, family, capsys):
 
 def test_nothing_that_follows_is_larger(tmp_path):
     run, tokens, cached = recorded(process_runs.make(tmp_path / "run", **OPTIONS))
-    run.rehearse()
+    run.warm_up()
     rehearsed, cache = max(tokens), max(cached)
     tokens.clear()
     cached.clear()
@@ -78,7 +78,7 @@ def test_it_holds_the_gradients_that_every_micro_batch_but_the_first_finds(tmp_p
         return backward(*args, **kwargs)
 
     run.learner.backward = noting
-    run.rehearse()
+    run.warm_up()
     assert found == [True]
     assert all(p.grad is None for _, p in run.policy.trainable())
 

@@ -85,7 +85,7 @@ class RewardModel:
             model.to(device)  # the others were placed when they were loaded
         self._model = model.eval().requires_grad_(False)
         self._batch: Batch | None = None
-        self.poll: Callable[[], None] = lambda: None  # called before each forward pass
+        self.check_interrupt: Callable[[], None] = lambda: None  # called before each forward pass
 
     def _load_tokenizer(self, path: str, kwargs: Mapping[str, Any]) -> Any:
         from transformers import AutoTokenizer
@@ -115,7 +115,7 @@ class RewardModel:
         # Neighbours of like length share a forward, so little of it is padding.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         for first in range(0, len(order), ROWS_PER_FORWARD):
-            self.poll()
+            self.check_interrupt()
             indices = order[first : first + ROWS_PER_FORWARD]
             for index, score in zip(indices, self._scores([ids[i] for i in indices]), strict=True):
                 if math.isfinite(score):

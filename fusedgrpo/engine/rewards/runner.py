@@ -329,13 +329,19 @@ def build_rewards(
             source = locate(function, folders) if isinstance(function, str) else None
             if source is not None and source.kind != "model":
                 scorers.append(
-                    Worker(source, given, folders=folders, timeout=timeout, poll=signals.check)
+                    Worker(
+                        source,
+                        given,
+                        folders=folders,
+                        timeout=timeout,
+                        check_interrupt=signals.check,
+                    )
                 )
             elif source is not None or is_reward_model(function):
                 model = _reward_model(
                     source, function, tokenizer, given, device, model_kwargs, clock
                 )
-                model.poll = signals.check
+                model.check_interrupt = signals.check
                 scorers.append(model)
             else:
                 call = RewardCall(function, given, interrupts=lambda: not signals.none_came)

@@ -59,7 +59,8 @@ class Worker:
     """The trainer's end. ``start`` a batch, then ``finish`` it; a dead child is replaced.
 
     folders: searched for modules after all of the trainer's. timeout: seconds for one call, and for
-    loading the function; None for no limit. poll: called while it is waited for, and may raise.
+    loading the function; None for no limit. check_interrupt: called while it is waited for, and
+    may raise.
     """
 
     def __init__(
@@ -69,10 +70,10 @@ class Worker:
         *,
         folders: Sequence[Path],
         timeout: float | None,
-        poll: Callable[[], None] = lambda: None,
+        check_interrupt: Callable[[], None] = lambda: None,
     ):
         self.name = source.text
-        self._poll = poll
+        self._check_interrupt = check_interrupt
         self._job = self._packed((source, dict(kwargs)), "reward_kwargs")
         self._number = 0
         # What lies beside a file is nearer to it than what lies in the other folders.
@@ -177,7 +178,7 @@ class Worker:
         """Until there is something to read. Raises :class:`CallFailed` at the deadline."""
         while not self._connection.poll(max(0.0, min(0.5, self._deadline - time.monotonic()))):
             try:
-                self._poll()
+                self._check_interrupt()
             except BaseException:
                 self._kill()
                 raise

@@ -38,7 +38,7 @@ class SharedSampler(Sampler):
                 prompt_ids[mine], n, params, seed, rows=rows[mine], first=first + own.start
             )
 
-        return [group for part in self.processes.together(sample) for group in part]
+        return [group for part in self.processes.run_everywhere(sample) for group in part]
 
     def weights_changed(self) -> None:
         self.sampler.weights_changed()

@@ -174,14 +174,14 @@ def test_below_the_floor_the_run_ends_with_its_state_saved(tmp_path):
 
 
 def test_other_errors_pass():
-    guard = OOMRetry(8)
+    oom_retry = OOMRetry(8)
 
     def work():
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        guard.update(work, lambda: 1, "test")
-    assert guard.retries == 0
+        oom_retry.update(work, lambda: 1, "test")
+    assert oom_retry.retries == 0
 
 
 @pytest.mark.parametrize(
@@ -202,14 +202,14 @@ def test_what_counts_as_out_of_memory(error, expected):
 
 
 def test_halving_stops_at_the_longest_sequence_and_at_one_completion():
-    guard = OOMRetry(100, 5)
+    oom_retry = OOMRetry(100, 5)
 
     def never():
         raise FULL
 
     with pytest.raises(MemoryExhaustedError):
-        guard.update(never, lambda: 30, "test")
-    assert guard.tokens == 30 and guard.take_retries() == 4
+        oom_retry.update(never, lambda: 30, "test")
+    assert oom_retry.tokens == 30 and oom_retry.take_retries() == 4
     with pytest.raises(MemoryExhaustedError):
-        guard.sample(never, 64)
-    assert guard.in_flight == 1
+        oom_retry.sample(never, 64)
+    assert oom_retry.in_flight == 1

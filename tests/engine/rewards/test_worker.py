@@ -357,7 +357,7 @@ def test_what_the_poll_raises_ends_a_function_that_hangs(tmp_path: Path) -> None
     started: list[bool] = []
     (tmp_path / "worker_rewards.py").write_text(REWARDS)
     source = locate("worker_rewards:hang", [tmp_path])
-    worker = Worker(source, {}, folders=[tmp_path], timeout=None, poll=poll)
+    worker = Worker(source, {}, folders=[tmp_path], timeout=None, check_interrupt=poll)
     worker.ready()
     worker.start(batch("hang"))
     started.append(True)
