@@ -6,7 +6,7 @@ Loss ``dapo`` with ``beta=0.1``, old and reference log-probs given, forward and 
 included. ``fusedgrpo`` gets the tokens of all completions end to end; the others get the padded
 ``[B, T]`` that they work on, lengths from T / 2 to T: ``torch padded`` is the formula in plain
 torch, ``torch.compile`` the same compiled (on a GPU only), ``trl`` the ``_compute_loss`` of its
-trainer on given log-probs. Our metrics ending in ``/torch`` are those of the plain-torch twin, the
+trainer on given log-probs. Our metrics ending in ``/torch`` are those in plain torch, the
 others are those of the backend that ``auto`` takes.
 
 Gate: loss and gradient, or the advantages, against float64. On a CPU only ratios are given.
@@ -31,7 +31,7 @@ from fusedgrpo.kernels.reference import reference_group_advantages, reference_po
 TOLERANCE = 1e-4
 BETA = 0.1
 EPSILON = 0.2
-TWIN = f"{harness.OURS} torch"
+TORCH = f"{harness.OURS} torch"
 METRICS = {
     "time": "ms",
     "peak_memory": "byte",
@@ -159,7 +159,7 @@ def loss_works(batch: Batch, present: list[str]) -> dict[str, Work]:
 
     result = {harness.OURS: ragged("auto")}
     if batch.logp.is_cuda:
-        result[TWIN] = ragged("torch")
+        result[TORCH] = ragged("torch")
     result["torch padded"] = padded(lambda *x: padded_loss(*x)[0])
     if batch.logp.is_cuda:
         compiled = torch.compile(padded_loss, dynamic=False)
@@ -257,7 +257,7 @@ def advantage_works(rewards: Tensor, G: int) -> dict[str, Work]:
 
     result = {harness.OURS: ours("auto")}
     if rewards.is_cuda:
-        result[TWIN] = ours("torch")
+        result[TORCH] = ours("torch")
     return result | {"torch padded": plain}
 
 
@@ -280,7 +280,7 @@ def measure(
                 "peak_memory": found["peak_memory"],
                 "launches": launches(works[name]),
             }
-        impl, suffix = (harness.OURS, "/torch") if name == TWIN else (name, "")
+        impl, suffix = (harness.OURS, "/torch") if name == TORCH else (name, "")
         samples.setdefault(impl, {}).update({m + suffix: values for m, values in result.items()})
     return samples
 

@@ -24,7 +24,7 @@ LAYERS = [
     ["engine.execution"],
     ["engine.rollout"],
     ["engine.reporting"],
-    ["engine.custom_loss", "engine.advantages"],
+    ["engine.custom_loss", "engine.advantages", "engine.step_metrics"],
     ["engine.learner", "engine.scoring"],
     ["engine.evaluation", "engine.warmup", "engine.checkpointing", "engine.same_run"],
     ["engine.collector", "engine.nonfinite"],

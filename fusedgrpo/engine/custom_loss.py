@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedgrpo.engine.metric_names import is_own_metric
 from fusedgrpo.errors import ConfigError, brief
 from fusedgrpo.kernels import LossOptions
 from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, METRICS, PolicyLoss
@@ -124,7 +125,7 @@ class CustomLoss:
             if not isinstance(x, Tensor) or x.shape != tokens.logp.shape:
                 found = tuple(x.shape) if isinstance(x, Tensor) else brief(x)
                 raise self._wrong(f"returned {found} as {name}, expected a tensor [N]")
-            if name in METRICS:
+            if name in METRICS or is_own_metric(str(name)):
                 raise self._wrong(f"returned a metric {name!r}, which is one of the trainer's own")
         return value, {str(name): x.detach().float() for name, x in metrics.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from fusedgrpo.engine.rollout.training_sample import (
     loss_mask,
 )
 from fusedgrpo.engine.seeding import seeded
+from fusedgrpo.engine.step_metrics import MicroBatch, merge_metrics
 from fusedgrpo.kernels import LossOptions, PolicyLoss, policy_loss
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.finite import largest
@@ -43,18 +44,6 @@ class UpdateResult:
     learning_rate: float
     metrics: dict[str, float] = field(default_factory=dict)
     largest_weight: Tensor | None = None
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """The results of one micro-batch. tokens, sequences: those in the loss; forwarded: tokens."""
-
-    tokens: int
-    sequences: int
-    forwarded: int
-    loss: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    aux_loss: float = 0.0
 
 
 class Learner:
@@ -215,8 +204,7 @@ class Learner:
     ) -> list[MicroBatch]:
         def work() -> list[MicroBatch]:
             self.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has left
-            share = {} if load is None else {"load": load}
-            return self.backward(samples, num_items, num_sequences, step, **share)
+            return self.backward(samples, num_items, num_sequences, step, load)
 
         return self.execution.oom_retry.update(work, lambda: self._longest(samples), "the update")
 
@@ -327,51 +315,3 @@ class Learner:
             metrics["aux_loss"] = balance.detach()
             loss = loss + self.policy.router.coef * balance
         return loss, metrics
-
-
-SUMS = ("policy_loss", "sampling/dropped_tokens")
-
-
-def merge_metrics(
-    parts: Sequence[MicroBatch], skipped: Sequence[TrainingSample], options: LossOptions
-) -> dict[str, float]:
-    """The metrics of micro-batches as those of the step, as if it had been one batch.
-
-    skipped: samples that were not forwarded; nothing of them was clipped, and no more is known.
-    """
-    # A part without a token says nothing, unless all are like that.
-    parts = [part for part in parts if part.tokens] or list(parts[-1:])
-    names = list(parts[0].metrics) if parts else []
-    return {name: _merge(name, parts, skipped, options) for name in names}
-
-
-def _merge(
-    name: str, parts: Sequence[MicroBatch], skipped: Sequence[TrainingSample], options: LossOptions
-) -> float:
-    values = [part.metrics[name] for part in parts]
-    unclipped = sum(sample.loss_tokens > 0 for sample in skipped)
-    clip_metric = name.startswith(("clip_ratio/", "cispo_clip_ratio"))
-    if clip_metric and unclipped:
-        values = [*values, 0.0]
-    if name in SUMS:
-        return math.fsum(values)
-    if name == "clip_ratio/low_min":
-        return min(values)
-    if name in ("clip_ratio/high_max", MISMATCH_MAX):
-        return max(values)
-    by_sequence = name == "vespo/phi_seq_mean" or (
-        options.importance_sampling_level == "sequence"
-        and name.startswith(("clip_ratio/", "cispo_", "log_ratio_"))
-    )
-    weights = [part.sequences if by_sequence else part.tokens for part in parts]
-    if len(values) > len(weights):
-        tokens = sum(sample.loss_tokens for sample in skipped)
-        weights.append(unclipped if by_sequence else tokens)
-    return weighted_mean(values, weights)
-
-
-def weighted_mean(values: Iterable[float], weights: Sequence[int]) -> float:
-    """The mean; 0 where all weights are 0."""
-    values = list(values)
-    total = sum(weights)
-    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0

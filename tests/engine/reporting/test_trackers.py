@@ -46,7 +46,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(Recorder, "calls", [])
 
 
-def open_sinks(tmp_path, report_to="recorder"):
+def open_trackers(tmp_path, report_to="recorder"):
     return Trackers(
         report_to, run_name="run", directory=tmp_path, config={"lr": 0.1, "funcs": ["a"]}
     )
@@ -54,16 +54,16 @@ def open_sinks(tmp_path, report_to="recorder"):
 
 @pytest.mark.parametrize("nothing", [None, "none", "", [], ["none"]])
 def test_none_reports_nowhere(tmp_path, nothing):
-    sinks = open_sinks(tmp_path, nothing)
-    sinks.on_step({"step": 1, "loss": 0.0})
-    sinks.close()
+    trackers = open_trackers(tmp_path, nothing)
+    trackers.on_step({"step": 1, "loss": 0.0})
+    trackers.close()
     assert Recorder.calls == []
 
 
 def test_a_tracker_gets_config_finite_values_and_the_end(tmp_path):
-    sinks = open_sinks(tmp_path)
-    sinks.on_step({"step": 3, "loss": 0.5, "kl": float("nan"), "reward": None})
-    sinks.close()
+    trackers = open_trackers(tmp_path)
+    trackers.on_step({"step": 3, "loss": 0.5, "kl": float("nan"), "reward": None})
+    trackers.close()
     assert Recorder.calls == [
         ("start",),
         ("config", {"lr": 0.1, "funcs": "['a']"}),
@@ -75,10 +75,10 @@ def test_a_tracker_gets_config_finite_values_and_the_end(tmp_path):
 @pytest.mark.parametrize("method", ["start", "config", "log", "finish"])
 def test_a_failing_tracker_gives_one_warning_and_is_dropped(tmp_path, caplog, method):
     Recorder.fails_in.add(method)
-    sinks = open_sinks(tmp_path)
+    trackers = open_trackers(tmp_path)
     for step in range(3):
-        sinks.on_step({"step": step, "loss": 0.5})
-    sinks.close()
+        trackers.on_step({"step": step, "loss": 0.5})
+    trackers.close()
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "fusedgrpo"]
     assert "'recorder' failed (ConnectionError: the network is gone)" in warning
     assert ("finish",) not in Recorder.calls

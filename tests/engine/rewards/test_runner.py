@@ -282,7 +282,7 @@ def test_what_a_function_changes_is_seen_by_nobody_else() -> None:
         trainer_state.step += 1
         return [1.0] * len(tests)
 
-    def twin(**kwargs: Any) -> list[float]:
+    def first(**kwargs: Any) -> list[float]:
         return vandal(**kwargs)
 
     async def late(**kwargs: Any) -> list[float]:
@@ -291,8 +291,8 @@ def test_what_a_function_changes_is_seen_by_nobody_else() -> None:
     prompt, completion = [{"role": "user", "content": "q"}], [{"content": "a"}]
     row, ids, state = {"cases": [1, {2}], "more": ([3],)}, [5, 6], SimpleNamespace(step=7)
     shared = {"options": {"deep": [1]}}
-    arguments = dict.fromkeys(("vandal", "twin", "late"), shared)
-    functions = build_rewards([vandal, twin, late], kwargs=arguments)
+    arguments = dict.fromkeys(("vandal", "first", "late"), shared)
+    functions = build_rewards([vandal, first, late], kwargs=arguments)
     with functions:
         for _ in range(2):
             functions.score(
