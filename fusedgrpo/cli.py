@@ -52,9 +52,11 @@ def plan(
     from fusedgrpo.config.schema import GRPOConfig
     from fusedgrpo.engine.memory.plan import plan_table
     from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+    from fusedgrpo.engine.rollout.choice import choose_sampler
     from fusedgrpo.errors import ConfigError
     from fusedgrpo.models.adapters.files import planned_options
     from fusedgrpo.models.settings import model_settings
+    from fusedgrpo.named_code import code_folders
 
     overrides = _overrides(context.args) | ({"gpu_memory": gpu} if gpu else {})
     options = GRPOConfig.from_file(config, overrides=overrides)
@@ -72,6 +74,7 @@ def plan(
         settings,
         gpu_bytes=card,
         activation_offloading=options.activation_offloading,
+        sampler_memory=choose_sampler(options.sampler, None, code_folders([config.parent])).memory,
     )
     typer.echo(plan_table(found))
     if not found.fits:

@@ -18,6 +18,11 @@ from typing import Any
 from fusedgrpo.errors import FusedGRPOError, brief, did_you_mean, reason
 
 
+def code_folders(search_paths: Sequence[str | Path] = ()) -> list[Path]:
+    """Where relative files are looked for: the working directory, then ``search_paths``."""
+    return list(dict.fromkeys(Path(path).resolve() for path in (os.getcwd(), *search_paths)))
+
+
 @dataclass(frozen=True, slots=True)
 class NamedCode:
     """text: as the user gave it. target: the absolute path of a file if ``is_file``, else a

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,30 @@ def test_a_sampler_by_its_name(tmp_path: Path) -> None:
     rows = train(tmp_path / "passed", sampler=passed)
     for name in ("reward", "completions/mean_length", "loss"):
         assert [row[name] for row in named] == [row[name] for row in rows]
+
+
+def test_a_kernel(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    for name in ("share_outside", "share_outside_triton"):
+        (code,) = [c for c in blocks if f"def {name}(" in c]
+        (tmp_path / f"{name}.py").write_text(code)
+    check = """
+import torch
+from share_outside import share_outside
+ratio = torch.linspace(0.5, 1.5, 3001)
+ours, theirs = (share_outside(ratio, 0.8, 1.2, backend=b) for b in ("torch", "triton"))
+torch.testing.assert_close(ours, theirs)
+print(float(ours))
+"""
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", check],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.59 < float(done.stdout) < 0.61
 
 
 class GRPOSampling:

@@ -31,6 +31,7 @@ from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+from fusedgrpo.engine.memory.sizes import SamplerMemory
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
@@ -48,6 +49,7 @@ from fusedgrpo.models.kinds import accepted
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.settings import model_limits, model_settings
 from fusedgrpo.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer, text_tokenizer
+from fusedgrpo.named_code import code_folders
 
 log = logging.getLogger("fusedgrpo")
 
@@ -102,11 +104,11 @@ def build_parts(
     # A launcher passes on the signal that the terminal has sent to everybody already.
     signals = StopSignals(echo_seconds=10.0 if processes.size > 1 else 0.0)
     tracker_classes(args.report_to)
-    folders = list(dict.fromkeys(Path(path).resolve() for path in (os.getcwd(), *search_paths)))
+    folders = code_folders(search_paths)
     custom_loss = find_custom_loss(args.loss_type, folders)
     estimator = find_estimator(args, folders)
     formats = Formats(args.dataset_format, search_paths)
-    make_sampler = choose_sampler(args.sampler, sampler, folders)
+    chosen_sampler = choose_sampler(args.sampler, sampler, folders)
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)
     clock = RunClock(processes.run_on_main(datetime.now))
@@ -136,7 +138,13 @@ def build_parts(
         train, held_out = _load_data(args, processing_class, train_dataset, eval_dataset, reading)
         memory_plan = None
         if model is None and peft_config is None:  # else the options do not describe the model
-            memory_plan = _plan_memory(args, policy, all_examples(train, held_out), processes.size)
+            memory_plan = _plan_memory(
+                args,
+                policy,
+                all_examples(train, held_out),
+                processes.size,
+                chosen_sampler.memory,
+            )
         policy = policy or Policy.load(args, model, peft_config)
         check_tokenizer(tokenizer, policy.causal_lm)
         _check_equal(processes, args, train, held_out, policy)
@@ -166,7 +174,7 @@ def build_parts(
             stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
             estimate_advantages=estimator,
             learner=_learner(args, policy, plan, execution, memory_plan, custom_loss),
-            sampler=_sampler(args, policy, tokenizer, ends, execution, make_sampler),
+            sampler=_sampler(args, policy, tokenizer, ends, execution, chosen_sampler.make),
             sampling=SamplingParams(
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature,
@@ -242,7 +250,11 @@ def _sampler(
 
 
 def _plan_memory(
-    args: GRPOConfig, policy: Policy | None, examples: Sequence[Example], world_size: int
+    args: GRPOConfig,
+    policy: Policy | None,
+    examples: Sequence[Example],
+    world_size: int,
+    sampler_memory: SamplerMemory | None,
 ) -> MemoryPlan | None:
     """The memory that the run will need of its card; None where there is none and none was named,
     and for models that cannot be planned."""
@@ -257,6 +269,7 @@ def _plan_memory(
             prompt_tokens=max(len(example.prompt_ids) for example in examples),
             activation_offloading=args.activation_offloading,
             world_size=world_size,
+            sampler_memory=sampler_memory,
         )
     except PlanError as error:
         log.warning("%s The run goes on without a plan.", error)

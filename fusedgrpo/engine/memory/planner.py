@@ -16,7 +16,7 @@ from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.batch_plan import decoded_together
 from fusedgrpo.engine.memory.advice import advice
 from fusedgrpo.engine.memory.plan import CONTEXT, FRAGMENTATION, MemoryPlan, parse_bytes
-from fusedgrpo.engine.memory.sizes import Sizes, optimizer_state
+from fusedgrpo.engine.memory.sizes import SamplerMemory, Sizes, optimizer_state
 from fusedgrpo.engine.memory.workload import Asked, paged
 from fusedgrpo.errors import FusedGRPOError, PlanError
 
@@ -35,15 +35,16 @@ def plan_memory(
     prompt_tokens: int | None = None,
     activation_offloading: bool | None = None,
     world_size: int = 1,
+    sampler_memory: SamplerMemory | None = None,
 ) -> MemoryPlan:
     """The plan of a run on one GPU of ``gpu_bytes`` (each of ``world_size``).
 
     settings: the model's transformers configuration. prompt_tokens: of the longest prompt; None for
     ``max_prompt_length``, or what ``max_length`` leaves, or 512. activation_offloading: None to
-    choose. A plan that does not fit has ``advice``: the nearest change that does. Raises PlanError
-    for a model that cannot be run on tensors without storage.
+    choose. sampler_memory: see ``Sizes``. A plan that does not fit has ``advice``: the nearest
+    change that does. Raises PlanError for a model that cannot be run on tensors without storage.
     """
-    return MemoryPlanner(settings, world_size).plan(
+    return MemoryPlanner(settings, world_size, sampler_memory).plan(
         config,
         gpu_bytes=gpu_bytes,
         prompt_tokens=prompt_tokens,
@@ -63,8 +64,10 @@ def card_bytes(config: GRPOConfig) -> int | None:
 class MemoryPlanner:
     """Plans of one model, which is measured once for all of them. See ``plan_memory``."""
 
-    def __init__(self, settings: Any, world_size: int = 1):
-        self.sizes = Sizes(settings, world_size)
+    def __init__(
+        self, settings: Any, world_size: int = 1, sampler_memory: SamplerMemory | None = None
+    ):
+        self.sizes = Sizes(settings, world_size, sampler_memory)
         self.gpu_bytes = 0
 
     def plan(

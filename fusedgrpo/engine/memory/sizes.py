@@ -23,16 +23,24 @@ from fusedgrpo.models.activation_offload import CHUNK, KEPT
 # the embedding, which the model holds on to.
 DEPTHS = (2, 3)
 
+# (settings of the model, rows=, prompt=, longest=) -> bytes: ``Sampler.memory``.
+SamplerMemory = Callable[..., int]
+
 
 class Sizes:
     """The parts of a run of one model, for options that are asked for.
 
     settings: the model's transformers configuration. world_size: processes, a GPU each.
+    sampler_memory: of a sampler that is not ours, which knows what it takes; None for that of
+    transformers' generate, which is measured.
     """
 
-    def __init__(self, settings: Any, world_size: int = 1):
+    def __init__(
+        self, settings: Any, world_size: int = 1, sampler_memory: SamplerMemory | None = None
+    ):
         self.settings = settings
         self.world_size = world_size
+        self.sampler_memory = sampler_memory
         self._measured: dict[Any, Any] = {}
 
     def resident(self, asked: Asked) -> dict[str, int]:
@@ -69,6 +77,11 @@ class Sizes:
 
     def rollout(self, asked: Asked, rows: int) -> Cache:
         """The memory of ``rows`` completions that are decoded together."""
+        if self.sampler_memory is not None:
+            size = self.sampler_memory(
+                self.settings, rows=rows, prompt=asked.prompt, longest=asked.longest
+            )
+            return Cache(entries=size, prefill=0, decoding=0)
         config = asked.config
         groups = max(rows // config.num_generations, 1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from fusedgrpo.engine.rewards.spec import Source, locate
 from fusedgrpo.engine.rewards.worker import Worker
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import RewardError, did_you_mean
+from fusedgrpo.named_code import code_folders
 
 logger = logging.getLogger("fusedgrpo")
 
@@ -320,7 +320,7 @@ def build_rewards(
         )
     tokenizers = _tokenizers(reward_processing_classes, count)
     arguments = _arguments(functions, kwargs or {})
-    folders = list(dict.fromkeys(Path(path).resolve() for path in (os.getcwd(), *search_paths)))
+    folders = code_folders(search_paths)
     signals = signals or StopSignals()
     loop: EventLoop | None = None
     scorers: list[Scorer] = []

@@ -6,26 +6,37 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusedgrpo.engine.interrupts import Interrupted
+from fusedgrpo.engine.memory.sizes import SamplerMemory
 from fusedgrpo.engine.rollout.foreign_sampler import ForeignSampler, check_sampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.sampler import Sampler
-from fusedgrpo.errors import ConfigError, FusedGRPOError
+from fusedgrpo.errors import ConfigError, FusedGRPOError, brief
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.named_code import load_code, locate_code
 
 # From policy, tokenizer and end tokens; by name execution and skip_special_tokens.
 MakeSampler = Callable[..., Sampler]
 
+
+class ChosenSampler(NamedTuple):
+    """make: the constructor. memory: see ``Sampler.memory``; None for what generate takes."""
+
+    make: MakeSampler
+    memory: SamplerMemory | None = None
+
+
 OURS: dict[str, MakeSampler] = {"auto": GenerateSampler, "generate": GenerateSampler}
 
 WHO = "sampler"
 
 
-def choose_sampler(option: str, given: Any, folders: Sequence[Path]) -> MakeSampler:
-    """The constructor of a run's sampler, which takes what that of ``GenerateSampler`` takes.
+def choose_sampler(option: str, given: Any, folders: Sequence[Path]) -> ChosenSampler:
+    """The constructor of a run's sampler, and what it says of its memory.
+
+    The constructor takes what that of ``GenerateSampler`` takes.
 
     option: ``sampler`` of the configuration. given: what was passed to the trainer, or None.
     folders: where a file that ``option`` names is looked for. The code behind it is imported here,
@@ -38,14 +49,36 @@ def choose_sampler(option: str, given: Any, folders: Sequence[Path]) -> MakeSamp
             )
         who = f"sampler ({type(given).__qualname__})"
         check_sampler(given, who)
-        return lambda policy, *_, **__: ForeignSampler(given, policy.vocabulary_size, who)
+        return ChosenSampler(
+            lambda policy, *_, **__: ForeignSampler(given, policy.vocabulary_size, who),
+            _memory(given, who),
+        )
     if option in OURS:
-        return OURS[option]
+        return ChosenSampler(OURS[option])
     code = locate_code(option, folders, WHO, ConfigError)
     assert code is not None  # config/rules.py: what is none of ours has a colon
     make = load_code(code, WHO, ConfigError)
     _check_signature(make, f"{WHO} {option!r}")
-    return functools.partial(_made, make, f"{WHO} {option!r}")
+    who = f"{WHO} {option!r}"
+    return ChosenSampler(functools.partial(_made, make, who), _memory(make, who))
+
+
+def _memory(owner: Any, who: str) -> SamplerMemory | None:
+    """``owner.memory`` if it has one, with what it returns checked."""
+    memory = getattr(owner, "memory", None)
+    if memory is None:
+        return None
+
+    def checked(settings: Any, **lengths: int) -> int:
+        try:
+            size = memory(settings, **lengths)
+        except Exception as error:  # other people's code raises anything
+            raise ConfigError(f"{who}: memory raised {type(error).__name__}: {error}") from error
+        if type(size) is not int or size < 0:
+            raise ConfigError(f"{who}: memory returned {brief(size)}, expected bytes.")
+        return size
+
+    return checked
 
 
 def _check_signature(make: Callable[..., Any], who: str) -> None:

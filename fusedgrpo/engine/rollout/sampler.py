@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fusedgrpo.engine.rollout.types import Group
 
@@ -48,6 +49,12 @@ class Sampler(abc.ABC):
         Each completion draws from a seed of its own, derived from ``seed`` and the position of its
         prompt; ``first`` is that of the first prompt, where these are part of a rollout.
         """
+
+    # A static method (settings, *, rows, prompt, longest) -> bytes, where generate's cache of keys
+    # and values is not what decoding takes: on the GPU, beyond the weights, for ``rows``
+    # completions at once, of prompts of ``prompt`` tokens, ``longest`` tokens with them. settings:
+    # the model's configuration.
+    memory: ClassVar[Callable[..., int] | None] = None
 
     def weights_changed(self) -> None:  # noqa: B027  most of them keep nothing
         """The policy has other weights than before: called after each update that was applied and

@@ -10,8 +10,11 @@ import pytest
 import tiny
 
 from fusedgrpo.config.rules import EXTENSIBLE
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
+from fusedgrpo.engine.memory.plan import MemoryPlan
+from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.engine.rollout.choice import OURS, choose_sampler
 from fusedgrpo.engine.rollout.foreign_sampler import ForeignSampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
@@ -62,13 +65,13 @@ POLICY: Any = SimpleNamespace(vocabulary_size=40)
 
 
 def make(option: str, folders: list[Path]) -> Any:
-    chosen = choose_sampler(option, None, folders)
+    chosen = choose_sampler(option, None, folders).make
     return chosen(POLICY, "tokenizer", [2], execution=None, skip_special_tokens=False)
 
 
 def test_ours_are_those_that_the_options_know() -> None:
     assert tuple(OURS) == EXTENSIBLE["sampler"]
-    assert all(choose_sampler(name, None, []) is GenerateSampler for name in OURS)
+    assert all(choose_sampler(name, None, []) == (GenerateSampler, None) for name in OURS)
 
 
 @pytest.mark.parametrize("name", ["Mine", "made"])
@@ -82,7 +85,7 @@ def test_ours_by_its_module_is_like_any_other() -> None:
     chosen = choose_sampler(
         "fusedgrpo.engine.rollout.generate_sampler:GenerateSampler", None, [Path.cwd()]
     )
-    sampler = chosen(
+    sampler = chosen.make(
         Policy(tiny.model()), tiny.tokenizer(), [tiny.EOS],
         execution=Execution(OOMRetry(0)), skip_special_tokens=True,
     )  # fmt: skip
@@ -127,9 +130,54 @@ def test_a_mistake_in_making_it(
 
 def test_an_object_that_was_passed_is_taken_as_it_is() -> None:
     given = SimpleNamespace(sample=lambda *_, **__: [])
-    sampler: Any = choose_sampler("auto", given, [])(POLICY, None, [], execution=None)
+    sampler: Any = choose_sampler("auto", given, []).make(POLICY, None, [], execution=None)
     assert isinstance(sampler, ForeignSampler) and sampler.sampler is given
     with pytest.raises(ConfigError, match=r"sampler: generate, and a sampler was passed"):
         choose_sampler("generate", given, [])
     with pytest.raises(ConfigError, match=r"sampler \(int\): expected an object with sample"):
         choose_sampler("auto", 3, [])
+
+
+MEMORY = """
+class Remote:
+    def __init__(self, policy, tokenizer, eos_ids, **options):
+        pass
+
+    @staticmethod
+    def memory(settings, *, rows, prompt, longest):
+        return settings.num_hidden_layers * rows * longest
+
+    def sample(self, *arguments, **options):
+        return []
+
+class Wrong(Remote):
+    @staticmethod
+    def memory(settings, **lengths):
+        return 1.5
+
+class Raising(Remote):
+    @staticmethod
+    def memory(settings, **lengths):
+        raise KeyError("rows")
+"""
+
+
+def test_what_it_says_of_its_memory_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "remote.py").write_text(MEMORY)
+    settings = tiny.model().config
+    options = GRPOConfig(max_prompt_length=20, max_completion_length=30, bf16=True)
+
+    def planned(memory: Any) -> MemoryPlan:
+        return plan_memory(options, settings, gpu_bytes=8 << 30, sampler_memory=memory)
+
+    remote = choose_sampler("remote.py:Remote", None, [tmp_path])
+    plan = planned(remote.memory)
+    layers, rows = settings.num_hidden_layers, plan.max_in_flight
+    assert plan.phases["rollout"]["KV cache"] == layers * rows * 50
+    assert planned(None).phases["rollout"]["KV cache"] != layers * rows * 50
+    passed = remote.make(POLICY, None, []).sampler  # type: ignore[attr-defined]
+    assert planned(choose_sampler("auto", passed, []).memory) == plan
+    for name, problem in {"Wrong": "returned 1.5", "Raising": "raised KeyError: 'rows'"}.items():
+        memory = choose_sampler(f"remote.py:{name}", None, [tmp_path]).memory
+        with pytest.raises(ConfigError, match=f"sampler 'remote.py:{name}': memory {problem}"):
+            planned(memory)
