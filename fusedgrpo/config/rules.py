@@ -16,7 +16,7 @@ MOST_COMPLETIONS = 1 << 20
 EXTENSIBLE: dict[str, tuple[str, ...]] = {
     "loss_type": LOSS_TYPES,
     "advantage_estimator": ("group",),
-    "sampler": ("auto", "generate"),
+    "sampler": ("auto", "generate", "decoder"),
     "dataset_format": ("auto", "prompt", "alpaca", "sharegpt", "openai"),
 }
 

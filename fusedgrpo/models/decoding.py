@@ -78,10 +78,10 @@ def choose_route(policy: Policy) -> Route:
     Costs a few tokens where the first one does, draws no random number, and says so where it is
     another. Raises ModelError where there is none.
     """
-    prompts, completions = _few_tokens(policy.vocabulary_size)
+    prompts, completions = few_tokens(policy.vocabulary_size)
     pairs = [(p, c) for p, c in zip(prompts, completions, strict=True) for _ in range(2)]
     pairs = [(p, c[::-1] if i % 2 else c) for i, (p, c) in enumerate(pairs)]
-    expected = _trained(policy, pairs)
+    expected = trained(policy, pairs)
     if not expected.isfinite().all():
         return ROUTES[0]  # weights that are not finite: nothing to compare, and for others to say
     exact, rounded = TOLERANCE[policy.dtype]
@@ -89,7 +89,7 @@ def choose_route(policy: Policy) -> Route:
     reasons: list[str] = []
     for route in ROUTES:
         try:
-            errors = _errors(_decoded(policy, route, pairs), expected)
+            errors = relative_errors(_decoded(policy, route, pairs), expected)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as problem:
@@ -273,14 +273,14 @@ def _with_prompt(processors: Any, before: Tensor) -> Any:
 # --- the trial -----------------------------------------------------------------------------------
 
 
-def _few_tokens(vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
+def few_tokens(vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts of different lengths, one of a single token, with completions of equal length."""
     ids = (torch.arange(40) * 7 % min(vocabulary, 97)).tolist()
     prompts = [ids[:7], ids[7:8], ids[8:11]]
     return prompts, [ids[11 + 4 * i : 15 + 4 * i] for i in range(len(prompts))]
 
 
-def _trained(policy: Policy, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+def trained(policy: Policy, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
     """``[pairs, tokens, V]`` float32: log-probs as training computes them."""
     packed = PackedBatch.build(pairs, policy.device, policy.layout)
     with policy.scoring(), policy.autocast():
@@ -330,8 +330,9 @@ def _forcing(tokens: Tensor, seen: list[Tensor]) -> Callable[[Tensor, Tensor], T
     return process
 
 
-def _errors(decoded: Tensor, expected: Tensor) -> Tensor:
-    """``[prompts, tokens]``, both rows of a prompt in one."""
+def relative_errors(decoded: Tensor, expected: Tensor) -> Tensor:
+    """``[prompts, tokens]``: how far log-probs are off, relative to the spread of a token's; both
+    rows of a prompt in one."""
     width = min(decoded.shape[-1], expected.shape[-1])
     decoded, expected = (x[..., :width].double() for x in (decoded, expected))
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)

@@ -98,6 +98,12 @@ class Plan:
             max(s.length + s.prefix_length for s in segments),
         )
 
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        """See ``packed_attention``."""
+        return packed_attention(module, query, key, value, self, **options)
+
     def mask(self, q: int, prefix: int, window: int | None) -> Tensor:
         """``[q, prefix + q]`` bool: causal aligned to the bottom right, at most ``window`` keys."""
         key = q, prefix, window
@@ -396,12 +402,11 @@ def _attention_forward(
             raise NotImplementedError(f"attention with {name}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("attention that is not causal")
-    out = packed_attention(
+    out = fusedgrpo_plan.attend(
         module,
         query,
         key,
         value,
-        fusedgrpo_plan,
         dropout=dropout,
         scaling=scaling,
         window=sliding_window,

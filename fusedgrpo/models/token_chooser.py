@@ -19,6 +19,24 @@ CUMULATIVE = torch.float64
 BYTES_PER_LOGIT = 2 + 3 * torch.float32.itemsize + 2 * CUMULATIVE.itemsize
 
 
+def draws(seed: int, count: int) -> Tensor:
+    """``[count]`` uniform numbers, of a completion's first ``count`` tokens."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=CUMULATIVE)
+
+
+def choose(scores: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token and its log-prob, ``[M, 1]`` each, of ``scores [M, V]`` at ``uniform [M, 1]``; the most
+    likely one without."""
+    logp = torch.log_softmax(scores.float(), dim=-1)
+    if uniform is None:
+        token = logp.argmax(-1, keepdim=True)
+    else:
+        cumulative = logp.to(CUMULATIVE).exp().cumsum(-1)
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        token = token.clamp(max=scores.shape[-1] - 1)
+    return token, logp.gather(1, token)
+
+
 class TokenChooser:
     """Last in generate's chain of logits processors: picks a token per row and leaves it the only
     one that is possible.
@@ -42,24 +60,12 @@ class TokenChooser:
         self.check_interrupt = check_interrupt
         self.logp: list[Tensor] = []
         self.step = 0
-        draws = [
-            torch.rand(
-                max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=CUMULATIVE
-            )
-            for seed in seeds
-        ]
-        self.uniform_BT = torch.stack(draws).to(device)
+        self.uniform_BT = torch.stack([draws(seed, max_new_tokens) for seed in seeds]).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.check_interrupt()
-        logp = torch.log_softmax(scores.float(), dim=-1)
-        if self.greedy:
-            token = logp.argmax(-1, keepdim=True)
-        else:
-            cumulative = logp.to(CUMULATIVE).exp().cumsum(-1)
-            point = self.uniform_BT[:, self.step, None] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, point, right=True)
-            token = token.clamp(max=scores.shape[-1] - 1)
-        self.logp.append(logp.gather(1, token)[:, 0])
+        uniform = None if self.greedy else self.uniform_BT[:, self.step, None]
+        token, logp = choose(scores, uniform)
+        self.logp.append(logp[:, 0])
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

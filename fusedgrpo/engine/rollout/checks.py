@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 
 from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
-from fusedgrpo.errors import SamplerError, brief
+from fusedgrpo.errors import NonFiniteError, SamplerError, brief
 
 
 def check_groups(
@@ -85,3 +85,15 @@ def _of_completion(completion: Any, limit: int, vocabulary: int) -> Iterator[str
 
 def _kind(value: Any) -> str:
     return f"a {type(value).__qualname__}"
+
+
+def check_finite(completion: Completion, row: int) -> None:
+    """A token was drawn from NaN or infinite logits: then it means nothing."""
+    assert completion.logp is not None
+    bad = ~completion.logp.isfinite()
+    if bad.any():
+        raise NonFiniteError(
+            f"While sampling for data row {row}, token {int(bad.nonzero()[0]) + 1} of a completion "
+            "had logits that are no distribution (NaN or infinity): the weights, or what the model "
+            "computes from this prompt, are not finite."
+        )

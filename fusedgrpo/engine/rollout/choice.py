@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fusedgrpo.engine.interrupts import Interrupted
 from fusedgrpo.engine.memory.sizes import SamplerMemory
+from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.foreign_sampler import ForeignSampler, check_sampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.sampler import Sampler
@@ -28,7 +29,11 @@ class ChosenSampler(NamedTuple):
     memory: SamplerMemory | None = None
 
 
-OURS: dict[str, MakeSampler] = {"auto": GenerateSampler, "generate": GenerateSampler}
+OURS: dict[str, MakeSampler] = {
+    "auto": GenerateSampler,
+    "generate": GenerateSampler,
+    "decoder": DecoderSampler,
+}
 
 WHO = "sampler"
 

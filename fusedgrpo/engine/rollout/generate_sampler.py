@@ -17,11 +17,12 @@ from torch import Tensor
 from fusedgrpo.engine.batch_plan import decoded_together
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
+from fusedgrpo.engine.rollout.checks import check_finite
 from fusedgrpo.engine.rollout.completion_text import CompletionText
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
+from fusedgrpo.engine.rollout.warpers import warpers
 from fusedgrpo.engine.seeding import derive
-from fusedgrpo.errors import NonFiniteError
 from fusedgrpo.models import decoding
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.token_chooser import TokenChooser
@@ -85,7 +86,7 @@ class GenerateSampler(Sampler):
         while len(done) < len(asked):
             new = self.execution.oom_retry.sample(decode_next, len(asked) - len(done))
             for (i, _), completion in zip(asked[len(done) :], new, strict=False):
-                _check_finite(completion, rows[i])
+                check_finite(completion, rows[i])
             done += new
         by_place = dict(zip(asked, done, strict=True))
         return [
@@ -138,13 +139,15 @@ class GenerateSampler(Sampler):
             greedy=params.greedy,
             check_interrupt=self.execution.check_interrupt,
         )
+        chain = warpers(params)
+        chain.append(chooser)
         tokens = decoding.decode(
             self.policy,
             self.route,
             prompts,
             prompt_of,
             self._generation_config(params),
-            _processors(params, chooser),
+            chain,
             skipped,
         )
         return self._cut(tokens, torch.stack(chooser.logp, 1).cpu())
@@ -172,42 +175,3 @@ class GenerateSampler(Sampler):
             reason: FinishReason = "length" if end is None else "stop"
             completions.append(Completion(ids, text, reason, row_logp[: len(ids)].clone()))
         return completions
-
-
-def _check_finite(completion: Completion, row: int) -> None:
-    """A token was drawn from NaN or infinite logits: then it means nothing."""
-    assert completion.logp is not None
-    bad = ~completion.logp.isfinite()
-    if bad.any():
-        raise NonFiniteError(
-            f"While sampling for data row {row}, token {int(bad.nonzero()[0]) + 1} of a completion "
-            "had logits that are no distribution (NaN or infinity): the weights, or what the model "
-            "computes from this prompt, are not finite."
-        )
-
-
-def _processors(params: SamplingParams, chooser: TokenChooser) -> Any:
-    """The chain that turns logits into the distribution to sample from, and last the choice."""
-    from transformers import LogitsProcessorList
-    from transformers.generation.logits_process import (
-        MinPLogitsWarper,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    chain = LogitsProcessorList()
-    if params.repetition_penalty != 1.0:
-        chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    if not params.greedy:
-        if params.temperature != 1.0:
-            chain.append(TemperatureLogitsWarper(params.temperature))
-        if params.top_k:
-            chain.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1.0:
-            chain.append(TopPLogitsWarper(params.top_p))
-        if params.min_p:
-            chain.append(MinPLogitsWarper(params.min_p))
-    chain.append(chooser)
-    return chain
