@@ -1,4 +1,4 @@
-"""The operations of a GRPO update, on tensors only.
+"""The operations of a GRPO run, on tensors only.
 
 Each is a custom operator with two implementations: plain torch, and Triton in ``*_triton.py``;
 ``reference.py`` is the truth they are tested against. Nothing here imports transformers or the
@@ -6,6 +6,7 @@ engine.
 """
 
 from fusedgrpo.kernels.advantage.op import group_advantages
+from fusedgrpo.kernels.decode.op import decode_attention
 from fusedgrpo.kernels.fused_loss.module import GRPOLoss
 from fusedgrpo.kernels.fused_loss.op import linear_policy_loss
 from fusedgrpo.kernels.logprob.op import LogProbs, linear_logprob
@@ -19,6 +20,7 @@ __all__ = [
     "LogProbs",
     "LossOptions",
     "PolicyLoss",
+    "decode_attention",
     "group_advantages",
     "linear_logprob",
     "linear_policy_loss",

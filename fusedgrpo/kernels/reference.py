@@ -162,3 +162,35 @@ def reference_policy_loss(
         else:
             loss = loss + token_loss.sum() / num_items
     return loss
+
+
+def reference_decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prompt_pages: Tensor,
+    prompt_lengths: Tensor,
+    cu_rows: Tensor,
+    own_pages: Tensor,
+    own_lengths: Tensor,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``[M, h, d]``: for each row the keys of its prompt and its own, end to end, and a softmax."""
+    page = keys.shape[1]
+    rows = []
+    for m, q in enumerate(query):
+        g = next(g for g, end in enumerate(cu_rows[1:]) if m < end)
+        P, n = int(prompt_lengths[g]), int(own_lengths[m])
+        places = [prompt_pages[g, i // page] * page + i % page for i in range(P)]
+        places += [own_pages[m, i // page] * page + i % page for i in range(n)]
+        seen = torch.stack(places)[-(window or P + n) :]
+        k, v = (x.flatten(0, 1)[seen].transpose(0, 1) for x in (keys, values))  # [h_kv, keys, d]
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        s = (k @ q[:, :, None])[:, :, 0] * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        rows.append((s.softmax(-1)[:, None] @ v)[:, 0])
+    return torch.stack(rows)

@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from paged import paged
 from torch.utils.checkpoint import checkpoint
 
-from fusedgrpo.kernels import GRPOLoss, LossOptions, linear_logprob, linear_policy_loss
+from fusedgrpo.kernels import (
+    GRPOLoss,
+    LossOptions,
+    decode_attention,
+    linear_logprob,
+    linear_policy_loss,
+)
 from fusedgrpo.kernels.backend import interpreted
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="about operators, not about kernels")
@@ -66,6 +73,22 @@ def test_the_backward_operators_pass_opcheck():
     torch.library.opcheck(
         torch.ops.fusedgrpo.scale_gradient.default, (torch.tensor(2.0), u, torch.bfloat16)
     )
+
+
+@pytest.mark.parametrize("window,softcap", [(None, None), (3, 2.0)])
+def test_decode_attention_passes_opcheck(window, softcap):
+    case = paged([5, 3], [[2, 6], [1]], d_values=8)
+    case = case.replace(keys=case.keys.nan_to_num(), values=case.values.nan_to_num())
+    op = torch.ops.fusedgrpo.decode_attention.default
+    torch.library.opcheck(op, (*case, 0.25, window, softcap, "torch"))
+
+
+def test_decode_attention_compiles_without_a_graph_break():
+    case = paged([5, 3], [[2, 6], [1]])
+    compiled = torch.compile(
+        lambda *x: decode_attention(*x, window=4) * 2, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*case), decode_attention(*case, window=4) * 2)
 
 
 def two_losses(hidden, weight, bias, targets):
