@@ -10,7 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusedgrpo.kernels.advantage.advantages_triton import normalise_kernel
-from fusedgrpo.kernels.launch import Launch, group_launch, ragged_launch, row_launch, tile_launch
+from fusedgrpo.kernels.decode.attention_triton import constants as decode_constants
+from fusedgrpo.kernels.decode.attention_triton import own_kernel, prompt_kernel
+from fusedgrpo.kernels.decode.merge_triton import merge_kernel
+from fusedgrpo.kernels.launch import (
+    DECODE_SPLIT,
+    Launch,
+    decode_launch,
+    decode_merge_launch,
+    decode_rows,
+    group_launch,
+    power_of_two,
+    ragged_launch,
+    row_launch,
+    tile_launch,
+)
 from fusedgrpo.kernels.logprob.finish_triton import finish_kernel
 from fusedgrpo.kernels.logprob.gradients_triton import (
     logit_gradient_tile_kernel,
@@ -42,7 +56,7 @@ class Variant:
 
 
 def all_variants() -> list[Variant]:
-    return [*_advantages(), *_head(), *_loss()]
+    return [*_advantages(), *_decode(), *_head(), *_loss()]
 
 
 def _variant(
@@ -77,6 +91,55 @@ def _advantages() -> Iterator[Variant]:
     yield one("group_ids-batch-3_rewards", F=3, scale="batch")
     yield one("group_size-unscaled", F=1, scale="none")
     yield one("group_ids-per_column", F=2, scale="group", per_column=True)
+
+
+def _decode() -> Iterator[Variant]:
+    tables = ("pages", "lengths", "cu_rows", "own_lengths", "prompt_lengths")
+    types_of_tables = {f"{name}_ptr": "*i32" for name in tables}
+    strides = [f"{pool}_{of}" for pool in ("key", "value") for of in ("page", "slot", "head")]
+    strides += ["query_row", "query_head"]
+
+    def one(name: str, kernel: Any, dtype: str, d: int, rep: int = 7, **options: Any) -> Variant:
+        size = 4 if dtype == "fp32" else 2
+        rows = decode_rows(size, d) if kernel is prompt_kernel else max(power_of_two(rep), 16)
+        pools = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
+        types = pools | types_of_tables | dict.fromkeys(strides, "i64")
+        types |= dict.fromkeys(("M", "splits", "pages_width"), "i32")
+        options = {"WINDOW": 0, "SOFTCAP": 0.0} | options
+        return _variant(
+            f"decode_{name} {dtype} {d}",
+            kernel,
+            decode_launch(d, size),
+            types,
+            **decode_constants(d, d, rep, 4, 16),
+            ROWS=rows,
+            SCALING=d**-0.5,
+            INTERPRET=False,
+            **options,
+        )
+
+    full = {"WINDOW": 4096, "SOFTCAP": 50.0}
+    for d in (64, 80, 96, 128, 256):
+        yield one("prompt", prompt_kernel, "bf16", d)
+        yield one("own", own_kernel, "bf16", d)
+    for dtype, d in (("fp32", 64), ("fp32", 128), ("fp32", 256), ("fp16", 128), ("bf16", 256)):
+        yield one("prompt window softcap", prompt_kernel, dtype, d, **full)
+        yield one("own window softcap", own_kernel, dtype, d, **full)
+    yield one("own 24 heads", own_kernel, "bf16", 128, rep=24)
+    for name, d, window in (("plain", 128, 0), ("window", 80, 4096)):
+        yield _variant(
+            f"decode_merge {name}",
+            merge_kernel,
+            decode_merge_launch(),
+            types_of_tables
+            | {"out_ptr": "*bf16"}
+            | dict.fromkeys(("M", "groups", "prompt_splits"), "i32"),
+            H=28,
+            D=d,
+            PAD=power_of_two(d),
+            WINDOW=window,
+            SPLIT=DECODE_SPLIT,
+        )
 
 
 def _head() -> Iterator[Variant]:

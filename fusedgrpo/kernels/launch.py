@@ -90,3 +90,30 @@ def ragged_launch() -> Launch:
 def group_launch() -> Launch:
     """One program per reward, over the rewards of its group."""
     return Launch(block=256, num_warps=4)
+
+
+# Keys of a part of the attention of a decode step. A constant: where the parts of a row begin may
+# depend on nothing but positions. 256 keys of 128 x 2 dimensions are 128 KiB in 16 bit, and the
+# partial results of 56 queries over them 28 KiB.
+DECODE_SPLIT = 256
+
+
+def decode_rows(itemsize: int, head_dim: int) -> int:
+    """Queries that are multiplied with a prompt's keys together: the most whose sums fit registers.
+    The same for every group: another tile may be another order of sums. More queries are more
+    tiles over the same keys, which are in the cache by then."""
+    return 32 if itemsize == 2 and head_dim <= 128 else 16
+
+
+def decode_launch(head_dim: int, itemsize: int) -> Launch:
+    """One program per part of the keys of a decode step and kv head, over blocks of keys."""
+    if itemsize > 2:
+        return Launch(block=32 if head_dim <= 64 else 16, num_warps=4)
+    if head_dim > 128:
+        return Launch(block=32, num_warps=4)
+    return Launch(block=64, num_warps=8 if head_dim > 64 else 4)
+
+
+def decode_merge_launch() -> Launch:
+    """One program per row and head; the block is of groups, to find the row's."""
+    return Launch(block=128, num_warps=1)

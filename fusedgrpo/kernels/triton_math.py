@@ -23,6 +23,14 @@ def expm1(x):
 
 
 @triton.jit
+def tanh(x):
+    """By expm1, which keeps the digits of small x."""
+    t = expm1(-2.0 * tl.abs(x))
+    tanh = -t / (2.0 + t)
+    return tl.where(x < 0, -tanh, tanh)
+
+
+@triton.jit
 def softplus(x):
     """log(1 + exp(x)); log1p by Kahan's correction."""
     y = tl.exp(-tl.abs(x))

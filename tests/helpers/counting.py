@@ -71,6 +71,29 @@ class Cost(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, freed)
 
 
+class Reads(TorchDispatchMode):
+    """Counts, while it is on, how many elements of ``pool`` operators read: views none, a selection
+    what it selects, all else what it is given."""
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        super().__init__()
+        self.elements = 0
+        self._pool = pool.untyped_storage()._cdata
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "fusedgrpo":
+            with self:
+                return _body(func)(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            for x in tree_leaves((args, kwargs)):
+                if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == self._pool:
+                    selects = func._schema.name == "aten::index_select"
+                    self.elements += out.numel() if selects else x.numel()
+        return out
+
+
 def _body(func: Any) -> Any:
     """The Python function behind one of our custom operators."""
     return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn

@@ -6,10 +6,11 @@ import types
 
 import pytest
 import torch
-from counting import Cost
+from counting import Cost, Reads
+from paged import paged
 from torch._subclasses import FakeTensorMode
 
-from fusedgrpo.kernels import LossOptions, linear_logprob, linear_policy_loss
+from fusedgrpo.kernels import LossOptions, decode_attention, linear_logprob, linear_policy_loss
 from fusedgrpo.kernels.fused_loss import grad_from_probs
 from fusedgrpo.kernels.fused_loss import op as loss_op
 from fusedgrpo.kernels.launch import Tiling, tiling
@@ -113,6 +114,29 @@ def test_trl_takes_one_more_with_a_frozen_head(trainable, units):
         chunked.apply(hidden, weight, None, targets, 1.0, 32, None, 1.0, ())[0].sum().backward()
 
     assert flops(run) == units * unit()
+
+
+@pytest.mark.parametrize("scattered", [True, False])
+@pytest.mark.parametrize("completions", [1, 5])
+def test_decoding_reads_the_keys_of_a_prompt_once_for_all_its_completions(completions, scattered):
+    own = [[6] * completions, [3] * completions]
+    case = paged([17, 8], own, page=4, heads=6, kv_heads=2, d=16, scattered=scattered)
+    for pool in (case.keys, case.values):
+        with Reads(pool) as reads:
+            decode_attention(*case)
+        # A copy of whole pages where they are scattered, otherwise the keys where they lie.
+        prompts = 20 + 8 if scattered else 17 + 8
+        assert reads.elements == (prompts + (8 + 8) * completions) * 2 * 16
+
+
+def test_decoding_with_a_window_reads_no_pages_before_it():
+    case = paged([17, 8], [[6, 6], [9]], page=4, heads=6, kv_heads=2, d=16, scattered=False)
+    with Reads(case.keys) as reads:
+        decode_attention(*case, window=8)
+    assert reads.elements == (2 + 3 * 12) * 2 * 16, "two keys of one prompt; three pages a row"
+    with Reads(case.keys) as reads:
+        decode_attention(*case, window=2)
+    assert reads.elements == 3 * 8 * 2 * 16, "two pages a row"
 
 
 # --- bytes -----------------------------------------------------------------------------------

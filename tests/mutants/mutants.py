@@ -6,48 +6,15 @@ wrong. ``python tests/mutants/trial.py`` prints which test kills which.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from decode_mutants import DECODE_MUTANTS
+from mutant import ROOT, Mutant
 
-ROOT = Path(__file__).parents[2]
+__all__ = ["MUTANTS", "ROOT", "Mutant"]
 
 SCORING = "logprob/test_linear_logprob.py::"
 FUSED = "fused_loss/test_linear_policy_loss.py::"
 LOSS = "loss/test_policy_loss.py::"
 ADVANTAGES = "advantage/test_group_advantages.py::"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """``old`` stands exactly once in ``file`` (of fusedgrpo/kernels) and becomes ``new``.
-
-    tests: node ids below tests/kernels. The id of the implementation is left out of their
-    brackets; it follows from the file.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
-    @property
-    def backend(self) -> str:
-        return "triton" if "triton" in Path(self.file).name else "torch"
-
-    @property
-    def module(self) -> str:
-        return f"fusedgrpo.kernels.{self.file.removesuffix('.py').replace('/', '.')}"
-
-    def source(self) -> str:
-        """The whole broken file. ValueError where ``old`` is not there exactly once."""
-        text = (ROOT / "fusedgrpo" / "kernels" / self.file).read_text(encoding="utf-8")
-        if (found := text.count(self.old)) != 1:
-            raise ValueError(
-                f"Mutant {self.name!r}: its line is {found} times in {self.file}, expected once. "
-                "The code has changed: give the mutant the line that does this now.\n" + self.old
-            )
-        return text.replace(self.old, self.new)
 
 
 MUTANTS = (
@@ -111,8 +78,8 @@ MUTANTS = (
     Mutant(
         "the softcap has slope 1",
         "logprob/logit_triton.py",
-        "z, slope = tanh * (SOFTCAP / TEMPERATURE), 1.0 - tanh * tanh",
-        "z, slope = tanh * (SOFTCAP / TEMPERATURE), 1.0",
+        "z, slope = capped * (SOFTCAP / TEMPERATURE), 1.0 - capped * capped",
+        "z, slope = capped * (SOFTCAP / TEMPERATURE), 1.0",
         (SCORING + "test_values_and_all_gradients_equal_the_reference[False-options3]",),
     ),
     Mutant(
@@ -312,4 +279,5 @@ MUTANTS = (
         "counts += tl.where(member, 1.0, 0.0)",
         (ADVANTAGES + "test_unscorable_rows_get_zero_and_do_not_move_the_others[group]",),
     ),
+    *DECODE_MUTANTS,
 )

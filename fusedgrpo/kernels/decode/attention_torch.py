@@ -34,8 +34,8 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Own keys of the row at ``place`` that are seen: ``pages`` of its table from ``first`` on, and of their
-    keys those from ``low`` to before ``high``."""
+    """Own keys of the row at ``place`` that are seen: ``pages`` of its table from ``first`` on, and
+    of their keys those from ``low`` to before ``high``."""
 
     place: int
     first: int
@@ -195,11 +195,12 @@ def _own(
         q = q.index_select(1, index)
     scores = q.new_empty(h_kv, n, rep, highest - least)
     product = q.new_empty(h_kv, n, rep, value.shape[-1])
-    for j in range(h_kv):  # keys of a head are no matrix beside those of the next: one at a time
-        torch.bmm(q[j], key[:, :, j].transpose(1, 2), out=scores[j])
+    # Keys of a head are no matrix beside those of the next: one head at a time.
+    for query, head, out in zip(q, key.permute(2, 0, 3, 1), scores, strict=True):
+        torch.bmm(query, head, out=out)
     high, total = _softmax_(scores, softcap, hidden)
-    for j in range(h_kv):
-        torch.bmm(scores[j], value[:, :, j], out=product[j])
+    for weights, head, out in zip(scores, value.permute(2, 0, 1, 3), product, strict=True):
+        torch.bmm(weights, head, out=out)
     return Part(high, total, product)
 
 

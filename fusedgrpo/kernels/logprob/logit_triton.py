@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fusedgrpo.kernels.logprob.tiles import HeadOptions
-from fusedgrpo.kernels.triton_math import expm1
+from fusedgrpo.kernels.triton_math import tanh
 
 
 @triton.jit
@@ -31,11 +31,8 @@ def read_logits(
     if SOFTCAP == 0.0:
         z, slope = x * (LOGIT_SCALE / TEMPERATURE), 1.0
     else:
-        x = x * (LOGIT_SCALE / SOFTCAP)
-        t = expm1(-2.0 * tl.abs(x))
-        tanh = -t / (2.0 + t)
-        tanh = tl.where(x < 0, -tanh, tanh)
-        z, slope = tanh * (SOFTCAP / TEMPERATURE), 1.0 - tanh * tanh
+        capped = tanh(x * (LOGIT_SCALE / SOFTCAP))
+        z, slope = capped * (SOFTCAP / TEMPERATURE), 1.0 - capped * capped
     return z, slope
 
 
