@@ -23,6 +23,7 @@ from fusedgrpo.kernels.launch import (
     power_of_two,
     ragged_launch,
     row_launch,
+    sample_launch,
     tile_launch,
 )
 from fusedgrpo.kernels.logprob.finish_triton import finish_kernel
@@ -37,6 +38,7 @@ from fusedgrpo.kernels.logprob.softmax_triton import (
 )
 from fusedgrpo.kernels.loss.metrics_triton import metrics_kernel
 from fusedgrpo.kernels.loss.terms_triton import completion_kernel, constants
+from fusedgrpo.kernels.sample.best_triton import best_tile_kernel
 from fusedgrpo.loss_options import LossOptions
 
 
@@ -56,7 +58,7 @@ class Variant:
 
 
 def all_variants() -> list[Variant]:
-    return [*_advantages(), *_decode(), *_head(), *_loss()]
+    return [*_advantages(), *_decode(), *_head(), *_sample(), *_loss()]
 
 
 def _variant(
@@ -185,6 +187,22 @@ def _head() -> Iterator[Variant]:
         "finish fp32 want_entropy want_u want_v": (),
     }.items():
         yield one(name, finish_kernel, row, *absent, SLOPE=1.25)
+
+
+def _sample() -> Iterator[Variant]:
+    def one(name: str, *absent: str, **constants: Any) -> Variant:
+        """The second word of the name is the dtype of the bias."""
+        types = {"bias_ptr": f"*{name.split()[1]}"}
+        types |= dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr", "column_ptr"), "*i64")
+        types |= dict.fromkeys(("z_stride", "lo", "width"), "i32")
+        launch = sample_launch(16384)
+        return _variant(name, best_tile_kernel, launch, types, **dict.fromkeys(absent), **constants)
+
+    plain: dict[str, Any] = {"LOGIT_SCALE": 1.0, "SOFTCAP": 0.0, "TEMPERATURE": 0.7}
+    full: dict[str, Any] = {"LOGIT_SCALE": 0.5, "SOFTCAP": 30.0, "TEMPERATURE": 0.7}
+    yield one("best_tile fp32", "bias_ptr", **plain)
+    yield one("best_tile bf16 has_bias softcap", **full)
+    yield one("best_tile fp16 has_bias greedy softcap", "seed_ptr", "position_ptr", **full)
 
 
 def _loss() -> Iterator[Variant]:

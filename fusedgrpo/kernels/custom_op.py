@@ -45,8 +45,13 @@ def check_operands(
     targets: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    *,
+    name: str = "targets",
 ) -> None:
-    """Shapes and dtypes of a linear head's inputs; ValueError or TypeError."""
+    """Shapes and dtypes of a linear head's inputs; ValueError or TypeError.
+
+    name: what ``targets``, an int64 for each row, are called.
+    """
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
@@ -54,7 +59,7 @@ def check_operands(
         )
     if targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
         raise ValueError(
-            f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}: "
+            f"{name} has shape {tuple(targets.shape)} and dtype {targets.dtype}: "
             f"expected {tuple(hidden.shape[:-1])} and torch.int64."
         )
     if hidden.dtype != weight.dtype or not hidden.dtype.is_floating_point:

@@ -77,6 +77,11 @@ def tile_launch(columns: int) -> Launch:
     return Launch(block=min(max(power_of_two(columns), 2), 4096), num_warps=8)
 
 
+def sample_launch(columns: int) -> Launch:
+    """One program per row of a tile of logits, in fours of columns that share their noise."""
+    return Launch(block=min(max(power_of_two(columns), 4), 2048), num_warps=8)
+
+
 def row_launch(H: int) -> Launch:
     """One program per row of hidden states."""
     return Launch(block=min(power_of_two(H), 2048), num_warps=4)

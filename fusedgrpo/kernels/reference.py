@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from fusedgrpo.kernels.sample.philox import PURPOSE
 from fusedgrpo.loss_options import CLIPPED_LOSS_TYPES, LossOptions
 
 
@@ -28,19 +29,76 @@ def reference_linear_logprob(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(logp, entropy)`` of shape ``targets.shape``; 0 where ``mask`` is False."""
-    z = hidden @ weight.T
-    if bias is not None:
-        z = z + bias
-    z = z * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
+    z = _logits(hidden, weight, bias, temperature, logit_scale, softcap)
     logp_all = torch.log_softmax(z, dim=-1)
     logp = logp_all.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     entropy = -(logp_all.exp() * logp_all).sum(-1)
     if mask is not None:
         logp, entropy = logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
     return logp, entropy
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def reference_linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    greedy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(token [M], logp [M], scores [M, V])``: the token is that of the greatest score."""
+    z = _logits(hidden, weight, bias, temperature, logit_scale, softcap)
+    scores = z.clone()
+    if not greedy:
+        for row, (seed, position) in enumerate(
+            zip(seeds.tolist(), positions.tolist(), strict=True)
+        ):
+            for column in range(z.shape[1]):
+                scores[row, column] += _gumbel(seed, position, column)
+    token = scores.argmax(1)
+    return token, torch.log_softmax(z, 1).gather(1, token[:, None])[:, 0], scores
+
+
+def _gumbel(seed: int, position: int, token: int) -> float:
+    key = (seed % 2**32, (seed >> 32) % 2**32)
+    counter = (token // 4, position % 2**32, (position >> 32) % 2**32, PURPOSE)
+    v = (reference_philox4x32(counter, key)[token % 4] + 0.5) / 2**32
+    return -math.log(-math.log1p(-v))
+
+
+def reference_philox4x32(
+    counter: tuple[int, int, int, int], key: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Four random words, by ten rounds of Philox 4x32 (Salmon et al., 2011)."""
+    a, b, c, d = counter
+    key_0, key_1 = key
+    for _ in range(10):
+        product_a, product_c = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b = (product_c >> 32) ^ b ^ key_0, product_c % 2**32
+        c, d = (product_a >> 32) ^ d ^ key_1, product_a % 2**32
+        key_0, key_1 = (key_0 + 0x9E3779B9) % 2**32, (key_1 + 0xBB67AE85) % 2**32
+    return a, b, c, d
 
 
 def reference_group_advantages(

@@ -31,12 +31,16 @@ def tanh(x):
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + exp(x)); log1p by Kahan's correction."""
-    y = tl.exp(-tl.abs(x))
+def log1p(y):
+    """log(1 + y) by Kahan's correction."""
     u = 1.0 + y
-    log1p = tl.where(u == 1.0, y, tl.log(u) * y / (u - 1.0))
-    return tl.where(x > 0, x, 0.0) + log1p
+    return tl.where(u == 1.0, y, tl.log(u) * y / (u - 1.0))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x))"""
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit

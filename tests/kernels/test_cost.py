@@ -10,7 +10,13 @@ from counting import Cost, Reads
 from paged import paged
 from torch._subclasses import FakeTensorMode
 
-from fusedgrpo.kernels import LossOptions, decode_attention, linear_logprob, linear_policy_loss
+from fusedgrpo.kernels import (
+    LossOptions,
+    decode_attention,
+    linear_logprob,
+    linear_policy_loss,
+    linear_sample,
+)
 from fusedgrpo.kernels.fused_loss import grad_from_probs
 from fusedgrpo.kernels.fused_loss import op as loss_op
 from fusedgrpo.kernels.launch import Tiling, tiling
@@ -62,6 +68,14 @@ def test_linear_logprob_takes_1_2_3_and_4_units(masked):
     assert flops(lambda: train()) == 2 * u
     assert flops(lambda: train(entropy=True)) == 3 * u, "the entropy costs one product"
     assert flops(lambda: train(trainable=True)) == 4 * u
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_draw_takes_1_unit(greedy):
+    hidden, weight, seeds = make()
+    draw = torch.arange(N)
+    assert flops(lambda: linear_sample(hidden, weight, seeds, draw, greedy=greedy)) == unit()
 
 
 @pytest.mark.usefixtures("small")
@@ -235,3 +249,19 @@ def test_scratch_at_7b_shapes_stays_below_512_mib_whatever_n(path, what, request
     assert 0 < twice < 512 * MIB, f"{twice / MIB:.0f} MiB"
     # A few floats a token for the loss; nothing like a row of hidden states.
     assert twice - once <= N * 128
+
+
+def test_a_draw_holds_tiles_of_the_vocabulary_only():
+    """No more for a larger vocabulary, and less than the logits would take."""
+    M, H = 256, 64
+
+    def peak(vocab):
+        with FakeTensorMode():
+            hidden, weight = torch.zeros(M, H), torch.zeros(vocab, H)
+            seeds, positions = torch.zeros(2, M, dtype=torch.int64)
+            with Cost() as cost:
+                kept = linear_sample(hidden, weight, seeds, positions)
+        assert kept.token.shape == (M,)
+        return cost.peak
+
+    assert peak(2**15) == peak(2**14) < M * 150_000 * 4 / 2

@@ -1,4 +1,4 @@
-"""The log-prob and the fused loss as operators: for opcheck, torch.compile, checkpointing, DDP."""
+"""Log-prob, fused loss and draw as operators: for opcheck, torch.compile, checkpointing, DDP."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fusedgrpo.kernels import (
     decode_attention,
     linear_logprob,
     linear_policy_loss,
+    linear_sample,
 )
 from fusedgrpo.kernels.backend import interpreted
 
@@ -89,6 +90,26 @@ def test_decode_attention_compiles_without_a_graph_break():
         lambda *x: decode_attention(*x, window=4) * 2, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(*case), decode_attention(*case, window=4) * 2)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_linear_sample_passes_opcheck(greedy):
+    hidden, weight, bias, ids = (x.detach() for x in make())
+    arguments = (hidden, weight, bias, ids, torch.arange(N), 0.7, 1.0, 5.0, greedy, "torch")
+    torch.library.opcheck(torch.ops.fusedgrpo.linear_sample.default, arguments)
+
+
+def test_a_draw_compiles_without_a_graph_break():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *x: linear_sample(*x, temperature=0.7), fullgraph=True, backend="aot_eager"
+    )
+    for rows in (4, 7, 9):
+        hidden, weight, _, ids = make()  # that need gradients, and get none
+        arguments = hidden[:rows], weight, ids[:rows], torch.arange(rows)
+        got, want = compiled(*arguments), linear_sample(*arguments, temperature=0.7)
+        assert torch.equal(got.token, want.token) and torch.equal(got.logp, want.logp)
+        assert not got.logp.requires_grad
 
 
 def two_losses(hidden, weight, bias, targets):

@@ -15,6 +15,8 @@ SCORING = "logprob/test_linear_logprob.py::"
 FUSED = "fused_loss/test_linear_policy_loss.py::"
 LOSS = "loss/test_policy_loss.py::"
 ADVANTAGES = "advantage/test_group_advantages.py::"
+SAMPLING = "sample/test_linear_sample.py::"
+NOISE = "sample/test_philox.py::"
 
 
 MUTANTS = (
@@ -249,6 +251,119 @@ MUTANTS = (
         "count = count.detach().clamp(min=1)",
         "count = count.detach()",
         (LOSS + "test_everything_masked_is_exactly_zero_and_connected[dapo]",),
+    ),
+    # Draws.
+    Mutant(
+        "a round of the generator is missing",
+        "sample/philox.py",
+        "ROUNDS = 10",
+        "ROUNDS = 9",
+        (NOISE + "test_known_answers[pi]",),
+    ),
+    Mutant(
+        "the counter is off by one",
+        "sample/philox.py",
+        "philox4x32((quads[None], ",
+        "philox4x32((quads[None] + 1, ",
+        (SAMPLING + "test_tokens_and_log_probs_equal_the_reference[False-False-options0]",),
+    ),
+    Mutant(
+        "a random number rounds to 1",
+        "sample/philox.py",
+        "small = bits < 2**31",
+        "small = bits >= 0",
+        (NOISE + "test_no_number_is_infinite_and_all_are_accurate",),
+    ),
+    Mutant(
+        "the temperature is missing in a draw",
+        "sample/best.py",
+        "to_logits(z, bias, head)",
+        "to_logits(z, bias, HeadOptions(1.0, head.logit_scale, head.softcap))",
+        (SAMPLING + "test_tokens_and_log_probs_equal_the_reference[False-False-options1]",),
+    ),
+    Mutant(
+        "a token is drawn from the first tile",
+        "sample/best.py",
+        "won = high > best.score",
+        "won = (high > best.score) & (lo == 0)",
+        (SAMPLING + "test_tokens_and_log_probs_equal_the_reference[True-False-options0]",),
+    ),
+    Mutant(
+        "of equal scores in two tiles the later is drawn",
+        "sample/best.py",
+        "won = high > best.score",
+        "won = high >= best.score",
+        (SAMPLING + "test_of_equal_logits_greedy_takes_the_lowest_id",),
+    ),
+    Mutant(
+        "the sum of the others is that of another best token",
+        "sample/best.py",
+        "torch.where(won, best.every.total, best.others.total)",
+        "best.others.total",
+        (SAMPLING + "test_tokens_and_log_probs_equal_the_reference[False-False-options0]",),
+    ),
+    Mutant(
+        "an infinite logit passes for a certain token",
+        "sample/op.py",
+        "statistics.logp.masked_fill(endless, torch.nan)",
+        "statistics.logp",
+        (SAMPLING + "test_one_logit_that_is_not_finite_is_enough[20-inf]",),
+    ),
+    Mutant(
+        "the noise forgets half of the seed",
+        "sample/philox_triton.py",
+        "(seed >> 32).to(tl.uint32)",
+        "seed.to(tl.uint32)",
+        (NOISE + "test_the_bits_of_a_token_are_those_of_seed_position_and_token[0]",),
+    ),
+    Mutant(
+        "four tokens take each other's noise",
+        "sample/philox_triton.py",
+        "tl.interleave(tl.interleave(a, c), tl.interleave(b, d))",
+        "tl.interleave(tl.interleave(a, b), tl.interleave(c, d))",
+        (NOISE + "test_the_bits_of_a_token_are_those_of_seed_position_and_token[0]",),
+    ),
+    Mutant(
+        "a draw ignores the temperature",
+        "sample/best_triton.py",
+        "inside, LOGIT_SCALE, SOFTCAP, TEMPERATURE)",
+        "inside, LOGIT_SCALE, SOFTCAP, 1.0)",
+        (SAMPLING + "test_tokens_and_log_probs_equal_the_reference[False-False-options1]",),
+    ),
+    Mutant(
+        "the counter starts anew in each tile",
+        "sample/best_triton.py",
+        "quads = (lo + start) // 4",
+        "quads = start // 4",
+        (SAMPLING + "test_tokens_and_log_probs_equal_the_reference[False-False-options0]",),
+    ),
+    Mutant(
+        "a tile takes the noise of another four tokens",
+        "sample/best_triton.py",
+        "early = lo % 4",
+        "early = lo % 1",
+        (SAMPLING + "test_a_draw_does_not_depend_on_the_tiling[7]",),
+    ),
+    Mutant(
+        "of equal scores the highest id is drawn",
+        "sample/best_triton.py",
+        "tl.min(tl.where(best == score, best_column, width), 0)",
+        "tl.max(tl.where(best == score, best_column, 0), 0)",
+        (SAMPLING + "test_of_equal_logits_greedy_takes_the_lowest_id",),
+    ),
+    Mutant(
+        "the best of the last tile is compared",
+        "sample/best_triton.py",
+        "tl.where(won, score, before)",
+        "score",
+        (SAMPLING + "test_tokens_and_log_probs_equal_the_reference[True-False-options0]",),
+    ),
+    Mutant(
+        "the others keep the maximum of another best token",
+        "sample/best_triton.py",
+        "tl.store(others_high_ptr + row, tl.load(every_high_ptr + row), mask=won)",
+        "tl.store(others_high_ptr + row, tl.load(others_high_ptr + row), mask=won)",
+        (SAMPLING + "test_tokens_and_log_probs_equal_the_reference[False-False-options0]",),
     ),
     # Advantages.
     Mutant(

@@ -81,7 +81,7 @@ def softmax_tile(
 
     The target's column is 0 in ``p`` and in no sum. The slope is the softcap's, 1 without one.
     """
-    _logits(z, bias, head)
+    to_logits(z, bias, head)
     here, column = _target_column(target, lo, z.shape[1])
     z_column = z.gather(1, column)
     softmax.z_target.copy_(torch.where(here, z_column, softmax.z_target[:, None])[:, 0])
@@ -203,7 +203,7 @@ def logit_gradient_tile(
 
     dz_j = (G ([j = target] - p_j) - E p_j (log p_j + H)) * slope
     """
-    _logits(z, bias, head)
+    to_logits(z, bias, head)
     here, column = _target_column(target, lo, z.shape[1])
     slope = None if head.softcap is None else _softcap_slope(z, head)
     logp, G = statistics.logp[:, None], grad_logp[:, None]
@@ -244,7 +244,7 @@ def stored_gradient_tile(
     dz.copy_(grad)
 
 
-def _logits(z: Tensor, bias: Tensor | None, head: HeadOptions) -> None:
+def to_logits(z: Tensor, bias: Tensor | None, head: HeadOptions) -> None:
     """Bias, scale, softcap and temperature on the GEMM's result, in place."""
     if bias is not None:
         z += bias

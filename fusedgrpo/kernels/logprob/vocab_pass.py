@@ -43,6 +43,15 @@ class VocabPass(NamedTuple):
     stored: Stored | None
 
 
+class LogitTile(NamedTuple):
+    """Columns ``lo .. lo + K`` of the vocabulary. ``z`` is used again by the next tile."""
+
+    lo: int
+    w: Tensor  # [K, H] their rows of the head, as an operand of a GEMM
+    bias: Tensor | None  # [K]
+    z: Tensor  # [R, K] what the GEMM left, before bias and scale
+
+
 def tile_functions(backend: Resolved) -> ModuleType:
     """The functions of ``tiles.py`` in one of their two implementations."""
     if backend == "torch":
@@ -55,6 +64,18 @@ def tile_functions(backend: Resolved) -> ModuleType:
 def tiling_for(weight: Tensor) -> Tiling:
     V, H = weight.shape
     return tiling(H, V, operand_dtype(weight).itemsize, weight.device.type)
+
+
+def logit_tiles(h: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[LogitTile]:
+    """The tiles of ``h [R, H] @ weight.T``, one after the other in one buffer."""
+    h, V = operand(h), len(weight)
+    K = min(tiling_for(weight).columns, V)
+    z_RK = torch.empty(len(h), K, dtype=accumulator(h), device=h.device)
+    for lo in range(0, V, K):
+        w = operand(weight[lo : lo + K])
+        z = z_RK[:, : len(w)]
+        mm_into(z, h, w.T)
+        yield LogitTile(lo, w, None if bias is None else bias[lo : lo + K], z)
 
 
 def vocab_pass(
@@ -79,9 +100,7 @@ def vocab_pass(
     R, V = len(h), len(weight)
     K = min(tiling_for(weight).columns, V)
     dtype, p_dtype = accumulator(h), operand_dtype(weight)
-    h = operand(h)
     softmax = OnlineSoftmax.start(R, h, dtype)
-    z_RK = torch.empty(R, K, dtype=dtype, device=h.device)
     p_RK = torch.empty(R, K, dtype=p_dtype, device=h.device) if dlogp is not None else None
     acc = torch.empty(h.shape, dtype=dtype, device=h.device) if dlogp is not None else None
     acc_first = torch.empty_like(acc) if acc is not None and dentropy is not None else None
@@ -90,11 +109,7 @@ def vocab_pass(
         highs = torch.empty(-(-V // K), R, dtype=dtype, device=h.device)
         stored = Stored(torch.empty(R, V, dtype=p_dtype, device=h.device), highs, K)
 
-    for index, lo in enumerate(range(0, V, K)):
-        w = operand(weight[lo : lo + K])
-        b = None if bias is None else bias[lo : lo + K]
-        z = z_RK[:, : len(w)]
-        mm_into(z, h, w.T)
+    for index, (lo, w, b, z) in enumerate(logit_tiles(h, weight, bias)):
         p = None
         if stored is not None:
             p = stored.p[:, lo : lo + K]

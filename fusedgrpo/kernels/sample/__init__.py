@@ -1,0 +1,1 @@
+"""``linear_sample``: the next token from hidden states, without logits."""
