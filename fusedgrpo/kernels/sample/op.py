@@ -9,8 +9,8 @@ in the tiles of ``linear_logprob``, 1 u in all. The noise is a function of seed,
 id (``philox.py``): not of the tiling, not of the other rows, and of the same bits on every device.
 
 ``logp`` is that of ``linear_logprob`` for the same hidden states, to the last bit where the same
-implementation computes both. What a row says depends on the others only as far as the library's
-GEMM does: with another number of rows it may round a logit in another way.
+implementation computes both. A row knows nothing of the others, but with another number of rows the
+library's GEMM may round a logit, and plain torch a sum, in another way.
 
 Shapes: M sequences, H hidden, V vocabulary, R rows of a chunk, K columns of a tile.
 """
