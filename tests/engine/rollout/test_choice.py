@@ -17,7 +17,6 @@ from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.engine.rollout.choice import OURS, choose_sampler
 from fusedgrpo.engine.rollout.foreign_sampler import ForeignSampler
-from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.models.policy import Policy
@@ -71,7 +70,7 @@ def make(option: str, folders: list[Path]) -> Any:
 
 def test_ours_are_those_that_the_options_know() -> None:
     assert tuple(OURS) == EXTENSIBLE["sampler"]
-    assert all(choose_sampler(name, None, []) == (GenerateSampler, None) for name in OURS)
+    assert all(choose_sampler(name, None, []) == (OURS[name], None) for name in OURS)
 
 
 @pytest.mark.parametrize("name", ["Mine", "made"])
