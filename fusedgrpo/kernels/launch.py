@@ -11,15 +11,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How one kernel is launched: elements per step of its inner loop, and warps per program."""
+    """How one kernel is launched: elements per step of its inner loop, warps per program, and steps
+    that are loaded ahead (Triton's default if None)."""
 
     block: int
     num_warps: int
+    num_stages: int | None = None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a kernel call, beside its own arguments."""
         # Explicit, because the default of Triton 3.10 is another one than that of 3.9.
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        stages = {} if self.num_stages is None else {"num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True, **stages}
 
 
 def power_of_two(n: int) -> int:
@@ -111,12 +114,14 @@ def decode_rows(itemsize: int, head_dim: int) -> int:
 
 
 def decode_launch(head_dim: int, itemsize: int) -> Launch:
-    """One program per part of the keys of a decode step and kv head, over blocks of keys."""
+    """One program per part of the keys of a decode step and kv head, over blocks of keys.
+
+    Sized for registers where nothing is known of the alignment of pointers and strides, which takes
+    twice as many. float32 does without tensor cores: loading ahead would only take registers.
+    """
     if itemsize > 2:
-        return Launch(block=32 if head_dim <= 64 else 16, num_warps=4)
-    if head_dim > 128:
-        return Launch(block=32, num_warps=4)
-    return Launch(block=64, num_warps=8 if head_dim > 64 else 4)
+        return Launch(block=16, num_warps=8, num_stages=1)
+    return Launch(block=32 if head_dim <= 128 else 16, num_warps=8 if head_dim > 64 else 4)
 
 
 def decode_merge_launch() -> Launch:
