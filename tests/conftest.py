@@ -98,8 +98,8 @@ PIXEL = bytes.fromhex(
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Five of the six seconds of a tiny run are matplotlib's. Runs that are started as processes
-    draw, and so do the tests of what is drawn."""
+    """Most of the time of a tiny run is matplotlib's. Runs that are started as processes draw, and
+    so do the tests of what is drawn."""
     if request.node.get_closest_marker("pictures") or "engine/reporting" in str(request.path):
         return
     monkeypatch.setattr(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fusedgrpo.engine.metric_names import is_own_metric
 from fusedgrpo.errors import ConfigError, brief
-from fusedgrpo.kernels import LossOptions
-from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, METRICS, PolicyLoss
+from fusedgrpo.kernels import LossOptions, PolicyLoss, policy_loss
+from fusedgrpo.kernels.loss.types import MAX_LOG_RATIO, METRICS
 from fusedgrpo.loss_options import LOSS_TYPES
 from fusedgrpo.named_code import load_code, locate_code
 
@@ -89,27 +89,31 @@ class CustomLoss:
     ) -> PolicyLoss:
         """Loss and metrics; the arguments are those of ``policy_loss``. num_sequences: not used."""
         keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-        metrics: dict[str, Tensor] = {}
         if sampler_ratio is not None:
-            metrics["sampling/dropped_tokens"] = (keep & ~sampler_ratio.isfinite()).sum()
             keep = keep & sampler_ratio.isfinite()
         logp = torch.where(keep, logp.float(), 0.0)
         old = logp.detach() if old_logp is None else torch.where(keep, old_logp, 0.0)
         ref = None if ref_logp is None else torch.where(keep, ref_logp, 0.0)
         spread = advantages.repeat_interleave(cu_seqlens.diff(), output_size=len(logp))
-        tokens = LossTokens(logp, old, ref, spread, keep, cu_seqlens, options)
-        value, own = self._called(tokens)
+        value, own = self._called(LossTokens(logp, old, ref, spread, keep, cu_seqlens, options))
         if sampler_ratio is not None:
             value = value * torch.where(keep, sampler_ratio, 1.0)
-        if ref is not None and options.beta:
-            kl = _kl(tokens, ref)
-            metrics["kl"] = _mean(kl, keep)
-            value = value + options.beta * kl
-        if entropy is not None:
-            metrics["entropy"] = _mean(entropy, keep)
-        metrics |= {name: _mean(x, keep) for name, x in own.items()}
         loss = torch.where(keep, value, 0.0).sum() / max(num_items, 1)
-        return PolicyLoss(loss, metrics)
+        # Without advantages all that is left of a loss of ours is its KL.
+        rest, metrics = policy_loss(
+            logp,
+            torch.zeros_like(advantages),
+            cu_seqlens,
+            old_logp=old,
+            ref_logp=ref,
+            mask=mask,
+            sampler_ratio=sampler_ratio,
+            entropy=entropy,
+            num_items=num_items,
+            **options.to_dict(),
+        )
+        metrics = {k: v for k, v in metrics.items() if not k.startswith("clip_ratio/")}
+        return PolicyLoss(loss + rest, metrics | {k: _mean(x, keep) for k, x in own.items()})
 
     def _called(self, tokens: LossTokens) -> tuple[Tensor, dict[str, Tensor]]:
         try:
@@ -132,32 +136,23 @@ class CustomLoss:
     def _try(self) -> None:
         """Call it on seven tokens, and look at the result and its gradient."""
         logp = torch.linspace(-2.0, -0.1, 7).requires_grad_()
-        loss, _ = self(
-            logp,
-            torch.tensor([1.0, -1.0]),
-            torch.tensor([0, 3, 7]),
-            options=LossOptions(beta=0.04),
-            num_items=7,
+        tokens = LossTokens(
+            logp=logp,
             old_logp=logp.detach() - 0.1,
             ref_logp=logp.detach() - 0.2,
+            advantages=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0]),
+            mask=torch.ones(7, dtype=torch.bool),
+            cu_seqlens=torch.tensor([0, 3, 7]),
+            options=LossOptions(beta=0.04),
         )
-        plain, _ = self._called(
-            LossTokens(
-                logp,
-                logp.detach(),
-                None,
-                torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0]),
-                torch.ones(7, dtype=torch.bool),
-                torch.tensor([0, 3, 7]),
-                LossOptions(),
-            )
-        )
-        if not plain.requires_grad:
+        value, _ = self._called(tokens)
+        if not value.requires_grad:
             raise self._wrong("returned a loss that does not depend on logp")
-        (gradient,) = torch.autograd.grad(loss, logp)
-        if not loss.isfinite() or not gradient.isfinite().all():
+        (gradient,) = torch.autograd.grad(value.sum(), logp)
+        if not value.isfinite().all() or not gradient.isfinite().all():
             raise self._wrong(
-                f"returned {loss.item()} with the gradient {gradient.tolist()} of plain log-probs"
+                f"returned {value.tolist()} with the gradient {gradient.tolist()} for seven plain "
+                "log-probs"
             )
 
     def _wrong(self, text: str) -> ConfigError:
@@ -175,13 +170,6 @@ def find_custom_loss(loss_type: str, folders: Sequence[Path]) -> CustomLoss | No
     code = locate_code(loss_type, folders, "loss_type", ConfigError)
     assert code is not None  # config/rules.py
     return CustomLoss(loss_type, load_code(code, "loss_type", ConfigError))
-
-
-def _kl(tokens: LossTokens, ref_logp: Tensor) -> Tensor:
-    """k3 (Schulman, joschu.net/blog/kl-approx.html), times the ratio as ``policy_loss`` does."""
-    d = (ref_logp - tokens.logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    kl = d.expm1() - d
-    return kl * tokens.log_ratio.exp() if tokens.options.use_bias_correction_kl else kl
 
 
 def _mean(x: Tensor, keep: Tensor) -> Tensor:

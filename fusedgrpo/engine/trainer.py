@@ -319,7 +319,7 @@ class GRPOTrainer(TRLSurface):
                 result = self.learner.step(samples, self.progress.step)
             self._accept(result, samples, outputs, timer)
         if result.applied:
-            self.sampler.weights_changed()
+            self.processes.run_everywhere(self.sampler.weights_changed)
         self._measure(self.unwritten.rows[-1])
         row = self._finish_row(outputs)
         due = outputs.writes and self._is_due(self.args.save_strategy, self.args.save_steps)

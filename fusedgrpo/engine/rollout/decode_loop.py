@@ -37,13 +37,11 @@ def decode(
     choose: Choose,
     ends: frozenset[int],
     check_interrupt: Callable[[], None] = lambda: None,
-    ended: Callable[[int, int, int], bool] = lambda index, sample, said: False,
 ) -> Iterator[Live]:
     """Yields each completion as it ends: with a token of ``ends``, or ``limits.most`` tokens.
 
     samples: for some of the ``prompts``, by their place, which completions. check_interrupt: called
-    before each token, and may raise. ended: by the place of its prompt, its number and how many
-    tokens it has said, whether a completion ends there.
+    before each token, and may raise.
     """
     asked = [Asked(i, prompts[i], deque(numbers)) for i, numbers in samples.items() if numbers]
     lengths = [len(group.ids) for group in asked]
@@ -66,12 +64,7 @@ def decode(
             ):
                 live.row.ids.append(token)
                 live.logp.append(value)
-                said = len(live.row.ids)
-                if (
-                    token in ends
-                    or said == limits.most
-                    or ended(live.asked.index, live.sample, said)
-                ):
+                if token in ends or len(live.row.ids) == limits.most:
                     scheduler.finish(live)
                     yield live
 

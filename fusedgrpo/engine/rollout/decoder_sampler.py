@@ -79,7 +79,6 @@ class DecoderSampler(Sampler):
                 choice,
                 self.eos_ids,
                 self.execution.check_interrupt,
-                self.end,
             ):
                 completion = self._completion(live)
                 check_finite(completion, rows[live.asked.index])
@@ -101,11 +100,6 @@ class DecoderSampler(Sampler):
 
         self.execution.oom_retry.sample(last_tokens, asked)
         return True
-
-    def end(self, index: int, sample: int, said: int) -> bool:
-        """Whether completion ``sample`` of prompt ``index`` ends after ``said`` tokens, whatever
-        they are; for derived classes."""
-        return False
 
     def _limits(self, asked: int, params: SamplingParams) -> Limits:
         oom_retry = self.execution.oom_retry

@@ -5,8 +5,7 @@ product of its keys, read where they lie if its pages are consecutive, with the 
 and repeated heads of its group. Own keys are gathered once, rows with about as many pages together,
 whatever their groups.
 
-16-bit inputs are taken to float32 first: that is more exact, and on most CPUs several times faster
-than the 16-bit products of small matrices.
+16-bit inputs are taken to float32 first, which is more exact.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from torch import Tensor
 # Rows share a gather down to this share of the pages of its longest; up to SHORT pages always.
 FILLED = 0.75
 SHORT = 4
-# Bytes of keys that rows are gathered together for: what the cache of a core holds. Eight times as
-# much took twice as long (64 rows of 160 keys, 3 heads of 64 dimensions).
+# Bytes of keys that rows are gathered together for: what the cache of a core holds.
 GATHERED = 2 * 2**20
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from fusedgrpo.engine.data.formats import LAYOUTS, Layout
 from fusedgrpo.engine.data.formats.function import FunctionLayout
 from fusedgrpo.errors import ConfigError, DataError, FusedGRPOError, brief, did_you_mean
-from fusedgrpo.named_code import load_code, locate_code
+from fusedgrpo.named_code import code_folders, load_code, locate_code
 
 OPTION = "dataset_format"
 AUTO = "auto"
@@ -24,7 +24,7 @@ class Formats:
 
     def __init__(self, option: str = AUTO, search_paths: Sequence[str | Path] = ()):
         self.option = option
-        self._folders = [Path.cwd(), *map(Path, search_paths)]
+        self._folders = code_folders(search_paths)
         self._functions: dict[tuple[str, str], FunctionLayout] = {}
         self.given = None if option == AUTO else self._named(option, OPTION, [], ConfigError)
 
