@@ -1,18 +1,22 @@
 """Forward passes that decode: one ragged row of whole prompts, or of the last tokens of sequences.
 
 Nothing here knows an architecture. The model's own decoder runs, with positions of each token and
-a plan that its attention reads (``cached_attention.py``).
+a plan that its attention reads (``cached_attention.py``). What a step needs is on the device before
+it begins, the tokens of the step before included, so nothing waits for the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fusedgrpo.models.cached_attention import PromptPlan, TokenPlan
+from fusedgrpo.models.decode_graphs import StepGraphs
+from fusedgrpo.models.decode_step import DecodeStep, Said
 from fusedgrpo.models.kv_cache import PAGE, PagedCache, slots_of
 from fusedgrpo.models.packed_batch import Segment
 from fusedgrpo.models.policy import Policy
@@ -29,27 +33,70 @@ class Prompt:
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """A sequence that is being decoded. ids: what it has said, the last of which is not in the
-    cache yet. place: its row in the table of pages."""
+    """A sequence that is being decoded. place: its row in the decoder's tables. seed: of its noise.
+    said: tokens that were asked for so far, the last of which is not in the cache yet."""
 
     prompt: Prompt
     place: int
-    ids: list[int] = field(default_factory=list)
+    seed: int
+    said: int = 0
     pages: list[int] = field(default_factory=list)
 
 
-class RaggedDecoder:
-    """Reads prompts and tokens into a cache of ``pages`` pages, for up to ``rows`` sequences of up
-    to ``most`` tokens; to be used in ``policy.scoring()`` and its autocast."""
+class Choose(Protocol):
+    """From ``hidden [M, H]`` to tokens and their log-probs, ``[M]`` each, for the token at place
+    ``at [M]`` of completions with ``seeds [M]``. seen: ``[M, longest]``, the sequences so far,
+    filled up with a token of theirs, where ``reads_history`` says that it is looked at. Must not
+    wait for the device."""
 
-    def __init__(self, policy: Policy, pages: int, rows: int, most: int):
+    @property
+    def reads_history(self) -> bool: ...
+
+    def __call__(
+        self, hidden: Tensor, seeds: Tensor, at: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a decoder has room for: ``pages`` of the cache, ``rows`` sequences of up to ``most``
+    tokens, after prompts of up to ``prompt`` tokens."""
+
+    pages: int
+    rows: int
+    most: int
+    prompt: int
+
+
+class RaggedDecoder:
+    """Reads prompts and tokens into a cache; to be used in ``policy.scoring()`` and its autocast.
+
+    graphs: replays the steps of a number of rows; None runs each one by itself.
+    """
+
+    def __init__(
+        self, policy: Policy, room: Room, choose: Choose, graphs: StepGraphs | None = None
+    ):
         self.policy = policy
-        self.cache = PagedCache(pages)
+        self.choose = choose
+        self.graphs = graphs
         self.device = policy.device
-        width = max(-(-most // PAGE), 1)
-        self._table = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
+        self.dtype = policy.dtype
+        self.rows = room.rows
+        self.room = room
+        self.cache = PagedCache(room.pages + 1)
+        # Rows that only fill a graph up write here.
+        (self._spare,) = self.cache.take(1)
+        width = max(-(-room.most // PAGE), 1)
+        self._table = self._zeros(room.rows + 1, width).int()
+        self._table[-1] = self._spare
+        self._last = self._zeros(room.rows + 1)
+        self._history = None
+        if choose.reads_history:
+            self._history = self._zeros(room.rows + 1, room.prompt + room.most)
         self._members: tuple[Row, ...] = ()
         self._groups: tuple[Tensor, ...] = ()
+        self._new_pages: list[tuple[int, int]] = []  # where in the table, and which
 
     def read(self, prompts: Sequence[Prompt]) -> None:
         """Keep ``prompts``, and set the ``hidden`` of each."""
@@ -67,43 +114,103 @@ class RaggedDecoder:
         for prompt, segment in zip(prompts, segments, strict=True):
             prompt.hidden = hidden[segment.start + segment.length - 1].clone()
 
-    def next(self, rows: Sequence[Row]) -> Tensor:
-        """``[M, H]``: the states of the rows' last tokens, which are kept. Rows of one prompt are
+    def first(self, rows: Sequence[Row]) -> Said:
+        """The first tokens of ``rows``, whose prompts were read."""
+        states: list[Tensor] = []
+        for row in rows:
+            assert row.prompt.hidden is not None
+            states.append(row.prompt.hidden)
+        if self._history is not None:
+            for row in rows:
+                self._history[row.place] = row.prompt.ids[0]
+                self._history[row.place, : len(row.prompt.ids)] = self._index(row.prompt.ids)
+        numbers = [[row.place, len(row.prompt.ids) - 1, row.seed] for row in rows]
+        places, positions, seeds = self._index(numbers).T
+        zeros = torch.zeros_like(seeds)
+        result = self._chosen(torch.stack(states), seeds, zeros, places, positions)
+        for row in rows:
+            row.said = 1
+        return Said(*result)
+
+    def next(self, rows: Sequence[Row]) -> Said:
+        """The next tokens of ``rows``, whose last ones are kept. Rows of one prompt are
         adjacent."""
         for row in rows:
-            self._room(row)
-        if tuple(rows) != self._members:
-            self._members, self._groups = tuple(rows), self._grouped(rows)
-        prompt_pages, prompt_lengths, cu_rows, places = self._groups
-        last = [len(row.ids) - 1 for row in rows]
-        slots = [row.pages[t // PAGE] * PAGE + t % PAGE for row, t in zip(rows, last, strict=True)]
-        positions = [len(row.prompt.ids) + t for row, t in zip(rows, last, strict=True)]
-        plan = TokenPlan(
-            cache=self.cache,
-            slots=self._index(slots),
-            prompt_pages=prompt_pages,
-            prompt_lengths=prompt_lengths,
-            cu_rows=cu_rows,
-            own_pages=self._table.index_select(0, places)[:, : max(last) // PAGE + 1],
-            own_lengths=self._index([t + 1 for t in last]).int(),
+            self._make_room(row)
+        step = self._step(rows)
+        result = self.advance(step) if self.graphs is None else self.graphs.run(self, step)
+        for row in rows:
+            row.said += 1
+        return Said(*result)
+
+    def blank(self, rows: int) -> DecodeStep:
+        """A step of so many rows that nobody has: each reads and writes the spare page alone."""
+
+        def full(value: int, *shape: int) -> Tensor:
+            return torch.full(shape, value, dtype=torch.int64, device=self.device)
+
+        groups = rows + 1
+        width = max(-(-self.room.prompt // PAGE), 1)
+        return DecodeStep(
+            places=full(self.room.rows, rows),
+            seeds=full(0, rows),
+            positions=full(0, rows),
+            slots=full(self._spare * PAGE, rows),
+            at=full(0, rows),
+            own_lengths=full(1, rows).int(),
+            prompt_pages=full(-1, groups, width).int(),
+            prompt_lengths=full(0, groups).int(),
+            cu_rows=torch.cat([full(0, 1), full(rows, groups)]).int(),
+            pages=self._table.shape[1],
         )
-        ids = self._index([row.ids[-1] for row in rows])
-        return self._forward(ids, self._index(positions), plan)
 
     def lengthen(self, row: Row, tokens: int) -> None:
         """Let ``row`` be as long as ``tokens``, of which nothing is in the cache."""
-        row.ids = [row.prompt.ids[0]] * tokens
-        self._room(row)
+        row.said = tokens
+        self._make_room(row)
 
-    def _room(self, row: Row) -> None:
-        while len(row.pages) * PAGE < len(row.ids):
+    def _make_room(self, row: Row) -> None:
+        while len(row.pages) * PAGE < row.said:
             (page,) = self.cache.take(1)
-            self._table[row.place, len(row.pages)] = page
+            at = row.place * self._table.shape[1] + len(row.pages)
+            self._new_pages.append((at, page))
             row.pages.append(page)
+
+    def _step(self, rows: Sequence[Row]) -> DecodeStep:
+        if tuple(rows) != self._members:
+            self._members, self._groups = tuple(rows), self._grouped(rows)
+        prompt_pages, prompt_lengths, cu_rows, places, seeds = self._groups
+        numbers: list[int] = []
+        longest = 0
+        for row in rows:
+            t = row.said - 1
+            longest = max(longest, t)
+            slot = row.pages[t // PAGE] * PAGE + t % PAGE
+            numbers += (len(row.prompt.ids) + t, slot, row.said)
+        for pair in self._new_pages:
+            numbers += pair
+        found = self._index(numbers)
+        positions, slots, said = found[: 3 * len(rows)].view(-1, 3).unbind(1)
+        if self._new_pages:
+            at, page = found[3 * len(rows) :].view(-1, 2).unbind(1)
+            self._table.view(-1).index_copy_(0, at, page.int())
+            self._new_pages = []
+        return DecodeStep(
+            places=places,
+            seeds=seeds,
+            positions=positions,
+            slots=slots,
+            at=said,
+            own_lengths=said.int(),
+            prompt_pages=prompt_pages,
+            prompt_lengths=prompt_lengths,
+            cu_rows=cu_rows,
+            pages=longest // PAGE + 1,
+        )
 
     def _grouped(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
         """``prompt_pages``, ``prompt_lengths`` and ``cu_rows`` of ``decode_attention``; the rows'
-        places."""
+        places and seeds."""
         prompts: list[Prompt] = []
         ends: list[int] = []
         for i, row in enumerate(rows, 1):
@@ -113,12 +220,45 @@ class RaggedDecoder:
             ends[-1] = i
         width = max(len(prompt.pages) for prompt in prompts)
         pages = [[*p.pages, *[-1] * (width - len(p.pages))] for p in prompts]
+        places, seeds = self._index([[row.place, row.seed] for row in rows]).T.contiguous()
         return (
             self._index(pages).int(),
             self._index([len(prompt.ids) for prompt in prompts]).int(),
             self._index([0, *ends]).int(),
-            self._index([row.place for row in rows]),
+            places,
+            seeds,
         )
+
+    def advance(self, step: DecodeStep) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs of a step, ``[M]`` each."""
+        plan = TokenPlan(
+            cache=self.cache,
+            slots=step.slots,
+            prompt_pages=step.prompt_pages,
+            prompt_lengths=step.prompt_lengths,
+            cu_rows=step.cu_rows,
+            own_pages=self._table.index_select(0, step.places)[:, : step.pages],
+            own_lengths=step.own_lengths,
+        )
+        hidden = self._forward(self._last.index_select(0, step.places), step.positions, plan)
+        return self._chosen(hidden, step.seeds, step.at, step.places, step.positions)
+
+    def _chosen(
+        self, hidden: Tensor, seeds: Tensor, at: Tensor, places: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        seen = None if self._history is None else self._history.index_select(0, places)
+        tokens, logp = self.choose(hidden, seeds, at, seen)
+        self._note(tokens, places, positions)
+        return tokens, logp
+
+    def note(self, step: DecodeStep, tokens: Tensor) -> None:
+        """The tokens that were chosen in ``step`` are these."""
+        self._note(tokens, step.places, step.positions)
+
+    def _note(self, tokens: Tensor, places: Tensor, positions: Tensor) -> None:
+        self._last.index_copy_(0, places, tokens)
+        if self._history is not None:
+            self._history.index_put_((places, positions + 1), tokens)
 
     def _forward(self, ids: Tensor, positions: Tensor, plan: PromptPlan | TokenPlan) -> Tensor:
         decoder = self.policy.causal_lm.get_decoder()
@@ -130,7 +270,13 @@ class RaggedDecoder:
             use_cache=False,
             fusedgrpo_plan=plan,
         )
-        return outputs.last_hidden_state[0]
+        hidden: Tensor = outputs.last_hidden_state[0]
+        return hidden
 
-    def _index(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def _index(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        on_gpu = self.device.type == "cuda"
+        found = torch.tensor(values, dtype=torch.int64, pin_memory=on_gpu)
+        return found.to(self.device, non_blocking=True)

@@ -1,21 +1,23 @@
-"""From prompts to completions, a token of every sequence in flight at a time."""
+"""From prompts to completions, a token of every sequence in flight at a time.
+
+On a GPU the host stays a step behind: it launches the next step before it has read the tokens of
+the last one. A sequence that has ended by then is decoded once more, and that token is dropped.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fusedgrpo.engine.rollout.scheduler import Asked, Live, Scheduler, pages_needed
-from fusedgrpo.models.head import logits
+from fusedgrpo.engine.rollout.scheduler import Asked, Live, Scheduler, SeedOf, pages_needed
+from fusedgrpo.models.decode_graphs import StepGraphs
+from fusedgrpo.models.decode_step import Said
 from fusedgrpo.models.policy import Policy
-from fusedgrpo.models.ragged_decode import Prompt, RaggedDecoder
-
-# (logits [M, V] float32, the M completions they are for) -> tokens and their log-probs, [M, 1].
-Choose = Callable[[Tensor, Sequence[Live]], tuple[Tensor, Tensor]]
+from fusedgrpo.models.ragged_decode import Choose, Prompt, RaggedDecoder, Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,93 @@ class Limits:
     most: int
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a rollout is carried out.
+
+    behind: steps that are launched and not yet read when the next one is. graphs: makes what
+    replays steps, None to run each by itself. weights: what to enter around all forward passes.
+    """
+
+    behind: int = 0
+    graphs: Callable[[], StepGraphs] | None = None
+    weights: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+    @classmethod
+    def on(cls, device: torch.device) -> How:
+        """The fastest way on ``device``."""
+        return cls(behind=1, graphs=StepGraphs) if device.type == "cuda" else cls()
+
+
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """check_interrupt: called before each token, and may raise. progress: called after each with
+    the tokens that came, and how many completions are live and waiting."""
+
+    check_interrupt: Callable[[], None] = lambda: None
+    progress: Callable[[int, int, int], None] = lambda tokens, live, waiting: None
+
+
+class _Decoding:
+    """One run of the loop."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        asked: Sequence[Asked],
+        limits: Limits,
+        choose: Choose,
+        seed_of: SeedOf,
+        ends: frozenset[int],
+        how: How,
+        watcher: Watcher,
+    ):
+        lengths = [len(group.ids) for group in asked]
+        rows = min(limits.rows, sum(len(group.samples) for group in asked))
+        room = Room(pages_needed(lengths, rows, limits.most), rows, limits.most, max(lengths))
+        graphs = None if how.graphs is None else how.graphs()
+        self.decoder = RaggedDecoder(policy, room, choose, graphs)
+        self.scheduler = Scheduler(asked, self.decoder.cache, rows, seed_of)
+        self.limits = limits
+        self.ends = ends
+        self.watcher = watcher
+        self.launched: deque[tuple[list[Live], Said]] = deque()
+
+    def admit(self) -> bool:
+        """Let completions enter, and launch their first tokens."""
+        unread, new = self.scheduler.admit()
+        for batch in _batches(unread, self.limits.prompt_tokens):
+            self.decoder.read(batch)
+        if new:
+            self.launched.append((new, self.decoder.first([live.row for live in new])))
+        return bool(new)
+
+    def step(self) -> bool:
+        """Launch the next token of all that are not known to have ended."""
+        going = [live for live in self.scheduler.live if live.row.said < self.limits.most]
+        if going:
+            self.launched.append((going, self.decoder.next([live.row for live in going])))
+        return bool(going)
+
+    def settle(self, behind: int) -> Iterator[Live]:
+        """Read all steps but the last ``behind``; yields the completions that ended."""
+        while len(self.launched) > behind:
+            rows, said = self.launched.popleft()
+            ended = []
+            tokens = 0
+            for live, token, logp in zip(rows, *said.read(), strict=True):
+                if live.finished:  # it was not known to have ended when this was launched
+                    continue
+                live.ids.append(token)
+                live.logp.append(logp)
+                tokens += 1
+                if token in self.ends or len(live.ids) == self.limits.most:
+                    self.scheduler.finish(live)
+                    ended.append(live)
+            yield from ended
+            self.watcher.progress(tokens, len(self.scheduler.live), self.scheduler.unstarted)
+
+
 @torch.no_grad()
 def decode(
     policy: Policy,
@@ -35,38 +124,30 @@ def decode(
     samples: Mapping[int, Sequence[int]],
     limits: Limits,
     choose: Choose,
+    seed_of: SeedOf,
     ends: frozenset[int],
-    check_interrupt: Callable[[], None] = lambda: None,
+    *,
+    how: How | None = None,
+    watcher: Watcher | None = None,
 ) -> Iterator[Live]:
     """Yields each completion as it ends: with a token of ``ends``, or ``limits.most`` tokens.
 
-    samples: for some of the ``prompts``, by their place, which completions. check_interrupt: called
-    before each token, and may raise.
+    samples: for some of the ``prompts``, by their place, which completions. seed_of: the seed of a
+    completion's noise.
     """
+    how = how or How.on(policy.device)
+    watcher = watcher or Watcher()
     asked = [Asked(i, prompts[i], deque(numbers)) for i, numbers in samples.items() if numbers]
-    lengths = [len(group.ids) for group in asked]
-    rows = min(limits.rows, sum(len(group.samples) for group in asked))
-    decoder = RaggedDecoder(policy, pages_needed(lengths, rows, limits.most), rows, limits.most)
-    scheduler = Scheduler(asked, decoder.cache, rows)
-    with policy.scoring(), policy.autocast():
-        while scheduler.busy:
-            check_interrupt()
-            for batch in _batches(scheduler.admit(), limits.prompt_tokens):
-                decoder.read(batch)
-            going = [live for live in scheduler.live if live.row.ids]
-            fresh = [live for live in scheduler.live if not live.row.ids]
-            states = [decoder.next([live.row for live in going])] if going else []
-            states += [_state(live.row.prompt)[None] for live in fresh]
-            scores = logits(policy.head, torch.cat(states))
-            tokens, logp = choose(scores, [*going, *fresh])
-            for live, token, value in zip(
-                [*going, *fresh], tokens[:, 0].tolist(), logp[:, 0].tolist(), strict=True
-            ):
-                live.row.ids.append(token)
-                live.logp.append(value)
-                if token in ends or len(live.row.ids) == limits.most:
-                    scheduler.finish(live)
-                    yield live
+    if not asked:
+        return
+    with policy.scoring(), policy.autocast(), how.weights():
+        loop = _Decoding(policy, asked, limits, choose, seed_of, ends, how, watcher)
+        while loop.scheduler.busy:
+            watcher.check_interrupt()
+            launched = loop.admit()
+            yield from loop.settle(how.behind)
+            launched |= loop.step()
+            yield from loop.settle(how.behind if launched else 0)
 
 
 @torch.no_grad()
@@ -76,27 +157,24 @@ def hold(
     n: int,
     limits: Limits,
     choose: Choose,
+    *,
+    how: How | None = None,
 ) -> None:
     """Take, for a moment, the memory of the last token of ``limits.rows`` completions of the
     greatest length, ``n`` for each of ``prompts``, the longest first."""
+    how = how or How.on(policy.device)
     chosen = sorted(prompts, key=len, reverse=True)[: -(-limits.rows // n)]
     asked = [Asked(i, ids, deque(range(n))) for i, ids in enumerate(chosen)]
-    rows = min(limits.rows, len(asked) * n)
-    pages = pages_needed([len(ids) for ids in chosen], rows, limits.most)
-    decoder = RaggedDecoder(policy, pages, rows, limits.most)
-    scheduler = Scheduler(asked, decoder.cache, rows)
-    with policy.scoring(), policy.autocast():
-        for batch in _batches(scheduler.admit(), limits.prompt_tokens):
-            decoder.read(batch)
-        live = scheduler.live
-        for one in live:
-            decoder.lengthen(one.row, max(limits.most - 1, 1))
-        choose(logits(policy.head, decoder.next([one.row for one in live])), live)
-
-
-def _state(prompt: Prompt) -> Tensor:
-    assert prompt.hidden is not None
-    return prompt.hidden
+    with policy.scoring(), policy.autocast(), how.weights():
+        loop = _Decoding(
+            policy, asked, limits, choose, lambda i, sample: 0, frozenset(), how, Watcher()
+        )
+        loop.admit()
+        for live in loop.scheduler.live:
+            loop.decoder.lengthen(live.row, max(limits.most - 1, 1))
+        loop.step()
+        for _ in loop.settle(0):
+            pass
 
 
 def _batches(prompts: Sequence[Prompt], most: int) -> Iterator[list[Prompt]]:

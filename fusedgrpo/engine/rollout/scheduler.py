@@ -6,11 +6,14 @@ Which completion is in flight beside which never changes what it says, only when
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fusedgrpo.models.kv_cache import PagedCache, pages_of
 from fusedgrpo.models.ragged_decode import Prompt, Row
+
+# The seed of a completion, by the place of its prompt and its number.
+SeedOf = Callable[[int, int], int]
 
 
 @dataclass(eq=False, slots=True)
@@ -26,12 +29,14 @@ class Asked:
 
 @dataclass(eq=False, slots=True)
 class Live:
-    """A completion in flight. logp: of each token it has said."""
+    """A completion in flight. ids, logp: of what it has said, as far as it was read."""
 
     asked: Asked
     sample: int
     row: Row
+    ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
+    finished: bool = False
 
 
 def pages_needed(lengths: Sequence[int], rows: int, most: int) -> int:
@@ -44,10 +49,11 @@ def pages_needed(lengths: Sequence[int], rows: int, most: int) -> int:
 class Scheduler:
     """Prompts enter in the order given, their completions as places fall free: ``rows`` at most."""
 
-    def __init__(self, asked: Sequence[Asked], cache: PagedCache, rows: int):
+    def __init__(self, asked: Sequence[Asked], cache: PagedCache, rows: int, seed_of: SeedOf):
         self.waiting = deque(asked)
         self.groups: list[Asked] = []
         self.cache = cache
+        self.seed_of = seed_of
         self._places = list(range(rows - 1, -1, -1))
 
     @property
@@ -59,9 +65,15 @@ class Scheduler:
         """All in flight, those of one prompt adjacent."""
         return [live for group in self.groups for live in group.live]
 
-    def admit(self) -> list[Prompt]:
-        """Fill the free places; returns the prompts that have to be read for it."""
+    @property
+    def unstarted(self) -> int:
+        """How many completions wait."""
+        return sum(len(group.samples) for group in (*self.groups, *self.waiting))
+
+    def admit(self) -> tuple[list[Prompt], list[Live]]:
+        """Fill the free places: the prompts that have to be read for it, and the completions."""
         unread: list[Prompt] = []
+        new: list[Live] = []
         while self._places:
             group = next((group for group in self.groups if group.samples), None)
             if group is None:
@@ -72,12 +84,15 @@ class Scheduler:
                 self.groups.append(group)
                 unread.append(group.prompt)
             assert group.prompt is not None
-            row = Row(group.prompt, self._places.pop())
-            group.live.append(Live(group, group.samples.popleft(), row))
-        return unread
+            sample = group.samples.popleft()
+            row = Row(group.prompt, self._places.pop(), self.seed_of(group.index, sample))
+            group.live.append(Live(group, sample, row))
+            new.append(group.live[-1])
+        return unread, new
 
     def finish(self, live: Live) -> None:
         """``live`` has ended: its pages and its place are free, and its prompt's with the last."""
+        live.finished = True
         group = live.asked
         group.live.remove(live)
         self._places.append(live.row.place)

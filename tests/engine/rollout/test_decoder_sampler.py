@@ -1,9 +1,8 @@
-"""The decoder says what generate says, in any company, and frees what it took."""
+"""The decoder samples from the policy that trains, in any company, and frees what it took."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -15,11 +14,15 @@ from torch import Tensor
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.rollout import decode_loop
+from fusedgrpo.engine.rollout.decode_loop import How
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.sampler import SamplingParams
-from fusedgrpo.engine.rollout.types import Group
+from fusedgrpo.engine.rollout.types import Completion, Group
+from fusedgrpo.engine.rollout.warpers import warpers
+from fusedgrpo.engine.seeding import derive
 from fusedgrpo.errors import ModelError, NonFiniteError
+from fusedgrpo.kernels.sample.philox import gumbel_tile
 from fusedgrpo.models.kv_cache import PagedCache
 from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
@@ -33,10 +36,17 @@ def policy(family: str = "Qwen2", **config: Any) -> Policy:
 
 
 def decoder(
-    on: Policy, *, in_flight: int | None = None, tokens: int = 0, eos: Sequence[int] = (tiny.EOS,)
+    on: Policy,
+    *,
+    in_flight: int | None = None,
+    tokens: int = 0,
+    eos: Sequence[int] = (tiny.EOS,),
+    behind: int = 0,
 ) -> DecoderSampler:
     execution = Execution(OOMRetry(tokens, in_flight))
-    return DecoderSampler(on, tiny.tokenizer(), eos, execution=execution)
+    sampler = DecoderSampler(on, tiny.tokenizer(), eos, execution=execution)
+    sampler.how = How(behind=behind, weights=sampler.how.weights)
+    return sampler
 
 
 def ids(groups: Sequence[Group]) -> list[list[tuple[int, ...]]]:
@@ -47,81 +57,113 @@ def said_logp(groups: Sequence[Group]) -> Tensor:
     return torch.cat([c.logp for g in groups for c in g.completions])  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_says_what_generate_says(family: str) -> None:
-    on = policy(family)
-    params = SamplingParams(max_new_tokens=40)
-    ours = decoder(on).sample(PROMPTS, 3, params, seed=5)
-    theirs = GenerateSampler(on, tiny.tokenizer(), [tiny.EOS]).sample(PROMPTS, 3, params, seed=5)
-    assert ids(ours) == ids(theirs)
-    assert {len(c.ids) for g in ours for c in g.completions} > {40}, "some end, and some are cut"
-    torch.testing.assert_close(said_logp(ours), said_logp(theirs), rtol=0, atol=2e-5)
-    for group, other in zip(ours, theirs, strict=True):
-        assert [dataclasses.replace(c, logp=None) for c in group.completions] == [
-            dataclasses.replace(c, logp=None) for c in other.completions
-        ]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_its_log_probs_are_the_policys(family: str) -> None:
-    on = policy(family)
-    groups = decoder(on).sample(PROMPTS, 2, SamplingParams(max_new_tokens=40), seed=1)
+def policys_logp(on: Policy, groups: Sequence[Group]) -> Tensor:
     pairs = [(g.prompt_ids, c.ids) for g in groups for c in g.completions]
     with on.scoring():
-        expected = on.logprobs(PackedBatch.build(pairs, "cpu")).logp
-    assert (said_logp(groups) - expected).abs().max() <= 1e-5
+        return on.logprobs(PackedBatch.build(pairs, "cpu")).logp
 
 
+@torch.no_grad()
+def expected(
+    on: Policy, prompt: Sequence[int], completion: Completion, params: SamplingParams, seed: int
+) -> list[int]:
+    """What the model's own forward pass and the noise of ``seed`` say after each of its tokens."""
+    sequence = torch.tensor([[*prompt, *completion.ids]])
+    with on.scoring():
+        scores = on.model(input_ids=sequence).logits[0].float()
+    chain = warpers(params)
+    tokens = []
+    for place in range(len(completion.ids)):
+        at = len(prompt) + place
+        row = chain(sequence[:, :at], scores[at - 1 : at].clone())
+        if not params.greedy:
+            row = row + gumbel_tile(
+                torch.tensor([seed]), torch.tensor([place]), 0, row.shape[1], row.dtype
+            )
+        tokens.append(int(row.argmax()))
+    return tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_and_log_probs_are_those_of_the_models_own_forward_pass(family: str) -> None:
+    on = policy(family)
+    params = SamplingParams(max_new_tokens=40)
+    groups = decoder(on).sample(PROMPTS, 3, params, seed=5)
+    assert len({len(c.ids) for g in groups for c in g.completions}) > 1, "some end, some are cut"
+    assert (said_logp(groups) - policys_logp(on, groups)).abs().max() <= 1e-5
+    for i, group in enumerate(groups):
+        for sample, completion in enumerate(group.completions):
+            seed = derive(5, i, sample)
+            assert list(completion.ids) == expected(on, PROMPTS[i], completion, params, seed)
+            ended = completion.ids[-1] == tiny.EOS
+            assert tiny.EOS not in completion.ids[:-1]
+            assert completion.finish_reason == ("stop" if ended else "length")
+            assert ended or len(completion.ids) == 40
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_it_says_what_generate_says(family: str) -> None:
+    on = policy(family)
+    params = SamplingParams(max_new_tokens=40, greedy=True)
+    ours = decoder(on).sample(PROMPTS, 1, params, seed=5)
+    theirs = GenerateSampler(on, tiny.tokenizer(), [tiny.EOS]).sample(PROMPTS, 1, params, seed=5)
+    assert ids(ours) == ids(theirs)
+    torch.testing.assert_close(said_logp(ours), said_logp(theirs), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("behind", [0, 1, 2])
 @pytest.mark.parametrize("in_flight", [1, 2, 5, 12])
-@pytest.mark.parametrize("tokens", [0, 1, 12])
-def test_company_changes_nothing(in_flight: int, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [0, 12])
+def test_company_changes_nothing(in_flight: int, tokens: int, behind: int) -> None:
     on = policy()
     params = SamplingParams(max_new_tokens=20)
     alone = decoder(on).sample(PROMPTS, 3, params, seed=7)
-    some = decoder(on, in_flight=in_flight, tokens=tokens).sample(PROMPTS, 3, params, seed=7)
+    sampler = decoder(on, in_flight=in_flight, tokens=tokens, behind=behind)
+    some = sampler.sample(PROMPTS, 3, params, seed=7)
     assert ids(some) == ids(alone)
     torch.testing.assert_close(said_logp(some), said_logp(alone), rtol=0, atol=1e-5)
-    part = decoder(on).sample(PROMPTS[2:], 3, params, seed=7, first=2)
+    part = sampler.sample(PROMPTS[2:], 3, params, seed=7, first=2)
     assert ids(part) == ids(alone)[2:]
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"greedy": True},
+        {"greedy": True, "repetition_penalty": 1.3},
         {"temperature": 0.6},
         {"top_k": 5, "top_p": 0.9},
-        {"min_p": 0.2, "repetition_penalty": 1.3},
+        {"min_p": 0.2, "repetition_penalty": 1.3, "temperature": 1.5},
     ],
     ids=str,
 )
-def test_the_options_of_sampling_are_generates(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("behind", [0, 1])
+def test_the_options_of_sampling(options: dict[str, Any], behind: int) -> None:
     on = policy()
     params = SamplingParams(max_new_tokens=20, **options)
-    ours = decoder(on).sample(PROMPTS, 2, params, seed=3)
-    theirs = GenerateSampler(on, tiny.tokenizer(), [tiny.EOS]).sample(PROMPTS, 2, params, seed=3)
-    assert ids(ours) == ids(theirs)
+    groups = decoder(on, in_flight=3, behind=behind).sample(PROMPTS, 2, params, seed=3)
+    for i, group in enumerate(groups):
+        for sample, completion in enumerate(group.completions):
+            seed = derive(3, i, sample)
+            assert list(completion.ids) == expected(on, PROMPTS[i], completion, params, seed)
 
 
 def test_a_sliding_window_that_cuts_prompt_and_completion() -> None:
     on = policy("Mistral", sliding_window=6)
-    params = SamplingParams(max_new_tokens=24)
+    params = SamplingParams(max_new_tokens=24, greedy=True)
     ours = decoder(on, eos=[]).sample(PROMPTS, 2, params, seed=3)
     theirs = GenerateSampler(on, tiny.tokenizer(), []).sample(PROMPTS, 2, params, seed=3)
     assert ids(ours) == ids(theirs)
 
 
-def test_adapters_and_four_bits_of_state_come_back() -> None:
+def test_the_models_modes_come_back() -> None:
     model = tiny.add_lora(tiny.model())
     tiny.stir(model)
     on = Policy(model)
+    sampler = decoder(on)
     model.train()
     modes = [module.training for module in model.modules()]
-    params = SamplingParams(max_new_tokens=12)
-    ours = decoder(on).sample(PROMPTS, 2, params, seed=3)
+    sampler.sample(PROMPTS, 2, SamplingParams(max_new_tokens=12), seed=3)
     assert [module.training for module in model.modules()] == modes
-    theirs = GenerateSampler(on, tiny.tokenizer(), [tiny.EOS]).sample(PROMPTS, 2, params, seed=3)
-    assert ids(ours) == ids(theirs)
 
 
 class Watched(PagedCache):
@@ -140,27 +182,31 @@ class Watched(PagedCache):
         return taken
 
 
-def test_pages_are_those_of_what_was_said_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("behind", [0, 1])
+def test_pages_are_those_of_what_was_said_and_come_back(
+    monkeypatch: pytest.MonkeyPatch, behind: int
+) -> None:
     monkeypatch.setattr("fusedgrpo.models.ragged_decode.PagedCache", Watched)
     on = policy()
-    sampler = decoder(on)
+    sampler = decoder(on, behind=behind)
     Watched.made.clear()
     groups = sampler.sample(PROMPTS, 4, SamplingParams(max_new_tokens=64), seed=2)
     (cache,) = Watched.made
+    spare = 1
     prompts = sum(-(-len(p) // 16) for p in PROMPTS)
-    own = sum(-(-max(len(c.ids) - 1, 0) // 16) for g in groups for c in g.completions)
-    assert prompts < cache.most <= prompts + own < prompts + 16 * 4
-    assert cache.free == cache.pages, "all pages have come back"
+    own = sum(-(-(len(c.ids) - 1 + behind) // 16) for g in groups for c in g.completions)
+    assert spare + prompts < cache.most <= spare + prompts + own < prompts + 16 * 4
+    assert cache.free == cache.pages - spare, "all pages have come back"
 
 
 def test_memory_that_runs_out_costs_no_finished_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     on = policy()
     params = SamplingParams(max_new_tokens=30)
-    expected = decoder(on).sample(PROMPTS, 3, params, seed=9)
+    alone = decoder(on).sample(PROMPTS, 3, params, seed=9)
     sampler = decoder(on)
     plain, calls, finished = decode_loop.RaggedDecoder.next, [0], []
 
-    def failing(self: Any, rows: Any) -> Tensor:
+    def failing(self: Any, rows: Any) -> Any:
         calls[0] += 1
         if calls[0] in (12, 13, 25):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
@@ -174,7 +220,7 @@ def test_memory_that_runs_out_costs_no_finished_completion(monkeypatch: pytest.M
 
     monkeypatch.setattr(decode_loop.RaggedDecoder, "next", failing)
     monkeypatch.setattr(sampler, "_completion", noting)
-    assert ids(sampler.sample(PROMPTS, 3, params, seed=9)) == ids(expected)
+    assert ids(sampler.sample(PROMPTS, 3, params, seed=9)) == ids(alone)
     assert len(finished) == len(set(finished)) == 12, "none was decoded twice"
     assert sampler.execution.oom_retry.retries == 3
     assert sampler.execution.oom_retry.in_flight is not None
@@ -221,10 +267,12 @@ def test_a_model_that_it_cannot_decode_is_refused(monkeypatch: pytest.MonkeyPatc
         decoder(on)
     from fusedgrpo.models import cached_attention
 
-    plain: Callable[..., Tensor] = cached_attention.decode_attention
-    monkeypatch.setattr(
-        cached_attention, "decode_attention", lambda *a, **k: plain(*a, **k | {"scaling": 0.01})
-    )
+    plain: Callable[..., Tensor] = cached_attention.TokenPlan.attend
+
+    def wrong(self: Any, *arguments: Any, **options: Any) -> Tensor:
+        return plain(self, *arguments, **options | {"scaling": 0.01})
+
+    monkeypatch.setattr(cached_attention.TokenPlan, "attend", wrong)
     with pytest.raises(ModelError, match=r"does not give the log-probs of Qwen2.*auto"):
         decoder(on)
 
@@ -234,8 +282,8 @@ def test_warm_up_runs_the_longest_token_and_leaves_nothing(monkeypatch: pytest.M
     sampler = decoder(on, in_flight=5)
     plain, seen = decode_loop.RaggedDecoder.next, []
 
-    def noting(self: Any, rows: Any) -> Tensor:
-        seen.append([len(row.ids) for row in rows])
+    def noting(self: Any, rows: Any) -> Any:
+        seen.append([row.said for row in rows])
         return plain(self, rows)
 
     monkeypatch.setattr(decode_loop.RaggedDecoder, "next", noting)
@@ -247,7 +295,27 @@ def test_warm_up_runs_the_longest_token_and_leaves_nothing(monkeypatch: pytest.M
 def test_in_sixteen_bits(dtype: torch.dtype) -> None:
     on = Policy(tiny.model(), compute_dtype=dtype)
     groups = decoder(on).sample(PROMPTS, 2, SamplingParams(max_new_tokens=20), seed=1)
-    pairs = [(g.prompt_ids, c.ids) for g in groups for c in g.completions]
-    with on.scoring():
-        expected = on.logprobs(PackedBatch.build(pairs, "cpu")).logp
-    assert (said_logp(groups) - expected).abs().max() < 0.3
+    assert (said_logp(groups) - policys_logp(on, groups)).abs().max() < 0.3
+
+
+def test_steps_a_step_behind_drop_what_was_said_after_the_end() -> None:
+    on = policy()
+    params = SamplingParams(max_new_tokens=30)
+    launched: list[int] = []
+    for behind in (0, 1):
+        sampler = decoder(on, behind=behind)
+        counted = [0]
+        plain = decode_loop.RaggedDecoder.next
+
+        def counting(self: Any, rows: Any, counted: list[int] = counted, plain: Any = plain) -> Any:
+            counted[0] += len(rows)
+            return plain(self, rows)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode_loop.RaggedDecoder, "next", counting)
+            groups = sampler.sample(PROMPTS, 3, params, seed=9)
+        launched.append(counted[0])
+        tokens = sum(len(c.ids) - 1 for g in groups for c in g.completions)
+        ended = sum(c.finish_reason == "stop" for g in groups for c in g.completions)
+        assert tokens <= counted[0] <= tokens + behind * ended
+    assert launched[1] > launched[0]

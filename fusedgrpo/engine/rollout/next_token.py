@@ -1,0 +1,73 @@
+"""The choice of the next token by noise of its own: exact, and the same for any company.
+
+``token = argmax(z / temperature + Gumbel noise of (seed, place, token))``, see
+``kernels/sample/op.py``. Where an option of sampling looks at a row of logits as a whole, or at the
+tokens that were said before, the rows exist and the option is applied to them first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.engine.rollout.sampler import SamplingParams
+from fusedgrpo.engine.rollout.warpers import warpers
+from fusedgrpo.kernels import linear_sample
+from fusedgrpo.kernels.sample.rows import sample_logits
+from fusedgrpo.models.head import logits
+from fusedgrpo.models.policy import Policy
+
+
+class NextToken:
+    """The ``Choose`` of a rollout. To be made anew for each, after weights may have changed.
+
+    The head is cast to the dtype of the computation once, and not for each token.
+    """
+
+    def __init__(self, policy: Policy, params: SamplingParams):
+        self.params = params
+        self.chain = warpers(params)
+        head = policy.head
+        weight = head.weight.detach()
+        if policy.compute_dtype is not None:
+            weight = weight.to(policy.dtype)
+        self.head = head._replace(weight=weight)
+        # In 16 bits a CPU would have to widen the head, tile by tile, for each token.
+        fits = weight.device.type == "cuda" or weight.itemsize >= torch.float32.itemsize
+        self.whole_rows = not fits or _filters(params)
+
+    @property
+    def reads_history(self) -> bool:
+        return self.params.repetition_penalty != 1.0
+
+    def __call__(
+        self, hidden: Tensor, seeds: Tensor, at: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        greedy = self.params.greedy
+        if self.whole_rows:
+            if seen is None:
+                seen = at.new_empty(len(at), 0)
+            scores: Any = self.chain(seen, logits(self.head, hidden))
+            token, logp = sample_logits(scores, seeds, at, greedy=greedy)
+            return token, logp
+        return linear_sample(
+            hidden.to(self.head.weight.dtype),
+            self.head.weight,
+            seeds,
+            at,
+            bias=self.head.bias,
+            temperature=1.0 if greedy else self.params.temperature,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+            greedy=greedy,
+        )
+
+
+def _filters(params: SamplingParams) -> bool:
+    if params.repetition_penalty != 1.0:
+        return True
+    if params.greedy:
+        return False
+    return bool(params.top_k or params.top_p < 1.0 or params.min_p)

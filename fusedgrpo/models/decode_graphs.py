@@ -1,0 +1,128 @@
+"""Steps of decoding that are recorded once and replayed: CUDA graphs, one for each bucket of rows.
+
+A step of a 7B model is some thousand kernels of a few microseconds, which Python and the driver
+launch more slowly than the GPU runs them. A graph launches all of them at once. It reads and writes
+the same addresses each time: a step's rows are copied into those of a blank step of the bucket's
+size, whose other rows touch a spare page.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fusedgrpo.models.decode_step import DecodeStep
+
+log = logging.getLogger("fusedgrpo")
+
+Result = tuple[Tensor, Tensor]
+# Runs the function once while it records it; the result, and what runs it again into that result.
+Record = Callable[[Callable[[], Result]], tuple[Result, Callable[[], None]]]
+
+# How far log-probs of a replayed step may be from those of the step itself: with another number of
+# rows the library's products may round in another way, and 16 bits are coarse.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+TOLERANCE_16_BIT = 0.25
+
+
+class Steps(Protocol):
+    """The decoder whose steps are recorded."""
+
+    dtype: torch.dtype
+    rows: int
+
+    def advance(self, step: DecodeStep) -> Result:
+        """The step itself: tokens and log-probs, ``[M]`` each."""
+
+    def note(self, step: DecodeStep, tokens: Tensor) -> None:
+        """The tokens that were chosen in ``step`` are these."""
+
+    def blank(self, rows: int) -> DecodeStep:
+        """A step of rows that nobody has, with tables as wide as any."""
+
+
+class Recorded(NamedTuple):
+    step: DecodeStep
+    result: Result
+    replay: Callable[[], None]
+
+
+class StepGraphs:
+    """Recorded steps of one decoder, one for each bucket of rows that was met. Where one cannot be
+    recorded, or does not give what the step itself gives, that is said, and steps run by themselves
+    from then on. The result of a replay is only there until the next one."""
+
+    def __init__(self, record: Record | None = None):
+        self.record = record or record_cuda_graph
+        self.works = True
+        self.buckets: dict[int, Recorded] = {}
+
+    def run(self, steps: Steps, step: DecodeStep) -> Result:
+        """``steps.advance(step)``."""
+        if not self.works:
+            return steps.advance(step)
+        rows = bucket(len(step), steps.rows)
+        if rows not in self.buckets:
+            result = steps.advance(step)
+            self._record(steps, step, rows, result)
+            return result
+        recorded = self.buckets[rows]
+        step.write_into(recorded.step)
+        recorded.replay()
+        tokens, logp = recorded.result
+        return tokens[: len(step)], logp[: len(step)]
+
+    def _record(self, steps: Steps, step: DecodeStep, rows: int, expected: Result) -> None:
+        own = steps.blank(rows)
+        step.write_into(own)
+        try:
+            result, replay = self.record(lambda: steps.advance(own))
+            replay()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what cannot be recorded: CUDA has many words for it
+            self._give_up(str(error).splitlines()[0])
+            return
+        finally:
+            steps.note(step, expected[0])
+        same = result[0][: len(step)] == expected[0]
+        off = (result[1][: len(step)] - expected[1]).abs()
+        worst = float(off[same].nan_to_num(0).max()) if same.any() else 0.0
+        # A token may turn where two are tied to rounding, but not most of them.
+        if 2 * int(same.sum()) < len(step) or worst > TOLERANCE.get(steps.dtype, TOLERANCE_16_BIT):
+            turned = len(step) - int(same.sum())
+            self._give_up(f"{turned} of {len(step)} tokens turn, log-probs are off by {worst:.1e}")
+            return
+        self.buckets[rows] = Recorded(own, result, replay)
+
+    def _give_up(self, why: str) -> None:
+        self.works = False
+        self.buckets.clear()
+        log.warning("Sampling without CUDA graphs, which is slower: %s.", why.rstrip("."))
+
+
+def bucket(rows: int, most: int) -> int:
+    """The rows of the graph for ``rows`` sequences: powers of two up to 8, then a fourth of a power
+    of two apart, so that at most a fifth of the rows are blank; ``most`` at the most."""
+    step = max(1 << max(rows - 1, 1).bit_length() - 3, 1)
+    size = -(-rows // step) * step if rows > 8 else 1 << (rows - 1).bit_length()
+    return min(size, most)
+
+
+def record_cuda_graph(run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+    """``Record`` on the current CUDA device."""
+    # Once on another stream first: libraries set themselves up in their first call, which must not
+    # be recorded.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return result, graph.replay
