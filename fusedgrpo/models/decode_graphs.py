@@ -36,10 +36,7 @@ class Steps(Protocol):
     rows: int
 
     def advance(self, step: DecodeStep) -> Result:
-        """The step itself: tokens and log-probs, ``[M]`` each."""
-
-    def note(self, step: DecodeStep, tokens: Tensor) -> None:
-        """The tokens that were chosen in ``step`` are these."""
+        """The step itself: tokens and log-probs, ``[M]`` each. Done twice, it is the same again."""
 
     def blank(self, rows: int) -> DecodeStep:
         """A step of rows that nobody has, with tables as wide as any."""
@@ -47,6 +44,7 @@ class Steps(Protocol):
 
 class Recorded(NamedTuple):
     step: DecodeStep
+    blank: DecodeStep
     result: Result
     replay: Callable[[], None]
 
@@ -54,7 +52,7 @@ class Recorded(NamedTuple):
 class StepGraphs:
     """Recorded steps of one decoder, one for each bucket of rows that was met. Where one cannot be
     recorded, or does not give what the step itself gives, that is said, and steps run by themselves
-    from then on. The result of a replay is only there until the next one."""
+    from then on."""
 
     def __init__(self, record: Record | None = None):
         self.record = record or record_cuda_graph
@@ -71,14 +69,14 @@ class StepGraphs:
             self._record(steps, step, rows, result)
             return result
         recorded = self.buckets[rows]
-        step.write_into(recorded.step)
+        step.write_into(recorded.step, recorded.blank)
         recorded.replay()
-        tokens, logp = recorded.result
-        return tokens[: len(step)], logp[: len(step)]
+        tokens, logp = recorded.result  # which the next replay writes over
+        return tokens[: len(step)].clone(), logp[: len(step)].clone()
 
     def _record(self, steps: Steps, step: DecodeStep, rows: int, expected: Result) -> None:
-        own = steps.blank(rows)
-        step.write_into(own)
+        own, blank = steps.blank(rows), steps.blank(rows)
+        step.write_into(own, blank)
         try:
             result, replay = self.record(lambda: steps.advance(own))
             replay()
@@ -87,8 +85,6 @@ class StepGraphs:
         except RuntimeError as error:  # what cannot be recorded: CUDA has many words for it
             self._give_up(str(error).splitlines()[0])
             return
-        finally:
-            steps.note(step, expected[0])
         same = result[0][: len(step)] == expected[0]
         off = (result[1][: len(step)] - expected[1]).abs()
         worst = float(off[same].nan_to_num(0).max()) if same.any() else 0.0
@@ -97,7 +93,7 @@ class StepGraphs:
             turned = len(step) - int(same.sum())
             self._give_up(f"{turned} of {len(step)} tokens turn, log-probs are off by {worst:.1e}")
             return
-        self.buckets[rows] = Recorded(own, result, replay)
+        self.buckets[rows] = Recorded(own, blank, result, replay)
 
     def _give_up(self, why: str) -> None:
         self.works = False
@@ -106,11 +102,13 @@ class StepGraphs:
 
 
 def bucket(rows: int, most: int) -> int:
-    """The rows of the graph for ``rows`` sequences: powers of two up to 8, then a fourth of a power
-    of two apart, so that at most a fifth of the rows are blank; ``most`` at the most."""
-    step = max(1 << max(rows - 1, 1).bit_length() - 3, 1)
-    size = -(-rows // step) * step if rows > 8 else 1 << (rows - 1).bit_length()
-    return min(size, most)
+    """The rows of the graph for ``rows`` sequences: powers of two up to 8, then four to a power of
+    two, so that few graphs are recorded and few rows are blank; ``most`` at the most."""
+    power = (rows - 1).bit_length()
+    if rows <= 8:
+        return min(1 << power, most)
+    step = 1 << power - 3
+    return min(-(-rows // step) * step, most)
 
 
 def record_cuda_graph(run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:

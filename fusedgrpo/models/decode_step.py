@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,24 +32,20 @@ class DecodeStep:
     def __len__(self) -> int:
         return len(self.places)
 
-    def write_into(self, larger: DecodeStep) -> None:
-        """These rows become the first of ``larger``, a ``RaggedDecoder.blank`` of at least so many
-        rows whose others stay blank, or become it again."""
+    def write_into(self, larger: DecodeStep, blank: DecodeStep) -> None:
+        """These rows become the first of ``larger``, and its others those of ``blank``: two
+        ``RaggedDecoder.blank`` of the same size."""
         M, groups = len(self), len(self.prompt_lengths)
         for name in ("places", "seeds", "positions", "slots", "at", "own_lengths"):
-            getattr(larger, name)[:M].copy_(getattr(self, name))
+            into: Tensor = getattr(larger, name)
+            into[:M].copy_(getattr(self, name))
+            into[M:].copy_(getattr(blank, name)[M:])
         larger.prompt_pages[:groups, : self.prompt_pages.shape[1]].copy_(self.prompt_pages)
         larger.prompt_lengths[:groups].copy_(self.prompt_lengths)
+        # All blank rows are one group more, which has no prompt; further ones have no rows.
         larger.prompt_lengths[groups:].fill_(0)
-        # All blank rows are one group more, which has no prompt.
         larger.cu_rows[: groups + 1].copy_(self.cu_rows)
         larger.cu_rows[groups + 1 :].fill_(len(larger))
-
-    def tensors(self) -> Iterator[Tensor]:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                yield value
 
 
 class Said:

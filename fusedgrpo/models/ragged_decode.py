@@ -127,7 +127,9 @@ class RaggedDecoder:
         numbers = [[row.place, len(row.prompt.ids) - 1, row.seed] for row in rows]
         places, positions, seeds = self._index(numbers).T
         zeros = torch.zeros_like(seeds)
-        result = self._chosen(torch.stack(states), seeds, zeros, places, positions)
+        seen = self._seen(places)
+        result = self.choose(torch.stack(states), seeds, zeros, seen)
+        self._note(result[0], places, positions)
         for row in rows:
             row.said = 1
         return Said(*result)
@@ -139,6 +141,7 @@ class RaggedDecoder:
             self._make_room(row)
         step = self._step(rows)
         result = self.advance(step) if self.graphs is None else self.graphs.run(self, step)
+        self._note(result[0], step.places, step.positions)
         for row in rows:
             row.said += 1
         return Said(*result)
@@ -230,7 +233,7 @@ class RaggedDecoder:
         )
 
     def advance(self, step: DecodeStep) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs of a step, ``[M]`` each."""
+        """Tokens and log-probs of a step, ``[M]`` each. Done twice, it is the same again."""
         plan = TokenPlan(
             cache=self.cache,
             slots=step.slots,
@@ -241,19 +244,10 @@ class RaggedDecoder:
             own_lengths=step.own_lengths,
         )
         hidden = self._forward(self._last.index_select(0, step.places), step.positions, plan)
-        return self._chosen(hidden, step.seeds, step.at, step.places, step.positions)
+        return self.choose(hidden, step.seeds, step.at, self._seen(step.places))
 
-    def _chosen(
-        self, hidden: Tensor, seeds: Tensor, at: Tensor, places: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        seen = None if self._history is None else self._history.index_select(0, places)
-        tokens, logp = self.choose(hidden, seeds, at, seen)
-        self._note(tokens, places, positions)
-        return tokens, logp
-
-    def note(self, step: DecodeStep, tokens: Tensor) -> None:
-        """The tokens that were chosen in ``step`` are these."""
-        self._note(tokens, step.places, step.positions)
+    def _seen(self, places: Tensor) -> Tensor | None:
+        return None if self._history is None else self._history.index_select(0, places)
 
     def _note(self, tokens: Tensor, places: Tensor, positions: Tensor) -> None:
         self._last.index_copy_(0, places, tokens)

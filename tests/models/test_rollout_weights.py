@@ -173,9 +173,7 @@ def test_two_adapters_at_once() -> None:
     tiny.stir(model)
     on = Policy(model)
     for make in KINDS:
-        torch.testing.assert_close(
-            through(learned(make, on), on), states(on), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(through(learned(make, on), on), states(on), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", KINDS)

@@ -1,0 +1,113 @@
+"""Steps that are recorded and replayed give what the steps themselves give; a CPU stands in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.memory.oom_retry import OOMRetry
+from fusedgrpo.engine.rollout.decode_loop import How
+from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
+from fusedgrpo.engine.rollout.sampler import SamplingParams
+from fusedgrpo.models.decode_graphs import Result, StepGraphs, bucket
+from fusedgrpo.models.policy import Policy
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [4], [9, 9], [3, 30, 20] * 9]
+
+
+class Recorder:
+    """Replays by running again, into the tensors of the first result, as a graph does."""
+
+    def __init__(self, wrong: float = 0.0, fails: bool = False):
+        self.recorded = self.replayed = 0
+        self.wrong, self.fails = wrong, fails
+
+    def __call__(self, run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        self.recorded += 1
+        result = tuple(x.clone() for x in run())
+
+        def replay() -> None:
+            self.replayed += 1
+            for kept, new in zip(result, run(), strict=True):
+                kept.copy_(new)
+            result[1].add_(self.wrong)
+
+        return result, replay  # type: ignore[return-value]
+
+
+def sample(
+    on: Policy, how: How, params: SamplingParams, in_flight: int | None = None
+) -> Sequence[Any]:
+    execution = Execution(OOMRetry(0, in_flight))
+    sampler = DecoderSampler(on, tiny.tokenizer(), [tiny.EOS], execution=execution)
+    sampler.how = how
+    groups = sampler.sample(PROMPTS, 3, params, seed=4)
+    return [completion for group in groups for completion in group.completions]
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma2"])
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("in_flight", [None, 1, 5])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 9, "repetition_penalty": 1.2}, {"greedy": True}], ids=str
+)
+def test_a_replayed_step_is_the_step(
+    family: str, behind: int, in_flight: int | None, options: dict[str, Any]
+) -> None:
+    on = Policy(tiny.model(family))
+    params = SamplingParams(max_new_tokens=40, **options)
+    recorder = Recorder()
+    how = How(behind=behind, graphs=lambda: StepGraphs(recorder))
+    found = sample(on, how, params, in_flight)
+    expected = sample(on, How(), params, in_flight)
+    assert [c.ids for c in found] == [c.ids for c in expected]
+    torch.testing.assert_close(
+        torch.cat([c.logp for c in found]), torch.cat([c.logp for c in expected]),
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
+    most = in_flight or len(found)
+    assert recorder.recorded <= len({bucket(m, most) for m in range(1, most + 1)})
+    assert recorder.replayed > 2 * recorder.recorded
+
+
+@pytest.mark.parametrize("recorder", [Recorder(fails=True), Recorder(wrong=0.5)], ids=["no", "off"])
+def test_where_it_does_not_work_steps_run_by_themselves(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    on = Policy(tiny.model())
+    params = SamplingParams(max_new_tokens=30)
+    with caplog.at_level(logging.WARNING, "fusedgrpo"):
+        found = sample(on, How(behind=1, graphs=lambda: StepGraphs(recorder)), params)
+    assert [c.ids for c in found] == [c.ids for c in sample(on, How(), params)]
+    messages = [record.getMessage() for record in caplog.records]
+    (said,) = [message for message in messages if "graphs" in message]
+    expected = "not permitted when stream is capturing." if recorder.fails else "off by 5.0e-01."
+    assert said.startswith("Sampling without CUDA graphs") and said.endswith(expected)
+
+
+def test_running_out_of_memory_while_recording_is_running_out_of_memory() -> None:
+    def record(run: Callable[[], Result]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    on = Policy(tiny.model())
+    graphs = StepGraphs(record)
+    with pytest.raises(Exception, match="ut of memory"):
+        sample(on, How(graphs=lambda: graphs), SamplingParams(max_new_tokens=4))
+    assert graphs.works
+
+
+def test_buckets_are_few_and_waste_little() -> None:
+    for most in (1, 7, 64, 256):
+        sizes = {rows: bucket(rows, most) for rows in range(1, most + 1)}
+        assert all(rows <= size <= most for rows, size in sizes.items())
+        assert all(size - rows <= max(rows // 4, 3) for rows, size in sizes.items())
+        assert len(set(sizes.values())) <= 4 + 4 * max(most.bit_length() - 3, 0)
