@@ -74,7 +74,7 @@ def test_the_gpu_is_used_unless_the_cpu_is_asked_for(
 ASKING = re.compile(
     r"cuda\.(is_available|device_count|get_device_name|get_device_properties|mem_get_info"
     r"|get_device_capability|is_bf16_supported)|torch\.version\.|cpuinfo|cpu_count|getaffinity"
-    r"|get_num_threads|get_cpu_capability|importlib\.metadata|torch\.__version__",
+    r"|get_num_threads|sysconf|get_cpu_capability|importlib\.metadata|torch\.__version__",
 )
 
 

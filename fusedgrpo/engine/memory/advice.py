@@ -41,6 +41,8 @@ def _changes(asked: Asked, plan: MemoryPlan) -> Iterator[tuple[str, Any]]:
 
     if plan.tokens_per_microbatch > plan.longest:
         yield option(tokens_per_microbatch=plan.longest)
+    if plan.rollout_weights == "merged":  # a copy that was not asked for is only where it fits
+        yield option(rollout_weights="adapter")
     if config.max_in_flight is not None and config.max_in_flight > 1:
         yield option(max_in_flight=None)
     if not config.gradient_checkpointing:
