@@ -73,11 +73,13 @@ def simulate(
     prompt_tokens: int,
     in_flight: int | None = None,
     offload: bool = False,
+    update: bool = True,
 ) -> Simulation:
     """One rollout and one step at full length: every completion of ``max_completion_length``.
 
     settings: the model's transformers configuration. in_flight: completions decoded together (all
-    if None). offload: what the update saves for its backward pass goes to the host.
+    if None). offload: what the update saves for its backward pass goes to the host. update: False
+    for the rollout alone.
     """
     assert config.tokens_per_microbatch is not None
     batches = resolve_batch(config, 1 << 30)
@@ -104,6 +106,8 @@ def simulate(
             result.peaks["rollout"] = _decoded(run, tracker, config, own, rows)
         else:
             result.peaks["rollout"] = _generated(run, tracker, config, prompt_tokens, rows)
+        if not update:
+            return result
         samples = first_parts(config, samples, run.layout)
         tracker.start_peak()
         with tracker.labelled("scoring"):
