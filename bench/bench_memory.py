@@ -15,6 +15,9 @@ Cases: completions of full length, G of one prompt per step, NF4 with double qua
 all linear layers, gradient checkpointing, AdamW with 32 bit. A micro-batch is one sequence where
 the case does not say otherwise, so the figures are the least that the length needs.
 
+The rollout is that of our own decoder, with ``--sampler generate`` that of transformers' generate;
+from base and adapter, without a merged copy.
+
 Peers: TRL's update step, simulated in the same way (``simulate_trl.py``), with all G sequences at
 once (its default for G = 8) and with one. Its rollout is not simulated, nor is its step with
 activations offloaded.
@@ -27,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -59,6 +62,7 @@ class Case:
     published: str = ""
     offload: bool = False
     layers: int | None = None
+    sampler: str = "decoder"
 
     @property
     def config(self) -> GRPOConfig:
@@ -69,6 +73,8 @@ class Case:
             per_device_train_batch_size=self.G,
             max_completion_length=self.C,
             tokens_per_microbatch=self.tokens or self.P + self.C,
+            sampler=self.sampler,
+            rollout_weights="adapter",
         )
 
     @property
@@ -81,6 +87,8 @@ class Case:
             self.model, f"{self.G} x {self.P + self.C} tokens", f"NF4, LoRA r={self.rank}",
             f"{self.config.tokens_per_microbatch} tokens per micro-batch",
         ]  # fmt: skip
+        if self.sampler != "decoder":
+            parts.append(f"sampler: {self.sampler}")
         if self.offload:
             parts.append("activations offloaded")
         if self.layers is not None:
@@ -104,6 +112,7 @@ QUICK = [Case("qwen2.5-0.5b", 64, 192, G=4, rank=16, card=6, layers=2)]
 def main() -> None:
     parser = harness.parser(__doc__, ["trl"])
     parser.add_argument("--cases", metavar="0,1,...", help="which (default: all)")
+    parser.add_argument("--sampler", choices=["generate", "decoder"], default="decoder")
     parser.add_argument("--measure", action="store_true", help="also on the GPU, in its memory")
     args = parser.parse_args()
     known = QUICK if args.quick else CASES
@@ -116,6 +125,7 @@ def main() -> None:
     peers = harness.installed(args.peers)
     rows: list[dict[str, Any]] = []
     for case in chosen:
+        case = replace(case, sampler=args.sampler)
         rows += run(case, args.measure, peers)
         if args.json is not None:
             harness.write(rows, args.json)
@@ -185,6 +195,7 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     from fusedgrpo.engine.execution import Execution
     from fusedgrpo.engine.memory.oom_retry import OOMRetry
     from fusedgrpo.engine.optimizer import build_optimizer
+    from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
     from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
     from fusedgrpo.engine.rollout.sampler import SamplingParams
     from fusedgrpo.models import loading
@@ -214,13 +225,8 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
         pass
     execution = Execution(OOMRetry(plan.tokens_per_microbatch, plan.max_in_flight))
 
-    class NoText:
-        pad_token_id = 0
-
-        def decode(self, ids: Any, **_: Any) -> str:
-            return ""
-
-    sampler = GenerateSampler(run, NoText(), [-1], execution=execution)
+    make = DecoderSampler if case.sampler == "decoder" else GenerateSampler
+    sampler = make(run, simulate.NoText(), [-1], execution=execution)
     with phase("rollout"):
         params = SamplingParams(max_new_tokens=case.C)
         sampler.sample([[1] * case.P], case.G, params, seed=0)

@@ -343,7 +343,7 @@ def machine() -> str:
 
 
 def _memory_gib() -> int:
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+    return round(host.memory() / 2**30)
 
 
 def versions(distributions: Sequence[str]) -> dict[str, str]:

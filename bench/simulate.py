@@ -18,7 +18,9 @@ import argparse
 import contextlib
 import gc
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -37,6 +39,8 @@ from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.storage_tracker import Peak, StorageTracker, fake_tensors
 from fusedgrpo.engine.optimizer import build_optimizer
+from fusedgrpo.engine.rollout import decoder_sampler
+from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.models import decoding
@@ -69,11 +73,13 @@ def simulate(
     prompt_tokens: int,
     in_flight: int | None = None,
     offload: bool = False,
+    update: bool = True,
 ) -> Simulation:
     """One rollout and one step at full length: every completion of ``max_completion_length``.
 
     settings: the model's transformers configuration. in_flight: completions decoded together (all
-    if None). offload: what the update saves for its backward pass goes to the host.
+    if None). offload: what the update saves for its backward pass goes to the host. update: False
+    for the rollout alone.
     """
     assert config.tokens_per_microbatch is not None
     batches = resolve_batch(config, 1 << 30)
@@ -95,7 +101,13 @@ def simulate(
         result.resident = tracker.alive()
         result.peaks["weights"] = _now(tracker)
         rows = in_flight or batches.groups_per_rollout * config.num_generations
-        result.peaks["rollout"] = _rollout(run, tracker, config, prompt_tokens, rows)
+        if config.sampler == "decoder":
+            own = [[1] * prompt_tokens] * batches.groups_per_rollout
+            result.peaks["rollout"] = _decoded(run, tracker, config, own, rows)
+        else:
+            result.peaks["rollout"] = _generated(run, tracker, config, prompt_tokens, rows)
+        if not update:
+            return result
         samples = first_parts(config, samples, run.layout)
         tracker.start_peak()
         with tracker.labelled("scoring"):
@@ -126,7 +138,39 @@ def longest_samples(config: GRPOConfig, P: int, prompts: int) -> list[TrainingSa
 # --- the phases ---------------------------------------------------------------------------------
 
 
-def _rollout(
+def _decoded(
+    run: Policy, tracker: StorageTracker, config: GRPOConfig, prompts: list[list[int]], rows: int
+) -> Peak:
+    """The decoder's own warm-up: prompts are read, and the last token of the longest completions is
+    chosen."""
+    tokens = config.tokens_per_microbatch or 0
+    params = SamplingParams(
+        max_new_tokens=config.max_completion_length, temperature=config.temperature,
+        top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+    )  # fmt: skip
+    # It would compare numbers.
+    with mock.patch.object(decoder_sampler, "check_decoder", lambda policy: None):
+        execution = Execution(OOMRetry(tokens, rows))
+        sampler = decoder_sampler.DecoderSampler(run, NoText(), [-1], execution=execution)
+    tracker.start_peak()
+    with tracker.labelled("rollout"):
+        sampler.warm_up(prompts, config.num_generations, params)
+    return tracker.peak
+
+
+class NoText:
+    """Instead of a tokenizer."""
+
+    pad_token_id = 0
+    all_special_ids: tuple[int, ...] = ()
+    added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return ""
+
+
+def _generated(
     run: Policy,
     tracker: StorageTracker,
     config: GRPOConfig,
@@ -248,6 +292,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=3584)
     parser.add_argument("--tokens", type=int, help="per micro-batch; default: one sequence")
     parser.add_argument("--in-flight", type=int)
+    parser.add_argument("--sampler", choices=["generate", "decoder"], default="decoder")
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--no-4bit", action="store_true")
     parser.add_argument("--no-checkpointing", action="store_true")
@@ -257,7 +302,7 @@ def main() -> None:
         load_in_4bit=not args.no_4bit, lora_r=args.rank, num_generations=args.group,
         max_completion_length=args.completion, optim=args.optim,
         tokens_per_microbatch=args.tokens or args.prompt + args.completion,
-        gradient_checkpointing=not args.no_checkpointing,
+        gradient_checkpointing=not args.no_checkpointing, sampler=args.sampler,
     )  # fmt: skip
     result = simulate(
         config, model_config(args.model), prompt_tokens=args.prompt, in_flight=args.in_flight

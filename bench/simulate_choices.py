@@ -16,9 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 from fusedgrpo import host
 from fusedgrpo.engine import learner
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
+from fusedgrpo.kernels.decode import attention_triton as decode_triton
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.kernels.logprob import backward as head_backward
 from fusedgrpo.kernels.logprob import finish_triton, softmax_triton, tiles_triton, vocab_pass
+from fusedgrpo.kernels.sample import best_triton
+from fusedgrpo.kernels.sample import op as sample_op
 from fusedgrpo.models import activation_offload as offload
 from fusedgrpo.models import loading, policy
 from fusedgrpo.models import packed_attention as attention
@@ -80,6 +83,14 @@ def cuda_choices() -> Iterator[None]:
         for kernel in ("softmax_tile_kernel", "moment_tile_kernel", "rescale_kernel"):
             patch(softmax_triton, kernel, NoLaunch())
         patch(finish_triton, "finish_kernel", NoLaunch())
+        patch(best_triton, "best_tile_kernel", NoLaunch())
+        patch(decode_triton, "prompt_kernel", NoLaunch())
+        patch(decode_triton, "own_kernel", NoLaunch())
+        patch(decode_triton, "merge_kernel", NoLaunch())
+        patch(sample_op, "tile_functions", lambda backend: tiles_triton)
+        patch(sample_op, "_best_functions", lambda backend: best_triton)
+        patch(sample_op, "tiling_for", _cuda_tiling)
+        patch(sample_op, "plain_arithmetic_on", lambda x: torch.autocast("cpu", enabled=False))
         # Offload: what moves are plain tensors, and here these are fake.
         patch(offload, "Tensor", FakeTensor)
         # Numbers that are asked for, and a mask whose length depends on some.
@@ -161,9 +172,16 @@ def scratch_bodies() -> dict[Any, Callable[..., Any]]:
     return {
         ops.fusedgrpo.linear_logprob.default: head_op._linear_logprob._init_fn,
         ops.fusedgrpo.scale_rows.default: head_backward.scale_rows._init_fn,
+        ops.fusedgrpo.linear_sample.default: sample_op._linear_sample._init_fn,
+        ops.fusedgrpo.decode_attention.default: _decode_attention,
         ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
         ops.bitsandbytes.gemm_4bit.default: _gemm_4bit,
     }
+
+
+def _decode_attention(query: Tensor, *arguments: Any) -> Tensor:
+    *tensors, _ = arguments  # the backend
+    return decode_triton.decode_attention_triton(query, *tensors)
 
 
 def _varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:

@@ -114,6 +114,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def memory() -> int:
+    """Bytes of main memory that the machine has, whatever of it is free."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def threads() -> int:
     """With which torch computes on the CPU."""
     import torch

@@ -60,6 +60,12 @@ def test_a_gpu_has_bfloat16_by_its_generation(fresh, capability, native: bool) -
     assert fresh.has_bfloat16("cuda") is native
 
 
+def test_memory_is_all_that_there_is(fresh) -> None:
+    """As the system counts it, less what it keeps for itself; not what is free."""
+    said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    assert fresh.memory() == pytest.approx(1024 * int(said["MemTotal"].split()[0]), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("gpu", "use_cpu", "device"),
     [(True, True, "cpu"), (True, False, "cuda"), (False, False, "cpu")],
@@ -74,7 +80,7 @@ def test_the_gpu_is_used_unless_the_cpu_is_asked_for(
 ASKING = re.compile(
     r"cuda\.(is_available|device_count|get_device_name|get_device_properties|mem_get_info"
     r"|get_device_capability|is_bf16_supported)|torch\.version\.|cpuinfo|cpu_count|getaffinity"
-    r"|get_num_threads|get_cpu_capability|importlib\.metadata|torch\.__version__",
+    r"|get_num_threads|sysconf|get_cpu_capability|importlib\.metadata|torch\.__version__",
 )
 
 

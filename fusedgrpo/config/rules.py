@@ -55,6 +55,18 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             "adapter_name_or_path: finetuning_type: full trains the model and no adapter; set "
             "finetuning_type: lora, or merge the adapter into the model first.",
         )
+    if c.rollout_weights != "auto" and c.finetuning_type == "full":
+        yield (
+            ("rollout_weights", "finetuning_type"),
+            f"rollout_weights: {c.rollout_weights} is about an adapter, and finetuning_type: full "
+            "trains the model itself; leave it at auto.",
+        )
+    if c.rollout_weights == "merged" and c.sampler not in ("auto", "decoder"):
+        yield (
+            ("rollout_weights", "sampler"),
+            f"rollout_weights: merged is for our own decoder, and sampler: {c.sampler} takes the "
+            "model as it is; leave it at auto, or set sampler: decoder.",
+        )
     if c.activation_offloading and not c.gradient_checkpointing:
         yield (
             ("activation_offloading", "gradient_checkpointing"),

@@ -150,6 +150,9 @@ class GRPOConfig(TrainingArgumentsSurface):
         True, "in the text of completions; false keeps all but the EOS at their end"
     )
     sampler: str = option("auto", f"{one_of('sampler')}: what draws the completions")
+    rollout_weights: Literal["adapter", "merged", "auto"] = option(
+        "auto", "completions come from base and adapter, or from a merged copy, if it fits"
+    )
     max_in_flight: int | None = option(
         None, "completions decoded together; null: what the plan says, or all", low=1, free=True
     )

@@ -21,7 +21,7 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -397,11 +397,7 @@ def _attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                 **kwargs,
             )  # fmt: skip
-    for name, given in kwargs.items():
-        if name not in HARMLESS and given is not None and given is not False:
-            raise NotImplementedError(f"attention with {name}")
-    if not getattr(module, "is_causal", True):
-        raise NotImplementedError("attention that is not causal")
+    check_known(module, kwargs)
     out = fusedgrpo_plan.attend(
         module,
         query,
@@ -413,6 +409,16 @@ def _attention_forward(
         softcap=softcap,
     )
     return out, None
+
+
+def check_known(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raises NotImplementedError for attention that a plan does not do. options: keyword arguments
+    of its call."""
+    for name, given in options.items():
+        if name not in HARMLESS and given is not None and given is not False:
+            raise NotImplementedError(f"attention with {name}")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError("attention that is not causal")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
@@ -46,7 +47,7 @@ def choose_layout(policy: Probed, shared_prompt: SharedPrompt) -> Layout:
     Raises ModelError for ``"on"`` where that cannot be.
     """
     wanted: Layout = "packed" if shared_prompt == "off" else "shared"
-    obstacle = _foreign_layers(policy)
+    obstacle = foreign_layers(policy.causal_lm.config)
     if obstacle is None:
         before, _ = _hidden(policy, "rows")
         changed = attention.install(policy.causal_lm)
@@ -72,24 +73,31 @@ def _obstacle(policy: Probed, layout: Layout, before: Tensor) -> str | None:
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         # What models raise for arguments they do not know, or shapes they did not expect.
         return f"its forward pass fails on packed sequences ({error})"
-    config = policy.causal_lm.config.get_text_config()
-    kinds = _layer_types(policy)
-    sliding = kinds.count("sliding_attention")
-    if not kinds and getattr(config, "sliding_window", None) is not None:
-        sliding = int(getattr(config, "use_sliding_window", True))
-    if sum(window is not None for window in windows) < sliding:
+    if lacks_windows(policy.causal_lm.config, windows):
         # A window wider than these few tokens would not show in the numbers.
         return "its sliding window is not handed to its attention"
     return _difference(before, rows, policy.dtype) or _difference(before, packed, policy.dtype)
 
 
-def _layer_types(policy: Probed) -> list[str]:
-    return list(getattr(policy.causal_lm.config.get_text_config(), "layer_types", None) or ())
+def _layer_types(settings: Any) -> list[str]:
+    return list(getattr(settings.get_text_config(), "layer_types", None) or ())
 
 
-def _foreign_layers(policy: Probed) -> str | None:
-    foreign = sorted(set(_layer_types(policy)) - {"full_attention", "sliding_attention"})
+def foreign_layers(settings: Any) -> str | None:
+    """The layers, of a model with this configuration, that no packed attention stands in for."""
+    foreign = sorted(set(_layer_types(settings)) - {"full_attention", "sliding_attention"})
     return f"it has layers of type {', '.join(foreign)}" if foreign else None
+
+
+def lacks_windows(settings: Any, windows: Sequence[int | None]) -> bool:
+    """Whether more layers slide than have handed a window to their attention. windows: of each
+    attention that ran."""
+    kinds = _layer_types(settings)
+    sliding = kinds.count("sliding_attention")
+    text = settings.get_text_config()
+    if not kinds and getattr(text, "sliding_window", None) is not None:
+        sliding = int(getattr(text, "use_sliding_window", True))
+    return sum(window is not None for window in windows) < sliding
 
 
 def _hidden(policy: Probed, layout: Layout) -> tuple[Tensor, list[int | None]]:

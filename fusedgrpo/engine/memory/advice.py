@@ -39,6 +39,8 @@ def _changes(asked: Asked, plan: MemoryPlan) -> Iterator[tuple[str, Any]]:
         text = ", ".join(f"{name}: {_yaml(value)}" for name, value in options.items())
         return text, lambda asked: asked.changed(**options)
 
+    if plan.rollout_weights == "merged":  # a copy that was not asked for is only where it fits
+        yield option(rollout_weights="adapter")
     if plan.tokens_per_microbatch > plan.longest:
         yield option(tokens_per_microbatch=plan.longest)
     if config.max_in_flight is not None and config.max_in_flight > 1:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fusedgrpo.engine.memory.storage_tracker import BLOCK, StorageTracker
 from fusedgrpo.kernels.launch import Tiling
+from fusedgrpo.models.kv_cache import PAGE
+from fusedgrpo.models.packed_attention import check_known
 
 ATTENTION = "fusedgrpo_memory"
 
@@ -74,17 +76,66 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     fusedgrpo_keys: int | None = None,
-    **_: Any,
+    fusedgrpo_pages: PagesStandIn | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """As an attention implementation of transformers. fusedgrpo_keys: of a packed batch."""
+    """As an attention implementation of transformers. fusedgrpo_keys: of a packed batch.
+    fusedgrpo_pages: of our own decoder."""
     query, key = query.to(value.dtype), key.to(value.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if fusedgrpo_pages is not None:
+        check_known(module, options)
+        fusedgrpo_pages.windows.append(sliding_window)
+        return fusedgrpo_pages.attend(module, q[0], k[0], v[0])[None], None
     if fusedgrpo_keys is None:
         if q.shape[1] > 1 and q.shape[2] > k.shape[2]:  # SDPA with a mask repeats the heads
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
         return v.new_empty((*q.shape[:-1], v.shape[-1])), None
     return _VarlenAttention.apply(q[0], k[0], v[0], fusedgrpo_keys)[None], None
+
+
+class PagesStandIn:
+    """``pages`` pages of keys and values in each layer, and attention as our own decoder has it
+    (``models/cached_attention.py``, ``kernels/decode/attention_triton.py``).
+
+    splits: the parts that a decode step cuts the keys of a row into; None while prompts are read.
+    windows: of each attention that ran.
+    """
+
+    def __init__(self, pages: int):
+        self.pages = pages
+        self.splits: int | None = None
+        self.windows: list[int | None] = []
+        self._layers: dict[nn.Module, list[Tensor]] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(rounded(x.nbytes) for layer in self._layers.values() for x in layer)
+
+    @property
+    def layers(self) -> int:
+        """How many layers keep something."""
+        return len(self._layers)
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``[T, h, d]`` of q ``[T, h, d]``, k and v ``[T, h_kv, d]``."""
+        if module not in self._layers:
+            shape = (self.pages * PAGE,)
+            self._layers[module] = [x.new_empty(shape + x.shape[1:]) for x in (k, v)]
+        wide = functools.partial(q.new_empty, dtype=torch.float32)
+        if self.splits is None:  # the varlen kernel, over gathered keys
+            scratch = [torch.empty_like(k), torch.empty_like(v), wide(q.shape[:2])]
+        else:
+            parts = (self.splits, *q.shape[:2])
+            scratch = [wide((2, *parts)), wide((*parts, v.shape[-1]))]
+        out = v.new_empty((*q.shape[:2], v.shape[-1]))
+        scratch.clear()
+        return out
 
 
 class _VarlenAttention(torch.autograd.Function):

@@ -11,7 +11,6 @@ does not exist without a GPU has a stand-in (``fake_layers.py``).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +36,6 @@ from fusedgrpo.models.device import asked_compute_dtype, stored_dtype
 from fusedgrpo.models.dropout import own_dropout
 from fusedgrpo.models.loading import enable_checkpointing
 from fusedgrpo.models.router import planned_router
-from fusedgrpo.models.token_chooser import BYTES_PER_LOGIT
 
 if TYPE_CHECKING:
     from fusedgrpo.config.schema import GRPOConfig
@@ -52,6 +50,7 @@ class Weights(NamedTuple):
     trained: tuple[int, ...]  # elements of each trained parameter
     trained_itemsize: int
     adapter: int  # bytes; 0 where the weights themselves train
+    merged: int  # of a copy of all weights that have an adapter, in the dtype of computing
 
 
 class Activations(NamedTuple):
@@ -111,22 +110,29 @@ def count_weights(config: GRPOConfig, settings: Any) -> Weights:
     if config.finetuning_type == "full":
         trained = tuple(p.numel() for p in model.parameters())
         itemsize = next(model.parameters()).itemsize
-        return Weights(four_bit, embeddings, other, trained, itemsize, 0)
-    names = _adapter_names(config, settings)
-    trained = tuple(
-        config.lora_r * features
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m is not head and name.rsplit(".", 1)[-1] in names
-        for features in (m.in_features, m.out_features)
-    )
+        return Weights(four_bit, embeddings, other, trained, itemsize, 0, 0)
+    adapted = _adapted(model, _adapter_names(config, settings))
+    trained = tuple(config.lora_r * n for m in adapted for n in (m.in_features, m.out_features))
     adapter = sum(rounded(4 * n) for n in trained)
-    return Weights(four_bit, embeddings, other, trained, 4, adapter)
+    itemsize = compute_dtype(config).itemsize
+    merged = sum(rounded(itemsize * m.in_features * m.out_features) for m in adapted)
+    return Weights(four_bit, embeddings, other, trained, 4, adapter, merged)
 
 
 def _adapter_names(config: GRPOConfig, settings: Any) -> set[str]:
     """Last names of the layers that get an adapter: peft's choice, on a model of one layer."""
     found: Any = _small(config, settings, 1)
     return {name.rsplit(".", 1)[-1] for name in found.targeted_module_names}
+
+
+def _adapted(model: Any, names: set[str]) -> list[nn.Linear]:
+    """The linear layers of a bare model that get an adapter."""
+    head = model.get_output_embeddings()
+    return [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and name.rsplit(".", 1)[-1] in names
+    ]
 
 
 # --- models without memory ----------------------------------------------------------------------
@@ -174,6 +180,15 @@ def _small(config: GRPOConfig, settings: Any, layers: int) -> Any:
     return wrapped
 
 
+def _merged(config: GRPOConfig, settings: Any, layers: int) -> Any:
+    """The same with its adapters merged into copies of the weights, as a rollout sees it."""
+    model = _bare(config, settings, layers)
+    for module in _adapted(model, _adapter_names(config, settings)):
+        module.__class__ = nn.Linear
+        module.to(compute_dtype(config))
+    return model.requires_grad_(False)
+
+
 def _fill(model: nn.Module) -> None:
     """Fake tensors in place of those on the meta device; packed ones in 4-bit layers."""
     made: dict[int, nn.Parameter] = {}
@@ -193,21 +208,15 @@ def _fill(model: nn.Module) -> None:
 # --- measuring ----------------------------------------------------------------------------------
 
 
-class Cache(NamedTuple):
-    """Bytes of a rollout above the weights: of the cache itself, and the most beside it while
-    prompts are read and while a token is chosen."""
-
-    entries: int
-    prefill: int
-    decoding: int
-
-
 class SmallModel:
-    """A model of few decoder layers on fake tensors, to be measured at any number of tokens."""
+    """A model of few decoder layers on fake tensors, to be measured at any number of tokens.
 
-    def __init__(self, config: GRPOConfig, settings: Any, layers: int):
+    merged: its adapters are merged into copies of the weights, for a rollout.
+    """
+
+    def __init__(self, config: GRPOConfig, settings: Any, layers: int, *, merged: bool = False):
         register_attention()
-        model = _small(config, settings, layers)
+        model = (_merged if merged else _small)(config, settings, layers)
         for module in model.modules():
             own: Any = getattr(module, "config", None)
             if hasattr(own, "_attn_implementation"):
@@ -244,19 +253,12 @@ class SmallModel:
         with self.fake, tracker, torch.set_grad_enabled(gradients):
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-            ids, positions = torch.zeros(2, 1, batch.tokens, dtype=torch.int64).unbind()
             before = tracker.live
             tracker.start_peak()
-            with self._autocast():
+            with self.autocast():
                 router = self.router if gradients else None
-                outputs = self.causal_lm.get_decoder()(
-                    input_ids=ids,
-                    position_ids=positions,
-                    attention_mask=torch.zeros(1, 1, 1, 1),
-                    use_cache=False,
-                    fusedgrpo_keys=batch.keys,
-                    **({} if router is None else {"output_router_logits": True}),
-                )
+                routed = {} if router is None else {"output_router_logits": True}
+                outputs = self.forward(batch.tokens, fusedgrpo_keys=batch.keys, **routed)
                 states = outputs.last_hidden_state[0]
                 balance: Any = 0
                 if router is not None:
@@ -273,51 +275,19 @@ class SmallModel:
             parameter.grad = None
         return Activations(**{name: size - before for name, size in peaks.items()})
 
-    def rollout(self, *, rows: int, groups: int, prompt: int, length: int) -> Cache:
-        """The memory of ``rows`` sequences of ``length`` tokens, their ``groups`` prompts read
-        together."""
-        from transformers import DynamicCache
-
-        tracker = self.tracker
-        self.model.eval()
-        with self.fake, tracker, torch.no_grad():
-            before = tracker.live
-            cache = DynamicCache(config=self.causal_lm.config)
-            tracker.start_peak()
-            self._decode(groups, max(prompt - 1, 1), cache, 0)
-            prefill = tracker.peak.bytes - before
-            entries = 0
-            for layer in cache.layers:
-                for name in ("keys", "values"):
-                    kept: Tensor = getattr(layer, name)
-                    shape = (rows, kept.shape[1], length - 1, *kept.shape[3:])
-                    setattr(layer, name, kept.new_empty(shape))
-                    entries += math.prod(shape) // (length - 1) * length * kept.itemsize
-            tracker.start_peak()
-            held = tracker.live
-            self._decode(rows, 1, cache, length - 1)
-            decoding = tracker.peak.bytes - held
-        # A token is chosen under autocast, which keeps 16-bit copies of a float32 adapter.
-        casts = sum(
-            rounded(2 * p.numel())
-            for p in self.model.parameters()
-            if p.requires_grad and p.dtype == torch.float32 and self.dtype != torch.float32
+    def forward(self, tokens: int, **options: Any) -> Any:
+        """What the decoder returns for one row of ``tokens`` without padding; ``options`` reach
+        its attention."""
+        ids, positions = torch.zeros(2, 1, tokens, dtype=torch.int64).unbind()
+        return self.causal_lm.get_decoder()(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=torch.zeros(1, 1, 1, 1),
+            use_cache=False,
+            **options,
         )
-        choosing = rows * self.head_weight.shape[0] * BYTES_PER_LOGIT + casts
-        return Cache(entries, prefill, max(decoding, choosing))
 
-    def _decode(self, rows: int, tokens: int, cache: Any, seen: int) -> None:
-        ids, positions = torch.zeros(2, rows, tokens, dtype=torch.int64).unbind()
-        with self._autocast():
-            self.causal_lm.get_decoder()(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=torch.ones(rows, 1, tokens, seen + tokens, dtype=torch.bool),
-                past_key_values=cache,
-                use_cache=True,
-            )
-
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         # Of the tensors' device, which stands for a GPU.
         return torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32)
 

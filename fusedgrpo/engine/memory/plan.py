@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from fusedgrpo.errors import ConfigError
 
 GIB = 2**30
+
+RolloutWeights = Literal["adapter", "merged"]
 
 # Beside what tensors take. The context: driver, loaded kernels and cuBLAS workspaces of a process
 # that trains, of which a card's own monitor shows 0.5 to 0.7 GiB. Fragmentation: what the caching
@@ -24,7 +27,8 @@ class MemoryPlan:
 
     resident: what stays during the whole run, by kind. phases: for each phase what it needs at its
     peak, by kind, resident parts as one. longest: tokens of prompt and completion, of which a
-    micro-batch holds at least one. host: pinned memory beside the GPU.
+    micro-batch holds at least one. host: pinned memory beside the GPU. rollout_weights: whether a
+    merged copy is among what stays.
     """
 
     gpu_bytes: int
@@ -35,6 +39,7 @@ class MemoryPlan:
     activation_offloading: bool
     longest: int
     host: dict[str, int]
+    rollout_weights: RolloutWeights = "adapter"
     advice: tuple[str, ...] = ()
 
     @property
@@ -104,7 +109,7 @@ def chosen(plan: MemoryPlan) -> str:
     return (
         f"tokens_per_microbatch: {plan.tokens_per_microbatch} (at least one longest sequence, "
         f"{plan.longest}); max_in_flight: {plan.max_in_flight}; activation_offloading: "
-        f"{str(plan.activation_offloading).lower()}"
+        f"{str(plan.activation_offloading).lower()}; rollout_weights: {plan.rollout_weights}"
     )
 
 

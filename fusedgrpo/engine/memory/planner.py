@@ -95,6 +95,22 @@ class MemoryPlanner:
 
     def choose(self, asked: Asked) -> MemoryPlan:
         """The plan for what was asked, with all that was left open, and without advice."""
+        weights, lora = asked.config.rollout_weights, asked.config.finetuning_type == "lora"
+        can_merge = lora and weights != "adapter" and self.sizes.decodes(asked)
+        if can_merge and weights == "merged":
+            return self._chosen(dataclasses.replace(asked, merged=True))
+        plan = self._chosen(asked)
+        if can_merge and plan.fits:  # a copy beside it, if nothing else has to give way
+            merged = self._composed(
+                dataclasses.replace(asked, merged=True),
+                plan.tokens_per_microbatch,
+                plan.max_in_flight,
+                plan.activation_offloading,
+            )
+            return merged if merged.fits else plan
+        return plan
+
+    def _chosen(self, asked: Asked) -> MemoryPlan:
         floor, most = self._token_range(asked)
         offloading = asked.offloading
         if offloading is None:
@@ -105,7 +121,7 @@ class MemoryPlanner:
             tokens = most
         else:
             tokens = self._most_tokens(asked, floor, most, offloading)
-        rows = self._most_rows(asked)
+        rows = self._most_rows(asked, tokens)
         return self._composed(asked, tokens, rows, offloading)
 
     def _composed(self, asked: Asked, tokens: int, rows: int, offloading: bool) -> MemoryPlan:
@@ -113,18 +129,13 @@ class MemoryPlanner:
         stays = {"weights, adapter, optimizer": sum(resident.values())}
         weights = self.sizes.weights(asked)
         gradients = {"gradients": sum(weights.trained) * weights.trained_itemsize}
-        cache = self.sizes.rollout(asked, rows)
+        cache = self.sizes.rollout(asked, rows, tokens)
         scoring = self.sizes.activations(asked, tokens, False)
         update, on_host = self.sizes.update(asked, tokens, offloading)
         saved = min(self.sizes.saved(asked, tokens, offloading), update.forward)
         phases = {
             "weights": stays,
-            "rollout": stays
-            | (
-                {"KV cache": cache.entries, "one token": cache.decoding}
-                if cache.entries + cache.decoding >= cache.prefill
-                else {"reading the prompts": cache.prefill}
-            ),
+            "rollout": stays | cache.parts,
             "scoring": stays | {"one layer, or the head": scoring.forward},
             "update forward": stays
             | gradients
@@ -150,6 +161,7 @@ class MemoryPlanner:
             activation_offloading=offloading,
             longest=asked.longest,
             host={name: size for name, size in host.items() if size},
+            rollout_weights="merged" if asked.merged else "adapter",
         )
 
     def _token_range(self, asked: Asked) -> tuple[int, int]:
@@ -184,22 +196,23 @@ class MemoryPlanner:
             most, high = tokens, size  # a kink in the line
         return floor
 
-    def _most_rows(self, asked: Asked) -> int:
-        config, n = asked.config, asked.config.num_generations
-        everything = self.sizes.rollout_groups(config) * n
+    def _most_rows(self, asked: Asked, tokens: int) -> int:
+        config = asked.config
+        # generate decodes whole groups; our decoder lets completions in as places fall free.
+        n = 1 if self.sizes.decodes(asked) else config.num_generations
+        everything = self.sizes.rollout_groups(config) * config.num_generations
         if config.max_in_flight is not None:
             return decoded_together(min(config.max_in_flight, everything), n)
-        low, high = (self._rollout_bytes(asked, rows) for rows in (1, everything))
+        low, high = (self._rollout_bytes(asked, rows, tokens) for rows in (1, everything))
         rows = everything
         while high > self.gpu_bytes and rows > 1:
             share = max(self.gpu_bytes - low, 0) / (high - low) if high > low else 0.0
             rows = decoded_together(min(1 + int((rows - 1) * share), rows - 1), n)
-            high = self._rollout_bytes(asked, rows)
+            high = self._rollout_bytes(asked, rows, tokens)
         return rows
 
-    def _rollout_bytes(self, asked: Asked, rows: int) -> int:
-        cache = self.sizes.rollout(asked, rows)
-        own = max(cache.entries + cache.decoding, cache.prefill)
+    def _rollout_bytes(self, asked: Asked, rows: int, tokens: int) -> int:
+        own = sum(self.sizes.rollout(asked, rows, tokens).parts.values())
         return sum(self.sizes.resident(asked).values()) + _with_reserve(own)
 
 

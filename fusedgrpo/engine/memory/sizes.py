@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,21 @@ from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.memory.measure import (
     Activations,
-    Cache,
     ModelShape,
     SmallModel,
     Weights,
     count_weights,
     straight_line,
 )
+from fusedgrpo.engine.memory.rollout_memory import (
+    DecoderMemory,
+    Decoding,
+    GenerateMemory,
+    decoder_memory,
+    generate_memory,
+    needs_logits,
+)
+from fusedgrpo.engine.memory.whose_rollout import decodes_itself
 from fusedgrpo.engine.memory.workload import Asked, paged
 from fusedgrpo.models.activation_offload import CHUNK, KEPT
 
@@ -31,8 +40,8 @@ class Sizes:
     """The parts of a run of one model, for options that are asked for.
 
     settings: the model's transformers configuration. world_size: processes, a GPU each.
-    sampler_memory: of a sampler that is not ours, which knows what it takes; None for that of
-    transformers' generate, which is measured.
+    sampler_memory: of a sampler that is not ours, which knows what it takes; None for ours, which
+    are measured.
     """
 
     def __init__(
@@ -56,6 +65,8 @@ class Sizes:
         }
         if config.finetuning_type == "full" and config.beta:
             rows["reference model"] = trained * weights.trained_itemsize
+        if asked.merged:
+            rows["merged copy for rollouts"] = weights.merged
         return {name: size for name, size in rows.items() if size}
 
     def weights(self, asked: Asked) -> Weights:
@@ -68,31 +79,61 @@ class Sizes:
         batch = asked.batch(max(min(tokens, self.step_tokens(asked)), 1))
 
         def at(layers: int) -> Activations:
-            model, key = self._small_model(config, layers)
+            model, key = self._small_model(asked, layers, adapter=True)
             return self._once(
                 (key, batch, gradients), lambda: model.activations(batch, gradients=gradients)
             )
 
         return straight_line(at, *DEPTHS, self._shape(config).layers)
 
-    def rollout(self, asked: Asked, rows: int) -> Cache:
-        """The memory of ``rows`` completions that are decoded together."""
+    def decodes(self, asked: Asked) -> bool:
+        """Whether completions come from our own decoder."""
+        if self.sampler_memory is not None:
+            return False
+        key = "decodes", asked.config.sampler, _model_key(asked.config)
+        small = functools.partial(self._small_model, asked, DEPTHS[-1])
+        return self._once(key, lambda: decodes_itself(asked.config, lambda: small()[0]))
+
+    def rollout(self, asked: Asked, rows: int, tokens: int) -> GenerateMemory | DecoderMemory:
+        """The memory of ``rows`` completions that are in flight together. tokens: of a micro-batch,
+        which are as many as our decoder reads of prompts at once."""
         if self.sampler_memory is not None:
             size = self.sampler_memory(
                 self.settings, rows=rows, prompt=asked.prompt, longest=asked.longest
             )
-            return Cache(entries=size, prefill=0, decoding=0)
-        config = asked.config
-        groups = max(rows // config.num_generations, 1)
+            return GenerateMemory(entries=size, prefill=0, decoding=0)
+        if self.decodes(asked):
+            return self._decoder(asked, rows, tokens)
+        groups = max(rows // asked.config.num_generations, 1)
 
-        def at(layers: int) -> Cache:
-            model, key = self._small_model(config, layers)
+        def at(layers: int) -> GenerateMemory:
+            model, key = self._small_model(asked, layers)
             return self._once(
                 (key, rows, asked.prompt, asked.longest),
-                lambda: model.rollout(
-                    rows=rows, groups=groups, prompt=asked.prompt, length=asked.longest
+                lambda: generate_memory(
+                    model, rows=rows, groups=groups, prompt=asked.prompt, length=asked.longest
                 ),
             )
+
+        return straight_line(at, *DEPTHS, self._shape(asked.config).layers)
+
+    def _decoder(self, asked: Asked, rows: int, tokens: int) -> DecoderMemory:
+        config = asked.config
+        groups = self.rollout_groups(config)
+        entering = min(-(-rows // config.num_generations), groups)
+        case = Decoding(
+            rows=rows,
+            # In the end each of them may be of another prompt.
+            prompts=min(rows, groups),
+            prompt=asked.prompt,
+            most=config.max_completion_length,
+            reads=min(max(tokens // asked.prompt, 1), entering),
+            logits=needs_logits(config),
+        )
+
+        def at(layers: int) -> DecoderMemory:
+            model, key = self._small_model(asked, layers)
+            return self._once((key, case), lambda: decoder_memory(model, case))
 
         return straight_line(at, *DEPTHS, self._shape(config).layers)
 
@@ -148,9 +189,14 @@ class Sizes:
     def _batch_plan(self, config: GRPOConfig) -> BatchPlan:
         return resolve_batch(config, 1 << 30, self.world_size)
 
-    def _small_model(self, config: GRPOConfig, layers: int) -> tuple[SmallModel, Any]:
-        key = _model_key(config), config.gradient_checkpointing, layers
-        return self._once(key, lambda: SmallModel(config, self.settings, layers)), key
+    def _small_model(
+        self, asked: Asked, layers: int, *, adapter: bool = False
+    ) -> tuple[SmallModel, Any]:
+        """adapter: as it trains, whatever it is that rollouts have."""
+        config, merged = asked.config, asked.merged and not adapter
+        key = _model_key(config), config.gradient_checkpointing, layers, merged
+        make = functools.partial(SmallModel, config, self.settings, layers, merged=merged)
+        return self._once(key, make), key
 
     def _shape(self, config: GRPOConfig) -> ModelShape:
         return ModelShape.of(config, self.settings)

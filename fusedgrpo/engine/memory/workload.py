@@ -15,11 +15,13 @@ PROMPT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Asked:
-    """The options as given, None for what is to be chosen."""
+    """The options as given, None for what is to be chosen. merged: a copy of the weights with the
+    adapter in it is there for rollouts."""
 
     config: GRPOConfig
     prompt_tokens: int | None
     offloading: bool | None
+    merged: bool = False
 
     @property
     def prompt(self) -> int:

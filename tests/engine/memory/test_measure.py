@@ -12,6 +12,7 @@ from fusedgrpo.engine.memory.fake_layers import Batch
 from fusedgrpo.engine.memory.measure import SmallModel, straight_line
 from fusedgrpo.engine.memory.plan import GIB
 from fusedgrpo.engine.memory.planner import plan_memory
+from fusedgrpo.engine.memory.rollout_memory import generate_memory
 from fusedgrpo.engine.memory.sizes import DEPTHS
 
 LAYERS = 7
@@ -52,7 +53,7 @@ def test_repeated_prompts_are_kept_per_key_until_the_layer_is_done(models: Any) 
 
 
 def test_a_rollout_keeps_keys_and_values_of_all_layers(models: Any) -> None:
-    found = models[LAYERS].rollout(rows=16, groups=2, prompt=50, length=300)
+    found = generate_memory(models[LAYERS], rows=16, groups=2, prompt=50, length=300)
     assert found.entries == 16 * 300 * LAYERS * 2 * 2 * 32 * 2
 
 

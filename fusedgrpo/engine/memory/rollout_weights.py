@@ -1,0 +1,41 @@
+"""What completions are drawn from: base and adapter, or a copy of the weights with it merged in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fusedgrpo import host
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.memory.plan import MemoryPlan, RolloutWeights
+from fusedgrpo.models.adapters.attached import adapter_layers
+
+if TYPE_CHECKING:
+    from fusedgrpo.models.policy import Policy
+
+# Of a machine's main memory, for a copy where nothing is planned.
+SHARE = 1 / 4
+
+
+def choose_rollout_weights(
+    config: GRPOConfig, plan: MemoryPlan | None, policy: Policy
+) -> RolloutWeights:
+    """The option ``rollout_weights``, and for ``auto`` what fits.
+
+    On a GPU that is what ``plan`` says, and ``"adapter"`` without one. On a CPU a copy may take a
+    quarter of the memory that the machine has: not of what is free now, so that a resumed run has
+    the same. Nothing is said of adapters that cannot be merged.
+    """
+    if config.rollout_weights != "auto":
+        return config.rollout_weights
+    if policy.device.type == "cuda":
+        return "adapter" if plan is None else plan.rollout_weights
+    size = merged_bytes(policy)
+    return "merged" if 0 < size <= SHARE * host.memory() else "adapter"
+
+
+def merged_bytes(policy: Policy) -> int:
+    """Bytes of a copy of all weights that have an adapter, in the dtype that is computed in; 0
+    where there is none."""
+    layers: list[Any] = adapter_layers(policy.model)
+    sizes = (getattr(m, "in_features", 0) * getattr(m, "out_features", 0) for m in layers)
+    return sum(sizes) * policy.dtype.itemsize
