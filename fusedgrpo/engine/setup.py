@@ -31,12 +31,13 @@ from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+from fusedgrpo.engine.memory.rollout_weights import choose_rollout_weights
 from fusedgrpo.engine.memory.sizes import SamplerMemory
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
 from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
-from fusedgrpo.engine.rollout.choice import MakeSampler, choose_sampler
+from fusedgrpo.engine.rollout.choice import ChosenSampler, choose_sampler
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.shared_sampler import SharedSampler
 from fusedgrpo.engine.run_clock import RunClock
@@ -174,7 +175,7 @@ def build_parts(
             stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
             estimate_advantages=estimator,
             learner=_learner(args, policy, plan, execution, memory_plan, custom_loss),
-            sampler=_sampler(args, policy, tokenizer, ends, execution, chosen_sampler.make),
+            sampler=_sampler(args, policy, tokenizer, ends, execution, chosen_sampler, memory_plan),
             sampling=SamplingParams(
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature,
@@ -241,10 +242,13 @@ def _sampler(
     tokenizer: Any,
     ends: list[int],
     execution: Execution,
-    make: MakeSampler,
+    chosen: ChosenSampler,
+    memory_plan: MemoryPlan | None,
 ) -> Sampler:
-    skips = args.skip_special_tokens
-    made = make(policy, tokenizer, ends, execution=execution, skip_special_tokens=skips)
+    options: dict[str, Any] = {"skip_special_tokens": args.skip_special_tokens}
+    if chosen.decodes:
+        options["rollout_weights"] = choose_rollout_weights(args, memory_plan, policy)
+    made = chosen.make(policy, tokenizer, ends, execution=execution, **options)
     processes = execution.processes
     return SharedSampler(made, processes) if processes.size > 1 else made
 

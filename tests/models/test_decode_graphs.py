@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import Tensor
 
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.oom_retry import OOMRetry

@@ -8,6 +8,7 @@ from fusedgrpo import host
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.memory.plan import MemoryPlan, RolloutWeights
 from fusedgrpo.models.adapters.attached import adapter_layers
+from fusedgrpo.models.adapters.rollout_weights import all_plain
 
 if TYPE_CHECKING:
     from fusedgrpo.models.policy import Policy
@@ -27,6 +28,8 @@ def choose_rollout_weights(
     """
     if config.rollout_weights != "auto":
         return config.rollout_weights
+    if not all_plain(policy) or policy.layout == "rows":
+        return "adapter"
     if policy.device.type == "cuda":
         return "adapter" if plan is None else plan.rollout_weights
     size = merged_bytes(policy)

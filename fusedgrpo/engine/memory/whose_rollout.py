@@ -12,7 +12,7 @@ from fusedgrpo.engine.memory.measure import SmallModel
 from fusedgrpo.models.packing_probe import foreign_layers, lacks_windows
 
 # The values of ``sampler`` that are our decoder, for models that it can run.
-DECODER = ("decoder",)
+DECODER = ("auto", "decoder")
 
 
 def decodes_itself(config: GRPOConfig, small: Callable[[], SmallModel]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.foreign_sampler import ForeignSampler, check_sampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.sampler import Sampler
-from fusedgrpo.errors import ConfigError, FusedGRPOError, brief
+from fusedgrpo.errors import ConfigError, FusedGRPOError, ModelError, brief
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.named_code import load_code, locate_code
 
@@ -23,19 +24,37 @@ MakeSampler = Callable[..., Sampler]
 
 
 class ChosenSampler(NamedTuple):
-    """make: the constructor. memory: see ``Sampler.memory``; None for what generate takes."""
+    """make: the constructor. memory: see ``Sampler.memory``; None for what ours take. decodes:
+    whether ``make`` also takes ``rollout_weights``, as ``DecoderSampler`` does."""
 
     make: MakeSampler
     memory: SamplerMemory | None = None
+    decodes: bool = False
 
-
-OURS: dict[str, MakeSampler] = {
-    "auto": GenerateSampler,
-    "generate": GenerateSampler,
-    "decoder": DecoderSampler,
-}
 
 WHO = "sampler"
+
+log = logging.getLogger("fusedgrpo")
+
+
+def decoder_or_generate(
+    policy: Policy, *arguments: Any, rollout_weights: str = "adapter", **options: Any
+) -> Sampler:
+    """Our decoder, and generate for a model that it cannot run."""
+    try:
+        return DecoderSampler(policy, *arguments, rollout_weights=rollout_weights, **options)
+    except ModelError as error:
+        if rollout_weights == "merged":
+            raise
+        log.info("Sampling with generate: %s", error)
+    return GenerateSampler(policy, *arguments, **options)
+
+
+OURS = {
+    "auto": ChosenSampler(decoder_or_generate, decodes=True),
+    "generate": ChosenSampler(GenerateSampler),
+    "decoder": ChosenSampler(DecoderSampler, decodes=True),
+}
 
 
 def choose_sampler(option: str, given: Any, folders: Sequence[Path]) -> ChosenSampler:
@@ -59,7 +78,7 @@ def choose_sampler(option: str, given: Any, folders: Sequence[Path]) -> ChosenSa
             _memory(given, who),
         )
     if option in OURS:
-        return ChosenSampler(OURS[option])
+        return OURS[option]
     code = locate_code(option, folders, WHO, ConfigError)
     assert code is not None  # config/rules.py: what is none of ours has a colon
     make = load_code(code, WHO, ConfigError)

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fusedgrpo.models.adapters.attached import adapter_layers
+from fusedgrpo.models.adapters.few_rows import product
 from fusedgrpo.models.adapters.shared_inputs import Forward, Watch, forwards
 from fusedgrpo.models.policy import Policy
 
@@ -170,6 +170,7 @@ class _AdapterFamily(Family):
 
     def _forward(self, index: int) -> Forward:
         base = self.layers[index].get_base_layer()
+        dense = type(base) is nn.Linear
         ranks = [sum(len(a) for a, _, _ in _parts(layer)) for layer in self.layers]
         start = sum(ranks[:index])
         columns = slice(start, start + ranks[index])
@@ -178,10 +179,12 @@ class _AdapterFamily(Family):
             if self._share(x):
                 assert self.kept is not None
                 self._input = x.to(self.kept.dtype)
-                self._down = linear(self._input, self.kept).flatten(0, -2)
+                self._down = product(self._input, self.kept).flatten(0, -2)
             assert self._down is not None and self._input is not None
             # A quantised layer returns the dtype that it is given.
-            out: Tensor = base(self._input)
+            x = self._input
+            fits = dense and base.weight.dtype == x.dtype
+            out: Tensor = product(x, base.weight, base.bias) if fits else base(x)
             down, up = self._down[:, columns], self._ups[index]
             flat = out.view(-1, out.shape[-1])
             if flat.dtype == up.dtype:
@@ -231,9 +234,13 @@ class _MergedFamily(Family):
         columns = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
 
         def forward(x: Tensor) -> Tensor:
+            assert self.kept is not None
+            if x.device.type == "cpu":
+                # Nothing is gained by a product of more columns, rather the contrary.
+                bias = None if self._bias is None else self._bias[columns]
+                return product(x.to(self.kept.dtype), self.kept[columns], bias)
             if self._share(x):
-                assert self.kept is not None
-                self._product = linear(x.to(self.kept.dtype), self.kept, self._bias)
+                self._product = product(x.to(self.kept.dtype), self.kept, self._bias)
             assert self._product is not None
             out = self._product[..., columns]
             if not self._left:
