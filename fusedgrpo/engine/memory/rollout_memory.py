@@ -56,7 +56,8 @@ class DecoderMemory(NamedTuple):
 def generate_memory(
     model: SmallModel, *, rows: int, groups: int, prompt: int, length: int
 ) -> GenerateMemory:
-    """The memory of ``rows`` sequences of ``length`` tokens, their ``groups`` prompts read together."""
+    """The memory of ``rows`` sequences of ``length`` tokens, their ``groups`` prompts
+    read together."""
     from transformers import DynamicCache
 
     tracker = model.tracker
