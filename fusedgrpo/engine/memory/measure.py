@@ -276,7 +276,7 @@ class SmallModel:
         return Activations(**{name: size - before for name, size in peaks.items()})
 
     def forward(self, tokens: int, **options: Any) -> Any:
-        """What the decoder returns for one row of ``tokens`` without padding; ``options`` reach
+        """The outputs of the decoder for one row of ``tokens`` without padding; ``options`` reach
         its attention."""
         ids, positions = torch.zeros(2, 1, tokens, dtype=torch.int64).unbind()
         return self.causal_lm.get_decoder()(

@@ -56,7 +56,8 @@ class DecoderMemory(NamedTuple):
 def generate_memory(
     model: SmallModel, *, rows: int, groups: int, prompt: int, length: int
 ) -> GenerateMemory:
-    """Of ``rows`` sequences of ``length`` tokens, their ``groups`` prompts read together."""
+    """The memory of ``rows`` sequences of ``length`` tokens, their ``groups`` prompts
+    read together."""
     from transformers import DynamicCache
 
     tracker = model.tracker
@@ -131,7 +132,7 @@ def needs_logits(config: GRPOConfig) -> bool:
 
 
 def decoder_memory(model: SmallModel, asked: Decoding) -> DecoderMemory:
-    """Of a rollout of our own decoder."""
+    """The memory of a rollout by our own decoder, whose longest case is ``asked``."""
     tracker = model.tracker
     model.model.eval()
     pages = PagesStandIn(asked.pages)

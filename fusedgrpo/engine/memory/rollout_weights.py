@@ -1,4 +1,4 @@
-"""What completions are drawn from: base and adapter, or a copy of the weights with it merged in."""
+"""The weights that completions are drawn from: base and adapter, or a copy with it merged in."""
 
 from __future__ import annotations
 
