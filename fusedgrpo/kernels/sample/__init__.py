@@ -1,1 +1,1 @@
-"""``linear_sample``: the next token from hidden states, without logits."""
+"""``linear_sample``: the next token from hidden states, without logits; and from given logits."""

@@ -1,7 +1,8 @@
 """The best token so far, tile after tile of the vocabulary, and the softmax of all others.
 
-``best_triton.py`` has ``sample_tile`` with the same arguments; this is the CPU's own path. Shapes:
-R rows of a chunk, K columns of a tile that starts at column ``lo`` of the vocabulary.
+Every token is scored, and two softmaxes are computed. ``best_cpu.py`` has ``sample_tile`` with the
+same arguments and results for a CPU, where both are most of the work, and ``best_triton.py`` for
+GPUs. Shapes: R rows of a chunk, K columns of a tile that starts at column ``lo`` of the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.kernels.logprob.tiles import HeadOptions, OnlineSoftmax, softmax_tile, to_logits
-from fusedgrpo.kernels.sample.philox import gumbel_tile
+from fusedgrpo.kernels.sample.noise import Noise
 
 AS_THEY_ARE = HeadOptions()
 
@@ -46,15 +47,14 @@ def sample_tile(
     bias: Tensor | None,
     lo: int,
     head: HeadOptions,
-    seeds: Tensor | None,
-    positions: Tensor | None,
+    noise: Noise | None,
     best: RunningBest,
 ) -> None:
-    """Takes a tile ``z [R, K]``, as the GEMM left it, into ``best``; no noise without seeds."""
+    """Takes a tile ``z [R, K]``, as the GEMM left it, into ``best``; uses it up."""
     to_logits(z, bias, head)
     score = z
-    if seeds is not None and positions is not None:
-        score = gumbel_tile(seeds, positions, lo, z.shape[1], z.dtype).add_(z)
+    if noise is not None:
+        score = noise.gumbel(lo, z.shape[1], z.dtype).add_(z)
     high, column = score.masked_fill(score.isnan(), -torch.inf).max(1)
     won = high > best.score  # not >=: of equal scores the lowest id is the best
     best.column.copy_(torch.where(won, column + lo, -1))

@@ -13,6 +13,7 @@ from fusedgrpo.kernels.logprob.logit_triton import head_constants, read_logits
 from fusedgrpo.kernels.logprob.softmax_triton import softmax_tile
 from fusedgrpo.kernels.logprob.tiles import HeadOptions
 from fusedgrpo.kernels.sample.best import RunningBest
+from fusedgrpo.kernels.sample.noise import Noise
 from fusedgrpo.kernels.sample.philox_triton import gumbel, token_bits
 
 
@@ -73,8 +74,7 @@ def sample_tile(
     bias: Tensor | None,
     lo: int,
     head: HeadOptions,
-    seeds: Tensor | None,
-    positions: Tensor | None,
+    noise: Noise | None,
     best: RunningBest,
 ) -> None:
     R, K = z.shape
@@ -83,8 +83,8 @@ def sample_tile(
         z,
         z.stride(0),
         bias,
-        seeds,
-        positions,
+        None if noise is None else noise.seeds,
+        None if noise is None else noise.positions,
         best.score,
         best.token,
         best.column,

@@ -32,8 +32,9 @@ from fusedgrpo.kernels.logprob.vocab_pass import (
     tile_functions,
     tiling_for,
 )
-from fusedgrpo.kernels.sample import best
+from fusedgrpo.kernels.sample import best, best_cpu
 from fusedgrpo.kernels.sample.best import RunningBest
+from fusedgrpo.kernels.sample.noise import Noise
 
 
 class Sampled(NamedTuple):
@@ -119,8 +120,7 @@ def _linear_sample(
                 hidden[rows],
                 weight,
                 bias,
-                None if greedy else seeds[rows],
-                None if greedy else positions[rows],
+                None if greedy else Noise(seeds[rows], positions[rows], len(weight)),
                 head,
                 chosen,
             )
@@ -141,29 +141,32 @@ def _sample_rows(
     h: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    seeds: Tensor | None,
-    positions: Tensor | None,
+    noise: Noise | None,
     head: HeadOptions,
     backend: Resolved,
 ) -> tuple[Tensor, Tensor]:
     """Token and log-prob of the rows ``h [R, H]``, in one pass over the vocabulary."""
     running = RunningBest.start(len(h), h, accumulator(h))
-    fn = _best_functions(backend)
+    fn = best_functions(backend, h.device)
     for tile in logit_tiles(h, weight, bias):
-        fn.sample_tile(tile.z, tile.bias, tile.lo, head, seeds, positions, running)
+        fn.sample_tile(tile.z, tile.bias, tile.lo, head, noise, running)
+    return running.token, log_probs(running, weight, head, backend)
+
+
+def log_probs(best: RunningBest, weight: Tensor, head: HeadOptions, backend: Resolved) -> Tensor:
+    """``[R]``: of the best tokens, after the last tile."""
     finish = tile_functions(backend).finish
     no_gradients = (None, None, None, None)
-    statistics = finish(
-        running.others, running.token, weight, head, *no_gradients, want_entropy=False
-    )
+    statistics = finish(best.others, best.token, weight, head, *no_gradients, want_entropy=False)
     # +inf less what is finite would pass for a token that is certain.
-    endless = running.others.z_target == torch.inf
-    return running.token, statistics.logp.masked_fill(endless, torch.nan)
+    endless = best.others.z_target == torch.inf
+    return statistics.logp.masked_fill(endless, torch.nan)
 
 
-def _best_functions(backend: Resolved) -> ModuleType:
+def best_functions(backend: Resolved, device: torch.device) -> ModuleType:
+    """``best.py``, or the module that does the same on this device with this backend."""
     if backend == "torch":
-        return best
+        return best_cpu if device.type == "cpu" else best
     from fusedgrpo.kernels.sample import best_triton
 
     return best_triton
