@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.engine.rollout.warpers import warpers
 from fusedgrpo.kernels import linear_sample
-from fusedgrpo.kernels.sample.rows import sample_logits
+from fusedgrpo.kernels.sample.logits import sample_logits
 from fusedgrpo.models.head import logits
 from fusedgrpo.models.policy import Policy
 
