@@ -13,6 +13,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from fusedgrpo.models.adapters import few_rows, rollout_weights
 from fusedgrpo.models.adapters.rollout_weights import (
     AdapterWeights,
     MergedWeights,
@@ -71,19 +72,32 @@ def test_the_same_policy(family: str, make: Make) -> None:
 def test_what_shares_an_input_is_one_product(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     on = policy("Llama")
     weights = learned(make, on)
+    expected = states(on)
+    for family in weights._families:
+        family.stacked = True  # type: ignore[attr-defined]  # as on a GPU
     through(weights, on)
-    from fusedgrpo.models.adapters import rollout_weights
-
-    plain, products = rollout_weights.linear, []
+    plain, products = rollout_weights.product, []
+    kept = {family.kept.data_ptr() for family in weights._families}  # type: ignore[union-attr]
 
     def noting(x: Tensor, weight: Tensor, *bias: Any) -> Tensor:
-        products.append(weight)
+        if weight.data_ptr() in kept:
+            products.append(weight)
         return plain(x, weight, *bias)
 
-    monkeypatch.setattr(rollout_weights, "linear", noting)
-    through(weights, on)
+    monkeypatch.setattr(rollout_weights, "product", noting)
+    torch.testing.assert_close(through(weights, on), expected, rtol=1e-4, atol=1e-5)
     layers = on.causal_lm.config.num_hidden_layers
     assert len(products) == 4 * layers, "q k v, o, gate up, down"
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_a_few_rows(rows: int, bias: bool) -> None:
+    x, weight = torch.randn(1, rows, 24), torch.randn(40, 24)
+    added = torch.randn(40) if bias else None
+    found = few_rows.product(x, weight, added)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, added))
 
 
 @pytest.mark.parametrize("make", KINDS)

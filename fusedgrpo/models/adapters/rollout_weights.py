@@ -209,6 +209,8 @@ class _MergedFamily(Family):
     def __init__(self, layers: list[Any], policy: Policy):
         super().__init__(layers)
         self.policy = policy
+        # On a CPU a product of more columns is no faster, rather the contrary.
+        self.stacked = policy.device.type != "cpu"
         self._bias: Tensor | None = None
         self._product: Tensor | None = None
 
@@ -235,8 +237,7 @@ class _MergedFamily(Family):
 
         def forward(x: Tensor) -> Tensor:
             assert self.kept is not None
-            if x.device.type == "cpu":
-                # Nothing is gained by a product of more columns, rather the contrary.
+            if not self.stacked:
                 bias = None if self._bias is None else self._bias[columns]
                 return product(x.to(self.kept.dtype), self.kept[columns], bias)
             if self._share(x):
