@@ -16,7 +16,9 @@ from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.engine.rollout.choice import OURS, choose_sampler
+from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.foreign_sampler import ForeignSampler
+from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.models.policy import Policy
@@ -70,7 +72,21 @@ def make(option: str, folders: list[Path]) -> Any:
 
 def test_ours_are_those_that_the_options_know() -> None:
     assert tuple(OURS) == EXTENSIBLE["sampler"]
-    assert all(choose_sampler(name, None, []) == (OURS[name], None) for name in OURS)
+    assert all(choose_sampler(name, None, []) == OURS[name] for name in OURS)
+    assert [name for name in OURS if OURS[name].decodes] == ["auto", "decoder"]
+
+
+def test_auto_is_the_decoder_where_it_can_be() -> None:
+    execution = Execution(OOMRetry(tokens=0))
+    on = Policy(tiny.model())
+    chosen = choose_sampler("auto", None, []).make
+    assert isinstance(chosen(on, tiny.tokenizer(), [1], execution=execution), DecoderSampler)
+    on.layout = "rows"
+    assert isinstance(chosen(on, tiny.tokenizer(), [1], execution=execution), GenerateSampler)
+    with pytest.raises(ModelError, match="cannot"):
+        choose_sampler("decoder", None, []).make(on, tiny.tokenizer(), [1])
+    with pytest.raises(ModelError, match="cannot"):  # or the option would be ignored
+        chosen(on, tiny.tokenizer(), [1], rollout_weights="merged")
 
 
 @pytest.mark.parametrize("name", ["Mine", "made"])
@@ -173,7 +189,7 @@ def test_what_it_says_of_its_memory_is_planned(tmp_path: Path) -> None:
     plan = planned(remote.memory)
     layers, rows = settings.num_hidden_layers, plan.max_in_flight
     assert plan.phases["rollout"]["KV cache"] == layers * rows * 50
-    assert planned(None).phases["rollout"]["KV cache"] != layers * rows * 50
+    assert "KV cache" not in planned(None).phases["rollout"]
     passed = remote.make(POLICY, None, []).sampler  # type: ignore[attr-defined]
     assert planned(choose_sampler("auto", passed, []).memory) == plan
     for name, problem in {"Wrong": "returned 1.5", "Raising": "raised KeyError: 'rows'"}.items():
