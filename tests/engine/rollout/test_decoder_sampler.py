@@ -221,9 +221,9 @@ def test_a_model_that_it_cannot_decode_is_refused(monkeypatch: pytest.MonkeyPatc
         decoder(on)
     from fusedgrpo.models import cached_attention
 
-    plain: Callable[..., Tensor] = cached_attention.decode_attention
+    plain: Callable[..., Tensor] = cached_attention.TokenPlan.attend
     monkeypatch.setattr(
-        cached_attention, "decode_attention", lambda *a, **k: plain(*a, **k | {"scaling": 0.01})
+        cached_attention.TokenPlan, "attend", lambda *a, **k: plain(*a, **k | {"scaling": 0.01})
     )
     with pytest.raises(ModelError, match=r"does not give the log-probs of Qwen2.*auto"):
         decoder(on)
