@@ -141,17 +141,17 @@ def test_decoding_reads_the_keys_of_a_prompt_once_for_all_its_completions(comple
             decode_attention(*case)
         # A copy of whole pages where they are scattered, otherwise the keys where they lie.
         prompts = 20 + 8 if scattered else 17 + 8
-        assert reads.elements == (prompts + (8 + 8) * completions) * 2 * 16
+        assert reads.elements == (prompts + (6 + 6) * completions) * 2 * 16
 
 
-def test_decoding_with_a_window_reads_no_pages_before_it():
+def test_decoding_with_a_window_reads_no_keys_before_it():
     case = paged([17, 8], [[6, 6], [9]], page=4, heads=6, kv_heads=2, d=16, scattered=False)
     with Reads(case.keys) as reads:
         decode_attention(*case, window=8)
-    assert reads.elements == (2 + 3 * 12) * 2 * 16, "two keys of one prompt; three pages a row"
+    assert reads.elements == (2 + 3 * 8) * 2 * 16, "two keys of one prompt; eight a row"
     with Reads(case.keys) as reads:
         decode_attention(*case, window=2)
-    assert reads.elements == 3 * 8 * 2 * 16, "two pages a row"
+    assert reads.elements == 3 * 2 * 2 * 16, "two a row"
 
 
 # --- bytes -----------------------------------------------------------------------------------

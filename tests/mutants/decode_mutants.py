@@ -15,36 +15,37 @@ SOFTCAP = TESTS + "test_it_equals_the_reference[True-softcap=1.5]"
 HEADS = TESTS + "test_heads_that_share_keys[plain-6-2]"
 
 TORCH = "decode/attention_torch.py"
+LAYOUT = "decode/layout.py"
 SPLITS = "decode/attention_triton.py"
 MERGE = "decode/merge_triton.py"
 
 DECODE_MUTANTS = (
     Mutant(
         "the window over the prompt is one key short",
-        TORCH,
+        LAYOUT,
         "max(P + n - window, 0)",
         "max(P + n - window + 1, 0)",
         (INTO_PROMPT,),
     ),
     Mutant(
         "the window over own keys is one key long",
-        TORCH,
+        LAYOUT,
         "max(n - window, 0)",
         "max(n - window - 1, 0)",
         (WITHIN_OWN,),
     ),
     Mutant(
         "keys after a row's last are seen",
-        TORCH,
-        "hidden = (at < low[:, None]) | (at >= high[:, None])",
-        "hidden = at < low[:, None]",
+        LAYOUT,
+        "hidden = (at >= seen[:, None])",
+        "hidden = (at > seen[:, None])",
         (PLAIN,),
     ),
     Mutant(
         "values that have no weight are multiplied with it",
-        TORCH,
-        "value.masked_fill_(hidden[..., None, None], 0)",
-        "value",
+        LAYOUT,
+        "clamp(max=seen[:, None] - 1)",
+        "clamp(max=(seen[:, None] - 1) // page * page + page - 1)",
         (PLAIN,),
     ),
     Mutant(
@@ -57,22 +58,22 @@ DECODE_MUTANTS = (
     Mutant(
         "the scaling is missing",
         TORCH,
-        ".transpose(0, 1) * scaling",
-        ".transpose(0, 1) * 1.0",
+        "query.to(_exact(query)) * scaling",
+        "query.to(_exact(query)) * 1.0",
         (SCALING,),
     ),
     Mutant(
         "values of the wrong head",
         TORCH,
-        "zip(scores, value.permute(2, 0, 1, 3), product, strict=True)",
-        "zip(scores, value.permute(2, 0, 1, 3).flip(0), product, strict=True)",
+        "torch.bmm(scores, value).view(n, h_kv",
+        "torch.bmm(scores, value.roll(1, 0)).view(n, h_kv",
         (HEADS,),
     ),
     Mutant(
         "rows come back in the order of their lengths",
-        TORCH,
-        "back = order.argsort()",
-        "back = order.sort().values",
+        LAYOUT,
+        "torch.tensor(order).argsort()",
+        "torch.tensor(order).sort().values",
         (TESTS + "test_rows_of_very_different_lengths[plain]",),
     ),
     # In Triton.

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fusedgrpo.kernels import decode_attention
 from fusedgrpo.kernels.backend import interpreted
-from fusedgrpo.kernels.decode import attention_torch
+from fusedgrpo.kernels.decode import layout
 from fusedgrpo.kernels.reference import reference_decode_attention
 
 # Prompts that end within a page, at its end and just after it; completions likewise.
@@ -94,7 +94,7 @@ def test_many_keys_and_many_rows(kernel, window):
 @pytest.mark.parametrize("options", [{}, {"window": 12}], ids=named)
 def test_rows_of_very_different_lengths(kernel, options):
     """Own keys are gathered apart, and the rows come back in their order."""
-    assert_right(kernel, paged([3, 4], [[1, 60, 9], [50, 2, 61]]), **options)
+    assert_right(kernel, paged([3, 4], [[1, 160, 9], [150, 2, 161]]), **options)
 
 
 def test_without_queries_the_result_is_empty(kernel):
@@ -216,7 +216,7 @@ def test_double_precision_stays_double():
 
 @pytest.mark.parametrize("most", [1, 2000])
 def test_own_keys_are_gathered_piece_by_piece(monkeypatch, most):
-    monkeypatch.setattr(attention_torch, "GATHERED", most)
+    monkeypatch.setattr(layout, "GATHERED", most)
     case = paged([5, 3], [[1, 30, 7, 7], [29, 2, 31]])
     want = reference_decode_attention(*case.to(torch.float64))
     torch.testing.assert_close(
