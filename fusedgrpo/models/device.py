@@ -67,6 +67,14 @@ def stored_dtype(config: GRPOConfig, computed: torch.dtype | None) -> torch.dtyp
     return computed if computed == torch.float16 else None
 
 
+def resting_dtype(config: GRPOConfig, computed: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that frozen linear layers are cast to once they are loaded, where their files have
+    float32 and nobody has asked for a dtype; None for no cast. computed: as in ``stored_dtype``."""
+    if config.dtype != "auto" or config.finetuning_type == "full":
+        return None
+    return computed
+
+
 @functools.cache
 def _say(message: str) -> None:
     log.info(message)
