@@ -58,7 +58,8 @@ def stored_dtype(config: GRPOConfig, computed: torch.dtype | None) -> torch.dtyp
 
     ``dtype: auto`` is that of the files for frozen weights where the run computes in bfloat16,
     float16 where it computes in that, and float32 for weights that train: bfloat16 weights lose
-    updates below 1/256 of their size. computed: what ``pick_compute_dtype`` said.
+    updates below 1/256 of their size. computed: what ``pick_compute_dtype`` said. Linear layers may
+    be cast after that: see ``resting_dtype``.
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.memory.fake_layers import rounded
 from fusedgrpo.engine.memory.measure import count_weights
+from fusedgrpo.models.at_rest import frozen_linear
 from fusedgrpo.models.loading import load_model
 from fusedgrpo.models.policy import Policy
 
@@ -235,6 +236,26 @@ def test_a_layer_that_computes_in_float32_on_purpose_stays_in_it(
     assert sum("down_proj" in name for name in frozen(policy, torch.float32)) == 2
     assert len(frozen(policy, LOW)) == 2 * 6 + 1
     assert one_update(policy)
+
+
+def test_what_belongs_to_adapters_is_left_out() -> None:
+    """A frozen adapter is saved as it is; so is the original of what another trains."""
+    from peft import LoraConfig
+
+    kinds: dict[str, Any] = {
+        "whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5]}},
+    }
+    for name, settings in kinds.items():
+        model = tiny.add_lora(tiny.model("Llama"), **settings)
+        model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+        model.base_model.set_adapter(["default", "other"])
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in path and "default" in path)
+        inside = model.base_model.model.model
+        expected = {m for m in inside.modules() if type(m) is nn.Linear}
+        expected -= {m for path, m in inside.named_modules() if ".lora_" in path}
+        assert len(expected) == 14 and set(frozen_linear(model)) == expected, name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
