@@ -64,7 +64,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     gguf_file: str | None = option(None, "GGUF file inside model_name_or_path")
     trust_remote_code: bool = option(False, "run the Python code of the model repository")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "dtype of the frozen weights; auto: as stored"
+        "auto", "dtype of the frozen weights; auto: as stored, or as they compute"
     )
     attn_implementation: str | None = option(None, "attention of transformers")
     model_init_kwargs: dict[str, Any] | None = option(None, "more arguments of from_pretrained")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -350,4 +351,7 @@ def own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
 def _bits(model: Any) -> str:
     if getattr(model, "is_loaded_in_4bit", False):
         return "4-bit"
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    sizes: Counter[Any] = Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel() * parameter.is_floating_point()
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")

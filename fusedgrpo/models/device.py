@@ -58,13 +58,22 @@ def stored_dtype(config: GRPOConfig, computed: torch.dtype | None) -> torch.dtyp
 
     ``dtype: auto`` is that of the files for frozen weights where the run computes in bfloat16,
     float16 where it computes in that, and float32 for weights that train: bfloat16 weights lose
-    updates below 1/256 of their size. computed: what ``pick_compute_dtype`` said.
+    updates below 1/256 of their size. computed: what ``pick_compute_dtype`` said. Linear layers may
+    be cast after that: see ``resting_dtype``.
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if config.finetuning_type == "full" or computed is None:
         return torch.float32
     return computed if computed == torch.float16 else None
+
+
+def resting_dtype(config: GRPOConfig, computed: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that frozen linear layers are cast to once they are loaded, where their files have
+    float32 and nobody has asked for a dtype; None for no cast. computed: as in ``stored_dtype``."""
+    if config.dtype != "auto" or config.finetuning_type == "full":
+        return None
+    return computed
 
 
 @functools.cache

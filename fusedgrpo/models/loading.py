@@ -16,7 +16,8 @@ from fusedgrpo.models.adapters.attached import has_adapters, unwrapped
 from fusedgrpo.models.adapters.checks import prepare
 from fusedgrpo.models.adapters.files import check_options, find_adapter, put_onto
 from fusedgrpo.models.adapters.lora import add_lora, check_kind
-from fusedgrpo.models.device import pick_compute_dtype, stored_dtype
+from fusedgrpo.models.at_rest import at_rest_after, say_what_is_cast, store_in_float16
+from fusedgrpo.models.device import pick_compute_dtype, resting_dtype, stored_dtype
 from fusedgrpo.models.dropout import (
     as_it_samples,
     computes_otherwise_in_training,
@@ -58,7 +59,9 @@ def policy_parts(
 ) -> dict[str, Any]:
     """The arguments of a run's ``Policy``: ``model`` if given, else loaded by name. An adapter that
     it has, or that ``config`` names, is trained further; else one is added, unless
-    ``finetuning_type`` is ``full``. Raises ModelError or ConfigError.
+    ``finetuning_type`` is ``full``. Frozen linear layers that are loaded in float32 are cast to the
+    dtype that autocast would cast them to (``at_rest.py``); those of a given ``model`` stay as they
+    are. Raises ModelError or ConfigError.
     """
     device = host.pick_device(config.use_cpu)
     compute_dtype = pick_compute_dtype(config.bf16, config.fp16, device)
@@ -75,7 +78,7 @@ def policy_parts(
         model = model.to(device)
     keep_differentiable(model)  # before its first forward pass
     if compute_dtype == torch.float16 and config.finetuning_type == "lora":
-        _store_in_float16(model)
+        store_in_float16(model)
     model.eval()
     causal_lm = unwrapped(model)
     find_head(causal_lm)  # a tower of another kind, or a model without a head, fails here
@@ -98,8 +101,12 @@ def policy_parts(
         keep = "model"
     for settings in getattr(model, "peft_config", {}).values():
         check_kind(settings)
+    rests = resting_dtype(config, compute_dtype)
     if keep != "model":
         prepare(model, compute_dtype)
+    if given and rests is not None:
+        say_what_is_cast(model, rests)
+        rests = None  # what a cast rounds off is its owner's
     # After the adapters, which may be on the head. A family that is not understood fails here and
     # not in the first update.
     mixed = keep != "model"  # of bfloat16 and the float32 of what trains
@@ -109,7 +116,7 @@ def policy_parts(
     if config.gradient_checkpointing:
         enable_checkpointing(causal_lm)
     model.train()
-    with autocast() if mixed else contextlib.nullcontext():
+    with autocast() if mixed else contextlib.nullcontext(), at_rest_after(model, rests):
         calm = _trains_as_it_samples(model, causal_lm, config)
     return {
         "model": model,
@@ -245,17 +252,6 @@ def _forget_gguf(model: Any) -> None:
 def weights_dtype(config: GRPOConfig, device: torch.device) -> torch.dtype | str:
     """``stored_dtype`` as from_pretrained takes it."""
     return stored_dtype(config, pick_compute_dtype(config.bf16, config.fp16, device)) or "auto"
-
-
-def _store_in_float16(model: nn.Module) -> None:
-    """Autocast to float16 refuses operations on two bfloat16 tensors, which is what the layers of a
-    4-bit model return that has bfloat16 embeddings. What trains, in adapters, stays as it is."""
-    frozen = [p for p in model.parameters() if not hasattr(p, "quant_state")]
-    if has_adapters(model):
-        frozen = [p for p in frozen if not p.requires_grad]
-    for tensor in (*frozen, *model.buffers()):
-        if tensor.dtype == torch.bfloat16:
-            tensor.data = tensor.data.half()
 
 
 def _prepare_full(model: nn.Module, given: bool) -> None:

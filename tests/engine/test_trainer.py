@@ -208,6 +208,23 @@ def test_gradient_checkpointing_does_not_change_the_run(tmp_path, precision):
     assert torch.equal(weights(plain), weights(checkpointed))
 
 
+@pytest.mark.parametrize("sampler", ["decoder", "generate"])
+def test_weights_that_rest_in_bfloat16_do_not_change_the_run(tmp_path, pretended, sampler):
+    pretended(bfloat16=True)
+    directory = tiny.save(tmp_path / "model", tiny.model("Llama"))
+    runs = [
+        trained(tmp_path / dtype, model=str(directory), dtype=dtype, bf16=None, beta=0.1,
+                sampler=sampler, max_steps=2)
+        for dtype in ("float32", "auto")
+    ]  # fmt: skip
+    assert [run.policy.head.weight.dtype for run in runs] == [torch.float32, torch.bfloat16]
+    assert torch.equal(*map(weights, runs)) and rows_of(runs[0]) == rows_of(runs[1])
+    saved = [tmp_path / d / "run/adapter/adapter_model.safetensors" for d in ("float32", "auto")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    assert "on float32 weights" in (tmp_path / "float32/run/run.log").read_text()
+    assert "on bfloat16 weights" in (tmp_path / "auto/run/run.log").read_text()
+
+
 def test_full_fine_tuning_trains_all_weights_and_keeps_its_reference(tmp_path):
     model = tiny.model()
     before = [p.clone() for p in model.parameters()]

@@ -32,7 +32,8 @@ from fusedgrpo.engine.memory.fake_layers import (
 from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.models.adapters.lora import add_lora
-from fusedgrpo.models.device import asked_compute_dtype, stored_dtype
+from fusedgrpo.models.at_rest import frozen_linear, store
+from fusedgrpo.models.device import asked_compute_dtype, resting_dtype, stored_dtype
 from fusedgrpo.models.dropout import own_dropout
 from fusedgrpo.models.loading import enable_checkpointing
 from fusedgrpo.models.router import planned_router
@@ -163,6 +164,9 @@ def _bare(config: GRPOConfig, settings: Any, layers: int | None = None) -> Any:
             for name, module in list(model.named_modules()):
                 if type(module) is nn.Linear and not any(k in name for k in kept):
                     module.__class__ = FourBitLinear
+        if rests := resting_dtype(config, computed):
+            head = model.get_output_embeddings()
+            store(frozen_linear(model.requires_grad_(False)), head, rests)
     return model
 
 
