@@ -59,8 +59,8 @@ class Choose(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a decoder has room for: ``pages`` of the cache, ``rows`` sequences of up to ``most``
-    tokens, after prompts of up to ``prompt`` tokens."""
+    """The room in a decoder: ``pages`` of the cache, ``rows`` sequences of up to ``most`` tokens,
+    after prompts of up to ``prompt`` tokens."""
 
     pages: int
     rows: int

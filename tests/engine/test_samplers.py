@@ -17,9 +17,9 @@ from fusedgrpo.engine.rollout.types import Completion, Group
 from fusedgrpo.errors import ConfigError, SamplerError
 
 OWN = """
-from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
+from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 
-class Counts(GenerateSampler):
+class Counts(DecoderSampler):
     changes = 0
     sampled = []
 
@@ -28,6 +28,7 @@ class Counts(GenerateSampler):
         return super().sample(*args, **kwargs)
 
     def weights_changed(self):
+        super().weights_changed()
         type(self).changes += 1
 """
 STEPS = {"prompts_per_step": 2, "max_steps": 3}
@@ -89,7 +90,8 @@ def named(directory: Path, name: str, **options: Any) -> GRPOTrainer:
 
 
 def test_one_by_name_is_the_run_that_it_would_be_without(tmp_path: Path) -> None:
-    plain, own = trainer(tmp_path / "plain"), named(tmp_path, "named")
+    plain = trainer(tmp_path / "plain", rollout_weights="adapter")
+    own = named(tmp_path, "named")
     plain.train()
     own.train()
     assert metrics(own) == metrics(plain)

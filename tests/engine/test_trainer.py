@@ -154,9 +154,10 @@ def test_sharing_prompts_does_not_change_the_run(tmp_path, options):
 
 
 def test_a_model_that_cannot_be_packed_trains_one_sequence_per_row(tmp_path, monkeypatch):
-    packed = trained(tmp_path / "a", adam_epsilon=1e-3)
-    monkeypatch.setattr(layout, "_foreign_layers", lambda policy: "it is a test")
-    rows = trained(tmp_path / "b", adam_epsilon=1e-3)
+    same = {"adam_epsilon": 1e-3, "sampler": "generate"}
+    packed = trained(tmp_path / "a", **same)
+    monkeypatch.setattr(layout, "foreign_layers", lambda settings: "it is a test")
+    rows = trained(tmp_path / "b", **same)
     assert rows.policy.layout == "rows"
     torch.testing.assert_close(weights(packed), weights(rows), rtol=0, atol=1e-6)
 
@@ -174,10 +175,10 @@ def test_in_bfloat16_cuts_and_layouts_round_the_gradient_otherwise_and_no_more(
     to 2**-8 of it. Runs of many steps are not compared: a token that falls on the other side of a
     tie is another token."""
     pretended(bfloat16=True)
-    same = {"bf16": None, "beta": 0.1, "loss_type": loss_type}
+    same = {"bf16": None, "beta": 0.1, "loss_type": loss_type, "sampler": "generate"}
     whole, rows = first_gradient(tmp_path / "a", **same)
     if changes == "rows":
-        monkeypatch.setattr(layout, "_foreign_layers", lambda policy: "it is a test")
+        monkeypatch.setattr(layout, "foreign_layers", lambda settings: "it is a test")
         changes = {}
     cut, rows_of_cut = first_gradient(tmp_path / "b", **same, **changes)
     assert (cut - whole).norm() <= 4 * 2**-8 * whole.norm()

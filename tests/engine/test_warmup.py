@@ -10,6 +10,7 @@ import torch
 
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import MemoryExhaustedError
+from fusedgrpo.models.ragged_decode import RaggedDecoder
 
 CLOCK = ("time/", "step_time", "tokens_per_second", "memory/")
 OPTIONS = {"prompts_per_step": 2, "max_completion_length": 6, "generation_batch_size": 16}
@@ -22,7 +23,8 @@ def rows(trainer):
 
 
 def recorded(trainer):
-    """The trainer, and where it notes the sizes of forwards with gradients and of decodings."""
+    """The trainer, which samples with generate, and where it notes the sizes of forwards with
+    gradients and of decodings."""
     tokens, cached = [], []
     logprobs, decode = trainer.policy.logprobs, trainer.sampler._decode
 
@@ -57,7 +59,9 @@ def test_a_rehearsed_run_is_the_same_run(tmp_path, family, capsys):
 
 
 def test_nothing_that_follows_is_larger(tmp_path):
-    run, tokens, cached = recorded(process_runs.make(tmp_path / "run", **OPTIONS))
+    run, tokens, cached = recorded(
+        process_runs.make(tmp_path / "run", sampler="generate", **OPTIONS)
+    )
     run.warm_up()
     rehearsed, cache = max(tokens), max(cached)
     tokens.clear()
@@ -67,6 +71,22 @@ def test_nothing_that_follows_is_larger(tmp_path):
     longest = max(len(example.prompt_ids) for example in run.train_dataset.examples)
     assert cache == (16, longest + 6)
     assert max(cached) <= cache
+
+
+def test_no_step_of_the_decoder_is_larger(tmp_path, monkeypatch):
+    run = process_runs.make(tmp_path / "run", **OPTIONS)
+    plain, sizes = RaggedDecoder.next, []
+
+    def noting(self, rows):
+        sizes.append((len(rows), max(row.said for row in rows), self.cache.pages))
+        return plain(self, rows)
+
+    monkeypatch.setattr(RaggedDecoder, "next", noting)
+    run.warm_up()
+    (rehearsed,) = sizes
+    sizes.clear()
+    run.train()
+    assert sizes and all(a <= b for size in sizes for a, b in zip(size, rehearsed, strict=True))
 
 
 def test_it_holds_the_gradients_that_every_micro_batch_but_the_first_finds(tmp_path):

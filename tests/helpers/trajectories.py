@@ -42,6 +42,9 @@ def short(completion_ids: Any, **kwargs: Any) -> list[float | None]:
 # Options, beside OPTIONS. model: of tiny, hybrids or a mixture; rewards: those of the run.
 CASES: dict[str, dict[str, Any]] = {
     "dapo": {},
+    "generate": {"sampler": "generate"},
+    "merged-decoder": {"sampler": "decoder", "rollout_weights": "merged"},
+    "adapter-decoder": {"sampler": "decoder", "rollout_weights": "adapter", "max_in_flight": 3},
     "grpo-kl-two-passes": {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2},
     "vespo-sequence-correction": {
         "loss_type": "vespo",

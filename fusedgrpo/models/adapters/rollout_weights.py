@@ -77,7 +77,7 @@ class RolloutWeights(abc.ABC):
 
     @property
     def bytes(self) -> int:
-        """Of what is kept between rollouts."""
+        """The size of what is kept between rollouts."""
         return sum(family.kept.nbytes for family in self._families if family.kept is not None)
 
     @abc.abstractmethod
@@ -126,7 +126,7 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def _forward(self, index: int) -> Forward:
-        """Of one of the layers."""
+        """The forward pass of one of the layers."""
 
     def _keep(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         kept = self.kept
