@@ -12,11 +12,17 @@ import torch
 
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
+from fusedgrpo.engine.rollout import next_token
 from fusedgrpo.engine.rollout.decode_loop import How
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
+from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import SamplingParams
+from fusedgrpo.kernels.sample import op as sample_op
+from fusedgrpo.models import cached_attention
+from fusedgrpo.models.adapters.rollout_weights import AdapterWeights, MergedWeights
 from fusedgrpo.models.decode_graphs import Result, StepGraphs, bucket
 from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.ragged_decode import Prompt, RaggedDecoder, Room, Row
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [4], [9, 9], [3, 30, 20] * 9]
 
@@ -110,3 +116,39 @@ def test_buckets_are_few_and_waste_little() -> None:
         assert all(rows <= size <= most for rows, size in sizes.items())
         assert all(size - rows <= max(rows // 4, 3) for rows, size in sizes.items())
         assert len(set(sizes.values())) <= 4 + 4 * max(most.bit_length() - 3, 0)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma2", "Mistral"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.9}, {"repetition_penalty": 1.2}])
+@pytest.mark.parametrize("kind", [AdapterWeights, MergedWeights])
+def test_a_step_never_waits_for_the_device(
+    family: str, options: dict[str, Any], kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without values: nobody can look at one."""
+    on = Policy(tiny.add_lora(tiny.model(family)))
+    on.model.to("meta")
+    monkeypatch.setattr(cached_attention, "resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr(
+        next_token, "sample_logits", lambda z, seeds, at, greedy: (z.argmax(1), z.amax(1))
+    )
+    # This device knows no autocast.
+    monkeypatch.setattr(sample_op, "autocast_operands", lambda *operands: operands)
+    params = SamplingParams(max_new_tokens=40, **options)
+    weights = kind(on)
+    with torch.no_grad(), on.scoring():
+        decoder = RaggedDecoder(on, Room(3 + 4 * 2, 4, 40, 20), NextToken(on, params))
+        prompts = [Prompt(list(range(3, 23)), decoder.cache.take(2)), Prompt([5], [])]
+        prompts[1].pages = decoder.cache.take(1)
+        rows = [Row(prompts[i // 2], i, i) for i in range(4)]
+        with weights.learn():
+            decoder.read(prompts[:1])
+        with weights.active():
+            decoder.read(prompts[1:])
+            decoder.first(rows)
+            for _ in range(20):
+                said = decoder.next(rows)
+        step = decoder.blank(7)
+        decoder._step(rows).write_into(step, decoder.blank(7))
+    assert [row.said for row in rows] == [21] * 4
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        said.read()
