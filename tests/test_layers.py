@@ -33,8 +33,12 @@ LAYERS = [
     ["doctor"],
     ["cli"],
 ]  # fmt: skip
-# Other people's trainers: imported by nobody, and what they import.
-INTEGRATIONS = {"errors", "host", "loss_options", "kernels", "models", "integrations"}
+# Other people's trainers: imported by nobody, and what they import. Of the engine that is what it
+# takes to make a rollout, so that their loop has our decoder itself and not a copy.
+INTEGRATIONS = {
+    "errors", "host", "loss_options", "kernels", "models", "integrations",
+    "engine.rollout", "engine.execution", "engine.memory", "engine.seeding",
+}  # fmt: skip
 
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
 

@@ -1,7 +1,6 @@
 """TRL's GRPO and RLOO trainers on our forward pass: change one line, keep everything else.
 
-    from fusedgrpo import host
-from fusedgrpo.integrations.trl import FusedGRPOTrainer as GRPOTrainer
+    from fusedgrpo.integrations.trl import FusedGRPOTrainer as GRPOTrainer
 
 Log-probs and entropies of policy, old policy and reference come from packed batches in which each
 prompt is there once, through a head without logits. Losses, metrics, callbacks, checkpoints, PEFT,
@@ -29,6 +28,7 @@ from fusedgrpo import host
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.integrations.packed_forward import PackedForward, install, probe_router
 from fusedgrpo.integrations.trl_loss import compute_loss, refuse_uncovered
+from fusedgrpo.integrations.trl_rollouts import LEAVE_IT_OUT, Rollouts, refuse_options
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.adapters.kinds import acts_outside
 from fusedgrpo.models.four_bit import keep_differentiable
@@ -69,8 +69,13 @@ def _import_trl() -> tuple[Any, Any]:
             "off_policy_threshold",
         ),
     }  # fmt: skip
+    rollouts = {
+        "_generate_single_turn": (
+            "prompt_ids", "images", "multimodal_fields", "num_generations",
+        ),
+    }  # fmt: skip
     for module, name, methods in (
-        (grpo_trainer, "GRPOTrainer", expected | masks),
+        (grpo_trainer, "GRPOTrainer", expected | masks | rollouts),
         (rloo_trainer, "RLOOTrainer", expected),
     ):
         for method, names in methods.items():
@@ -99,6 +104,12 @@ class FusedLogProbs:
         that prompts are shared; groups, and completions within a group, are still shuffled.
         ``False`` shuffles single rows as TRL does.
     fused_loss: (GRPO) the loss is ours too, in one kernel, with TRL's values and metrics.
+    fused_rollouts: (GRPO) completions come from our decoder instead of transformers' generate: a
+        prompt is read once for its group, nothing is padded, and a completion that ends makes room
+        for another. Sampled is what trains, in its precision and without dropout. The noise derives
+        from the trainer's seed, the step, the process, and how many rollouts the step had before,
+        so a run that is resumed at a generation batch goes on as the uninterrupted one, and the
+        global generators are left alone.
 
     Rows whose gradient is exactly zero (advantage 0, no KL in the loss, no entropy bonus; nothing
     unmasked) are scored without gradients: the same loss, metrics and gradients for a third of
@@ -115,6 +126,7 @@ class FusedLogProbs:
         tokens_per_microbatch: int | None = None,
         group_rows: bool = True,
         fused_loss: bool = False,
+        fused_rollouts: bool = False,
         **kwargs: Any,
     ):
         if shared_prompt not in ("auto", "on", "off"):
@@ -126,10 +138,16 @@ class FusedLogProbs:
         self.tokens_per_microbatch = tokens_per_microbatch
         if fused_loss and self._module is not grpo_trainer:
             raise ConfigError("fused_loss=True is for GRPO: RLOO has a loss of its own.")
+        if fused_rollouts:
+            if self._module is not grpo_trainer:
+                raise ConfigError(f"fused_rollouts=True is for GRPO: {LEAVE_IT_OUT}")
+            names = inspect.signature(grpo_trainer.GRPOTrainer).parameters
+            refuse_options(dict(zip(names, args, strict=False)) | kwargs)
         self.group_rows = group_rows
         self.fused_loss = fused_loss
         self._no_gradient: Tensor | None = None
         self._said: set[str] = set()
+        self._rollouts: Rollouts | None = None
         super().__init__(*args, **kwargs)
         me: Any = self
         for model in (me.model, getattr(me, "ref_model", None)):
@@ -143,7 +161,13 @@ class FusedLogProbs:
             )
         if fused_loss:
             refuse_uncovered(me)
+        if fused_rollouts and self._sharded:
+            raise ConfigError(
+                f"fused_rollouts=True with sharded weights (FSDP, ZeRO-3): {LEAVE_IT_OUT}"
+            )
         self._obstacle = self._reason_for_trls_forward()
+        if self._obstacle is not None and fused_rollouts:
+            raise ModelError(f"fused_rollouts=True: {self._obstacle}; {LEAVE_IT_OUT}")
         if self._obstacle is not None:
             # For policy, old policy and reference alike: their log-probs are compared.
             self._say(f"TRL's own forward pass is used: {self._obstacle}.")
@@ -157,6 +181,11 @@ class FusedLogProbs:
                     head_in_float32=bool(getattr(me.args, "cast_lm_head_to_fp32", False)),
                     router_coef=self._router_coef,
                 )
+        if fused_rollouts:
+            forward = self._packed_forward(me.model)
+            assert forward is not None
+            causal_lm = _causal_lm(me.accelerator.unwrap_model(me.model))
+            self._rollouts = Rollouts(self, causal_lm, forward)
 
     @property
     def _router_coef(self) -> float:
@@ -306,6 +335,26 @@ class FusedLogProbs:
         # One row at least: the loss has to hang on the parameters, and DDP waits for all of them.
         live = live or [0]
         return live, [i for i in range(count) if i not in set(live)]
+
+    # --- rollouts --------------------------------------------------------------------------------
+
+    def _generate_single_turn(
+        self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._rollouts is None:
+            return super()._generate_single_turn(  # type: ignore[misc]
+                prompt_ids, images, multimodal_fields, *args, **kwargs
+            )
+        if images is not None or multimodal_fields:
+            raise ConfigError(
+                f"fused_rollouts=True: the prompts hold more than text "
+                f"({', '.join(multimodal_fields) or 'images'}): {LEAVE_IT_OUT}"
+            )
+        me: Any = self
+        mode = "train" if me.model.training else "eval"
+        with grpo_trainer.profiling_context(self, "transformers.generate"):
+            completions = self._rollouts.completions(prompt_ids, mode)
+        return completions, None  # as where TRL generates: log-probs are the policy's own
 
     # --- steps, their loss and the order of rows --------------------------------------------------
 

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl_runs import LORA_RUN, ONLY_TRLS_LOSS, RLOO_RUNS, RUNS, TOLERANCE
 
+from fusedgrpo.integrations import trl_rollouts
 from fusedgrpo.integrations.trl import TESTED
 
 # What the axes have besides options of TRL.
@@ -58,6 +59,9 @@ UNTOUCHED = {
                                  "log_multimodal", "log_unique_prompts",
                                  "log_completions_hub_repo"),
 }  # fmt: skip
+
+# Of the options of TRL, those that say how ``fused_rollouts=True`` draws a token.
+ROLLOUT_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def options_of_trl():
@@ -147,6 +151,10 @@ def bullets(entries):
     return "\n".join(f"- {text}" for text in entries)
 
 
+def code(names):
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def listed(options):
     return ", ".join(f"`{name}={show(value)}`" for name, value in options.items())
 
@@ -206,11 +214,25 @@ def document():
         "## Not compared",
         bullets(f"`{name}`: {why}." for name, why in NOT_COMPARED.items()),
         "## Untouched",
-        "Options that only TRL's own code reads, the same code with and without us:",
+        paragraph("""
+            Options that only TRL's own code reads, the same code with and without us (but for
+            rollouts of ours, see below):"""),
         bullets(
             f"{kind}: {', '.join(f'`{name}`' for name in names)}"
             for kind, names in UNTOUCHED.items()
         ),
+        "## Rollouts",
+        paragraph(f"""
+            The comparisons above are of completions that TRL generates. With `fused_rollouts=True`
+            our decoder draws them, with other noise, so that runs are not the same number by
+            number; log rows have the same names
+            (`tests/integrations/test_trl_rollouts.py`). It obeys `max_completion_length`,
+            `num_generations_eval`, {code(ROLLOUT_OPTIONS)}, and of `generation_kwargs`
+            {code(trl_rollouts.KNOWN)}. Refused when the trainer is made:
+            {code(trl_rollouts.REFUSED)}, every other key of `generation_kwargs`, a multimodal
+            `processing_class`, weights in shards, a model or adapter that takes TRL's own forward
+            pass or cannot be forwarded packed, and what transformers would add from the model's own
+            `generation_config`: {code(trl_rollouts.OF_THE_MODEL)}."""),
     ]) + "\n"  # fmt: skip
 
 

@@ -128,6 +128,17 @@ def test_seeded_runs_in_two_processes_log_what_stock_trl_logs(out, strategy, nam
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
+def test_two_processes_that_share_groups_sample_different_completions(out):
+    one, two = (left(out, f"ddp-rollouts-{rank}") for rank in range(2))
+    assert [len(ids) for ids in one["said"]] == [8] * 3
+    assert all(mine != others for mine, others in zip(one["said"], two["said"], strict=True))
+    for row, mine, others in zip(one["log"], one["said"], two["said"], strict=False):
+        lengths = [len(ids) for ids in mine + others]
+        assert row["completions/mean_length"] == pytest.approx(sum(lengths) / 16)
+    assert one["weights"].keys() == two["weights"].keys()
+    assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+
+
 @pytest.mark.parametrize("name", processes.SHARDED)
 def test_weights_sharded_by_fsdp2_give_the_same_steps_with_equally_many_forwards(out, name):
     for rank in range(2):

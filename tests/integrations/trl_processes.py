@@ -34,7 +34,7 @@ from fusedgrpo.models.packed_batch import PackedBatch
 
 PROMPTS = [f"w{i} w{i + 1} w{i // 2}" for i in range(4, 10)] + ["w5", "w30 w31"]
 OF_THE_TRAINER = ("model", "reward_funcs", "peft_config", "group_rows", "fused_loss",
-                  "tokens_per_microbatch")  # fmt: skip
+                  "fused_rollouts", "tokens_per_microbatch")  # fmt: skip
 ROWS = 8
 
 # name: trainer, options.
@@ -280,6 +280,24 @@ def run(cls: Any, out: Path, strategy: str, **options: Any) -> list[dict[str, An
     ]
 
 
+def run_with_rollouts(out: Path) -> dict[str, Any]:
+    """The log of a run with our decoder, half of each group in each process; what this one said,
+    and the weights that it ended with."""
+    said: list[list[list[int]]] = []
+
+    def watched(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        said.append(completion_ids)
+        return reward(completion_ids, **kwargs)
+
+    trainer = make(
+        FusedGRPOTrainer, out, fused_rollouts=True, num_generations=16, peft_config="lora",
+        reward_funcs=watched,
+    )  # fmt: skip
+    trainer.train()
+    weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"log": trainer.state.log_history, "said": said, "weights": weights}
+
+
 def main(out: Path, only: str | None = None) -> None:
     torch.set_num_threads(1)
     rank = rank_and_size()[0]
@@ -293,6 +311,7 @@ def main(out: Path, only: str | None = None) -> None:
             cls, options = STEPS[name]
             leave(f"zero3-{name}", step(cls, out, "zero3", **options, **arguments))
         return
+    leave("ddp-rollouts", run_with_rollouts(out))
     for strategy in ("ddp", "fsdp2"):
         if strategy == "fsdp2":
             use_fsdp2()
