@@ -4,9 +4,9 @@
 
 Everybody gets the same weights, the same LoRA adapter, the same prompts, the same reward function,
 optimizer, batch and number of threads, in a process of their own, and runs the training loop that
-users run (``train()``), held up before each step until it is their turn. EOS is forbidden on both
-sides by the same means (``min_new_tokens`` of transformers' generate), so that all completions have
-exactly the maximal length: equal work, and no padding for the peer to pay for. Gradient
+users run (``train()``), held up before each step until it is their turn. EOS ends nothing (for the
+peer it is forbidden by ``min_new_tokens``), so that all completions have exactly the maximal
+length: equal work, and no padding for the peer to pay for. Gradient
 checkpointing and logging are off. Our step includes writing its metrics and completions, the peer's
 leaves out the loading of data. ``cpu/step`` is processor time: with ``--threads 1`` it hardly
 depends on who else uses the machine (with more, threads that wait for each other count too).
@@ -264,18 +264,11 @@ class Probe:
 
 def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
     from fusedgrpo import GRPOConfig, GRPOTrainer
-    from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
     from fusedgrpo.engine.rollout.sampler import Sampler
     from fusedgrpo.engine.rollout.types import Completion, Group
 
     model, tokenizer = load(case)
     probe = Probe(turns, case, model)
-
-    class WithoutEos(GenerateSampler):
-        def _generation_config(self, params: Any) -> Any:
-            config = super()._generation_config(params)
-            config.min_new_tokens = params.max_new_tokens
-            return config
 
     class Given(Sampler):
         def sample(
@@ -332,7 +325,8 @@ def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
             save_strategy="no",
         ),
     )
-    without_eos = WithoutEos(trainer.policy, trainer.processing_class, trainer.eos_ids)
+    without_eos = trainer.sampler
+    without_eos.eos_ids = frozenset()  # type: ignore[attr-defined]  # the decoder's
     trainer.train()
 
 
