@@ -300,10 +300,13 @@ def _fold(layer: Any, out: Tensor) -> None:
     step = max(FOLDED // weight.shape[1], 1)
     for lo in range(0, len(weight), step):
         rows = slice(lo, lo + step)
-        total = weight[rows].to(exact)
+        total: Tensor = weight[rows].to(exact)
+        sums = out[rows] if out.dtype == exact else torch.empty_like(total)
         for a, b, scaling in _parts(layer):
-            total = torch.addmm(total, b[rows].to(exact), a.to(exact), alpha=scaling)
-        out[rows].copy_(total)
+            torch.addmm(total, b[rows].to(exact), a.to(exact), alpha=scaling, out=sums)
+            total = sums
+        if sums.dtype != out.dtype:
+            out[rows].copy_(sums)
 
 
 def _dense(weight: Any) -> Tensor:
