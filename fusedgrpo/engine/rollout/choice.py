@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fusedgrpo.engine.interrupts import Interrupted
 from fusedgrpo.engine.memory.sizes import SamplerMemory
@@ -38,7 +38,10 @@ log = logging.getLogger("fusedgrpo")
 
 
 def decoder_or_generate(
-    policy: Policy, *arguments: Any, rollout_weights: str = "adapter", **options: Any
+    policy: Policy,
+    *arguments: Any,
+    rollout_weights: Literal["adapter", "merged"] = "adapter",
+    **options: Any,
 ) -> Sampler:
     """Our decoder, and generate for a model that it cannot run."""
     try:
