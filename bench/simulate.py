@@ -40,6 +40,9 @@ from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.storage_tracker import Peak, StorageTracker, fake_tensors
 from fusedgrpo.engine.optimizer import build_optimizer
 from fusedgrpo.engine.rollout import decoder_sampler
+from fusedgrpo.engine.rollout.decode_loop import How, Limits, hold
+from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
+from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.scoring import loss_options
@@ -77,6 +80,8 @@ def simulate(
 ) -> Simulation:
     """One rollout and one step at full length: every completion of ``max_completion_length``.
 
+    ``rollout_weights: auto`` is the adapter here, ``sampler: auto`` our decoder.
+
     settings: the model's transformers configuration. in_flight: completions decoded together (all
     if None). offload: what the update saves for its backward pass goes to the host. update: False
     for the rollout alone.
@@ -98,12 +103,16 @@ def simulate(
         result.resident = tracker.alive()
         with tracker.labelled("optimizer"):
             optimizer = build_optimizer(config, run.trainable())
+        rows = in_flight or batches.groups_per_rollout * config.num_generations
+        sampler = None
+        if config.sampler != "generate":
+            with tracker.labelled("weights for rollouts"):
+                sampler = _decoder(run, config, rows)
         result.resident = tracker.alive()
         result.peaks["weights"] = _now(tracker)
-        rows = in_flight or batches.groups_per_rollout * config.num_generations
-        if config.sampler == "decoder":
+        if sampler is not None:
             own = [[1] * prompt_tokens] * batches.groups_per_rollout
-            result.peaks["rollout"] = _decoded(run, tracker, config, own, rows)
+            result.peaks["rollout"] = _decoded(sampler, tracker, config, own)
         else:
             result.peaks["rollout"] = _generated(run, tracker, config, prompt_tokens, rows)
         if not update:
@@ -138,24 +147,33 @@ def longest_samples(config: GRPOConfig, P: int, prompts: int) -> list[TrainingSa
 # --- the phases ---------------------------------------------------------------------------------
 
 
+def _decoder(run: Policy, config: GRPOConfig, rows: int) -> DecoderSampler:
+    """Our decoder, with the weights that it samples from; merged ones if the option says so."""
+
+    def few_tokens(run: Policy, how: How) -> None:
+        """In place of a comparison of numbers."""
+        params = SamplingParams(max_new_tokens=2)
+        hold(run, [[1, 2]], 1, Limits(1, 0, 2), NextToken(run, params), how=how)
+
+    with mock.patch.object(decoder_sampler, "check_decoder", few_tokens):
+        return DecoderSampler(
+            run,
+            NoText(),
+            [-1],
+            execution=Execution(OOMRetry(config.tokens_per_microbatch or 0, rows)),
+            rollout_weights="merged" if config.rollout_weights == "merged" else "adapter",
+        )
+
+
 def _decoded(
-    run: Policy, tracker: StorageTracker, config: GRPOConfig, prompts: list[list[int]], rows: int
+    sampler: DecoderSampler, tracker: StorageTracker, config: GRPOConfig, prompts: list[list[int]]
 ) -> Peak:
-    """The decoder's own warm-up: prompts are read, and the last token of the longest completions is
-    chosen."""
-    tokens = config.tokens_per_microbatch or 0
-    params = SamplingParams(
-        max_new_tokens=config.max_completion_length, temperature=config.temperature,
-        top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-    )  # fmt: skip
-    # It would compare numbers.
-    with mock.patch.object(decoder_sampler, "check_decoder", lambda policy: None):
-        execution = Execution(OOMRetry(tokens, rows))
-        sampler = decoder_sampler.DecoderSampler(run, NoText(), [-1], execution=execution)
+    """The decoder's own warm-up after an update: weights are prepared or merged anew, prompts are
+    read, and the last token of the longest completions is chosen."""
+    sampler.weights_changed()
     tracker.start_peak()
     with tracker.labelled("rollout"):
-        sampler.warm_up(prompts, config.num_generations, params)
+        sampler.warm_up(prompts, config.num_generations, SamplingParams.of(config))
     return tracker.peak
 
 
@@ -293,6 +311,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="per micro-batch; default: one sequence")
     parser.add_argument("--in-flight", type=int)
     parser.add_argument("--sampler", choices=["generate", "decoder"], default="decoder")
+    parser.add_argument("--rollout-weights", choices=["adapter", "merged"], default="adapter")
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--no-4bit", action="store_true")
     parser.add_argument("--no-checkpointing", action="store_true")
@@ -303,6 +322,7 @@ def main() -> None:
         max_completion_length=args.completion, optim=args.optim,
         tokens_per_microbatch=args.tokens or args.prompt + args.completion,
         gradient_checkpointing=not args.no_checkpointing, sampler=args.sampler,
+        rollout_weights=args.rollout_weights,
     )  # fmt: skip
     result = simulate(
         config, model_config(args.model), prompt_tokens=args.prompt, in_flight=args.in_flight

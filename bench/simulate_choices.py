@@ -20,11 +20,13 @@ from fusedgrpo.kernels.decode import attention_triton as decode_triton
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.kernels.logprob import backward as head_backward
 from fusedgrpo.kernels.logprob import finish_triton, softmax_triton, tiles_triton, vocab_pass
-from fusedgrpo.kernels.sample import best_triton
+from fusedgrpo.kernels.sample import best, best_triton
+from fusedgrpo.kernels.sample import logits as sample_logits
 from fusedgrpo.kernels.sample import op as sample_op
 from fusedgrpo.models import activation_offload as offload
 from fusedgrpo.models import loading, policy
 from fusedgrpo.models import packed_attention as attention
+from fusedgrpo.models.adapters import rollout_weights
 from fusedgrpo.models.device import pick_compute_dtype
 from fusedgrpo.models.policy import Policy
 
@@ -87,10 +89,17 @@ def cuda_choices() -> Iterator[None]:
         patch(decode_triton, "prompt_kernel", NoLaunch())
         patch(decode_triton, "own_kernel", NoLaunch())
         patch(decode_triton, "merge_kernel", NoLaunch())
-        patch(sample_op, "tile_functions", lambda backend: tiles_triton)
-        patch(sample_op, "_best_functions", lambda backend: best_triton)
+        # Tokens: Triton's tiles from hidden states, torch's from rows of logits.
+        patch(sample_op, "resolve_backend", lambda *_: "triton")
         patch(sample_op, "tiling_for", _cuda_tiling)
-        patch(sample_op, "plain_arithmetic_on", lambda x: torch.autocast("cpu", enabled=False))
+        patch(sample_logits, "best_functions", lambda *_: best)
+        patch(sample_logits, "CACHED", sample_logits.LAUNCHED)
+        for module in (sample_op, sample_logits):
+            patch(module, "plain_arithmetic_on", lambda x: torch.autocast("cpu", enabled=False))
+        # Rollouts: products as on a GPU. Addresses of fake weights say nothing.
+        stacked = property(lambda family: True, lambda family, value: None)
+        patch(rollout_weights._MergedFamily, "stacked", stacked, create=True)
+        patch(rollout_weights.RolloutWeights, "_trained_state", lambda weights: "fake")
         # Offload: what moves are plain tensors, and here these are fake.
         patch(offload, "Tensor", FakeTensor)
         # Numbers that are asked for, and a mask whose length depends on some.
@@ -176,12 +185,25 @@ def scratch_bodies() -> dict[Any, Callable[..., Any]]:
         ops.fusedgrpo.decode_attention.default: _decode_attention,
         ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
         ops.bitsandbytes.gemm_4bit.default: _gemm_4bit,
+        ops.aten.sort.default: _sort,
     }
 
 
 def _decode_attention(query: Tensor, *arguments: Any) -> Tensor:
     *tensors, _ = arguments  # the backend
     return decode_triton.decode_attention_triton(query, *tensors)
+
+
+def _sort(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Several rows are sorted as one (SortStable.cu, ``segmented_sort_pairs_by_full_sort``): int2
+    of row and column, before and after, the sorted numbers, and what cub's radix sort alternates
+    with."""
+    scratch = [x.new_empty(2 * x.numel(), dtype=torch.int32) for _ in range(2)]
+    scratch += [torch.empty_like(x), torch.empty_like(x)]
+    scratch.append(x.new_empty(2 * x.numel(), dtype=torch.int32))
+    out = torch.empty_like(x), torch.empty_like(x, dtype=torch.int64)
+    scratch.clear()
+    return out
 
 
 def _varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:

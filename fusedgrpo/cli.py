@@ -69,12 +69,14 @@ def plan(
             f"{options.model_name_or_path}: a GGUF file has no config.json to plan from. Plan with "
             "the name of the model it was made of."
         )
+    sampler = choose_sampler(options.sampler, None, code_folders([config.parent]))
     found = plan_memory(
         planned_options(options),
         settings,
         gpu_bytes=card,
         activation_offloading=options.activation_offloading,
-        sampler_memory=choose_sampler(options.sampler, None, code_folders([config.parent])).memory,
+        sampler_memory=sampler.memory,
+        decoder=sampler.decodes,
     )
     typer.echo(plan_table(found))
     if not found.fits:

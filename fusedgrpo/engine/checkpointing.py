@@ -3,7 +3,8 @@
 adapter/ or model/     the weights, loadable by peft or transformers as they are
 optimizer.safetensors  and the JSON part of its state in state.json
 window.safetensors     the unfinished rollout, if there is one; its rest in window.json
-state.json             counters, data cursor, configuration, start, fingerprints of the data
+state.json             counters, data cursor, configuration, start, fingerprints of the data, what
+                       completions come from
 manifest.json          sizes and hashes of all of these
 """
 

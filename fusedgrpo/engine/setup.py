@@ -6,11 +6,13 @@ here, the cheap checks before the expensive ones.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,16 +34,14 @@ from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
-from fusedgrpo.engine.memory.rollout_weights import choose_rollout_weights
-from fusedgrpo.engine.memory.sizes import SamplerMemory
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
 from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
 from fusedgrpo.engine.rollout.choice import ChosenSampler, choose_sampler
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
-from fusedgrpo.engine.rollout.shared_sampler import SharedSampler
 from fusedgrpo.engine.run_clock import RunClock
+from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.errors import ConfigError, PlanError
 from fusedgrpo.models.activation_offload import OffloadActivations
@@ -71,13 +71,13 @@ class Parts:
     reward_funcs: RewardFunctions
     train_dataset: PromptDataset
     eval_dataset: PromptDataset | None
-    memory_plan: MemoryPlan | None
     policy: Policy
     eos_ids: list[int]
     plan: BatchPlan
     stream: PromptStream
     estimate_advantages: Estimator
     learner: Learner
+    run_sampler: RunSampler
     sampler: Sampler
     sampling: SamplingParams
 
@@ -139,26 +139,26 @@ def build_parts(
         reading = {**(limits or {}), "clock": clock, "formats": formats}
         train, held_out = _load_data(args, processing_class, train_dataset, eval_dataset, reading)
         memory_plan = None
+        plan_for: Callable[[GRPOConfig], MemoryPlan | None] = lambda args: None  # noqa: E731
         if model is None and peft_config is None:  # else the options do not describe the model
-            memory_plan = _plan_memory(
-                args,
-                policy,
-                all_examples(train, held_out),
-                processes.size,
-                chosen_sampler.memory,
+            plan_for = functools.partial(
+                _plan_memory,
+                settings=model_settings(args) if policy is None else policy.causal_lm.config,
+                examples=all_examples(train, held_out),
+                world_size=processes.size,
+                sampler=chosen_sampler,
             )
+            memory_plan = plan_for(args)
         policy = policy or Policy.load(args, model, peft_config)
         check_tokenizer(tokenizer, policy.causal_lm)
         _check_equal(processes, args, train, held_out, policy)
-        oom_retry = OOMRetry(
-            args.tokens_per_microbatch
-            or (memory_plan and memory_plan.tokens_per_microbatch)
-            or TOKENS_PER_MICROBATCH[policy.device.type],
-            memory_plan.max_in_flight if memory_plan else args.max_in_flight,
-        )
-        execution = Execution(oom_retry, processes, signals)
+        execution = Execution(_limits(args, memory_plan, policy), processes, signals)
         plan = resolve_batch(args, len(train), processes.size)
         ends = eos_ids(policy.causal_lm, tokenizer)
+        learner = _learner(args, policy, plan, execution, memory_plan, custom_loss)
+        run_sampler = RunSampler(
+            args, policy, tokenizer, ends, execution, chosen_sampler, memory_plan, plan_for
+        )
         return Parts(
             args=args,
             execution=execution,
@@ -169,22 +169,15 @@ def build_parts(
             reward_funcs=rewards,
             train_dataset=train,
             eval_dataset=held_out,
-            memory_plan=memory_plan,
             policy=policy,
             eos_ids=ends,
             plan=plan,
             stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
             estimate_advantages=estimator,
-            learner=_learner(args, policy, plan, execution, memory_plan, custom_loss),
-            sampler=_sampler(args, policy, tokenizer, ends, execution, chosen_sampler, memory_plan),
-            sampling=SamplingParams(
-                max_new_tokens=args.max_completion_length,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                top_k=args.top_k,
-                min_p=args.min_p,
-                repetition_penalty=args.repetition_penalty,
-            ),
+            learner=learner,
+            run_sampler=run_sampler,
+            sampler=run_sampler.make(),
+            sampling=SamplingParams.of(args),
         )
     except BaseException:
         rewards.close()
@@ -219,9 +212,6 @@ def _learner(
     memory_plan: MemoryPlan | None,
     custom_loss: CustomLoss | None,
 ) -> Learner:
-    offloads = args.activation_offloading or (
-        memory_plan is not None and memory_plan.activation_offloading
-    )
     optimizer = build_optimizer(args, policy.trainable())
     return Learner(
         policy,
@@ -233,33 +223,41 @@ def _learner(
         custom_loss=custom_loss,
         entropy_coef=args.entropy_coef,
         seed=args.seed,
-        offload=OffloadActivations(policy.device) if offloads else None,
+        offload=_offload(args, memory_plan, policy),
     )
 
 
-def _sampler(
-    args: GRPOConfig,
-    policy: Policy,
-    tokenizer: Any,
-    ends: list[int],
-    execution: Execution,
-    chosen: ChosenSampler,
-    memory_plan: MemoryPlan | None,
-) -> Sampler:
-    options: dict[str, Any] = {"skip_special_tokens": args.skip_special_tokens}
-    if chosen.decodes:
-        options["rollout_weights"] = choose_rollout_weights(args, memory_plan, policy)
-    made = chosen.make(policy, tokenizer, ends, execution=execution, **options)
-    processes = execution.processes
-    return SharedSampler(made, processes) if processes.size > 1 else made
+def _limits(args: GRPOConfig, memory_plan: MemoryPlan | None, policy: Policy) -> OOMRetry:
+    return OOMRetry(
+        args.tokens_per_microbatch
+        or (memory_plan and memory_plan.tokens_per_microbatch)
+        or TOKENS_PER_MICROBATCH[policy.device.type],
+        memory_plan.max_in_flight if memory_plan else args.max_in_flight,
+    )
+
+
+def _offload(
+    args: GRPOConfig, memory_plan: MemoryPlan | None, policy: Policy
+) -> OffloadActivations | None:
+    planned = memory_plan is not None and memory_plan.activation_offloading
+    return OffloadActivations(policy.device) if args.activation_offloading or planned else None
+
+
+def follow_plan(args: GRPOConfig, memory_plan: MemoryPlan | None, learner: Learner) -> None:
+    """Do as much at once as another plan of the run says."""
+    limits = _limits(args, memory_plan, learner.policy)
+    oom_retry = learner.execution.oom_retry
+    oom_retry.tokens, oom_retry.in_flight = limits.tokens, limits.in_flight
+    learner.offload = _offload(args, memory_plan, learner.policy) or contextlib.nullcontext()
 
 
 def _plan_memory(
     args: GRPOConfig,
-    policy: Policy | None,
+    *,
+    settings: Any,
     examples: Sequence[Example],
     world_size: int,
-    sampler_memory: SamplerMemory | None,
+    sampler: ChosenSampler,
 ) -> MemoryPlan | None:
     """The memory that the run will need of its card; None where there is none and none was named,
     and for models that cannot be planned."""
@@ -269,12 +267,13 @@ def _plan_memory(
     try:
         return plan_memory(
             planned_options(args),
-            model_settings(args) if policy is None else policy.causal_lm.config,
+            settings,
             gpu_bytes=card,
             prompt_tokens=max(len(example.prompt_ids) for example in examples),
             activation_offloading=args.activation_offloading,
             world_size=world_size,
-            sampler_memory=sampler_memory,
+            sampler_memory=sampler.memory,
+            decoder=sampler.decodes,
         )
     except PlanError as error:
         log.warning("%s The run goes on without a plan.", error)

@@ -20,7 +20,7 @@ from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import Example, load_prompts
 from fusedgrpo.engine.evaluation import evaluate
 from fusedgrpo.engine.learner import UpdateResult
-from fusedgrpo.engine.memory.plan import measured_phases, plan_table
+from fusedgrpo.engine.memory.plan import MemoryPlan, measured_phases, plan_table
 from fusedgrpo.engine.metric_names import merged
 from fusedgrpo.engine.optimizer import build_scheduler
 from fusedgrpo.engine.reporting.metrics_log import Row
@@ -32,7 +32,7 @@ from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.same_run import RunIdentity
 from fusedgrpo.engine.seeding import derive
-from fusedgrpo.engine.setup import all_examples, build_parts, describe
+from fusedgrpo.engine.setup import all_examples, build_parts, describe, follow_plan
 from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
 from fusedgrpo.engine.warmup import warm_up
 from fusedgrpo.errors import ConfigError, NonFiniteError
@@ -118,11 +118,11 @@ class GRPOTrainer(TRLSurface):
         self.eval_dataset = parts.eval_dataset
         self.policy = parts.policy
         self.eos_ids = parts.eos_ids
-        self.memory_plan = parts.memory_plan
         self.plan = parts.plan
         self.stream = parts.stream
         self.learner = parts.learner
         self.estimate_advantages = parts.estimate_advantages
+        self.run_sampler = parts.run_sampler
         self.sampler = parts.sampler
         self.sampling = parts.sampling
         self.progress = Progress()
@@ -139,6 +139,11 @@ class GRPOTrainer(TRLSurface):
         self.train_dataset = self.stream.data = self.train_dataset.encoded_again()
         if self.eval_dataset is not None:
             self.eval_dataset = self.eval_dataset.encoded_again()
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What the run needs of its card, where there is one or one was named."""
+        return self.run_sampler.memory_plan
 
     @property
     def identity(self) -> RunIdentity:
@@ -162,6 +167,7 @@ class GRPOTrainer(TRLSurface):
             "started": self.clock.started.isoformat(),
             "unwritten": self.unwritten.state(unsynced),
             "window": window is not None,
+            "rollout_weights": self.run_sampler.weights,
             **self.identity.to_record(),
         }
         window_state = None if window is None else window.state()
@@ -182,6 +188,11 @@ class GRPOTrainer(TRLSurface):
                 self.unwritten = Unwritten.from_state(copy.deepcopy(state["unwritten"]))
             self.buffer = None if window is None else RolloutBuffer.from_state(*window)
             self._follow_progress()
+            # Versions before had no choice to keep.
+            other = self.run_sampler.go_on_with(state.get("rollout_weights"))
+            if other is not None:
+                self.sampler = other
+                follow_plan(self.args, self.memory_plan, self.learner)
         self.sampler.weights_changed()
 
     def _follow_progress(self) -> None:

@@ -44,19 +44,22 @@ def rounded(size: int) -> int:
 
 
 class FourBitLinear(nn.Linear):
-    """A linear layer that takes the memory of ``bitsandbytes.nn.Linear4bit`` with an adapter."""
+    """A linear layer that takes the memory of ``bitsandbytes.nn.Linear4bit``. in_peft: it is called
+    by peft, which clones the result of a 4-bit layer."""
+
+    in_peft = True
 
     def forward(self, x: Tensor) -> Tensor:
-        # peft clones the result of a 4-bit layer.
-        return _FourBitProduct.apply(x, self.out_features, self.bias).clone()
+        out = _FourBitProduct.apply(x, self.out_features, self.bias)
+        return out.clone() if self.in_peft else out
 
 
 class _FourBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         ctx.shape = out_features, x.shape[-1]
-        _dequantised(x, ctx.shape)
-        return x.new_empty((*x.shape[:-1], out_features))
+        weight = _dequantised(x, ctx.shape)  # there until the product is
+        return x.new_empty((*x.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -97,6 +100,17 @@ def _attention(
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
         return v.new_empty((*q.shape[:-1], v.shape[-1])), None
     return _VarlenAttention.apply(q[0], k[0], v[0], fusedgrpo_keys)[None], None
+
+
+def sort_with_scratch(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """``torch.sort`` of rows with the scratch that it takes on a GPU: for two to 127 rows, which
+    are sorted as one, pairs of a row and a column as they were and sorted, the sorted numbers, and
+    a second place for numbers and pairs (torch's SortStable.cu; for more rows it is less)."""
+    pair, number = 8, x.itemsize
+    scratch = x.new_empty(x.numel() * (3 * pair + 2 * number), dtype=torch.uint8)
+    out = torch.empty_like(x), torch.empty_like(x, dtype=torch.int64)
+    del scratch
+    return out
 
 
 class PagesStandIn:

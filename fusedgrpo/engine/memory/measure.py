@@ -10,7 +10,6 @@ does not exist without a GPU has a stand-in (``fake_layers.py``).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusedgrpo.engine.memory.bare_models import (
+    adapted_model,
+    bare_model,
+    compute_dtype,
+    fill,
+    with_copies,
+)
 from fusedgrpo.engine.memory.fake_layers import (
     ATTENTION,
     Batch,
@@ -28,13 +34,10 @@ from fusedgrpo.engine.memory.fake_layers import (
     four_bit_bytes,
     register_attention,
     rounded,
+    sort_with_scratch,
 )
 from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
-from fusedgrpo.models.adapters.lora import add_lora
-from fusedgrpo.models.at_rest import frozen_linear, store
-from fusedgrpo.models.device import asked_compute_dtype, resting_dtype, stored_dtype
-from fusedgrpo.models.dropout import own_dropout
 from fusedgrpo.models.loading import enable_checkpointing
 from fusedgrpo.models.router import planned_router
 
@@ -52,6 +55,7 @@ class Weights(NamedTuple):
     trained_itemsize: int
     adapter: int  # bytes; 0 where the weights themselves train
     merged: int  # of a copy of all weights that have an adapter, in the dtype of computing
+    prepared: int  # of the adapter in that dtype, as our own decoder takes it
 
 
 class Activations(NamedTuple):
@@ -86,17 +90,12 @@ class ModelShape:
         return cls(text.num_hidden_layers, text.hidden_size, itemsize)
 
 
-def compute_dtype(config: GRPOConfig) -> torch.dtype:
-    """The dtype that the GPU computes in: what is planned for has bfloat16."""
-    return asked_compute_dtype(config.bf16, config.fp16) or torch.float32
-
-
 # --- weights ------------------------------------------------------------------------------------
 
 
 def count_weights(config: GRPOConfig, settings: Any) -> Weights:
     """Every parameter of the architecture, built without memory."""
-    model = _bare(config, settings)
+    model = bare_model(config, settings)
     quantised = {id(m.weight) for m in model.modules() if isinstance(m, FourBitLinear)}
     head = model.get_output_embeddings()
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is head}
@@ -111,18 +110,19 @@ def count_weights(config: GRPOConfig, settings: Any) -> Weights:
     if config.finetuning_type == "full":
         trained = tuple(p.numel() for p in model.parameters())
         itemsize = next(model.parameters()).itemsize
-        return Weights(four_bit, embeddings, other, trained, itemsize, 0, 0)
+        return Weights(four_bit, embeddings, other, trained, itemsize, 0, 0, 0)
     adapted = _adapted(model, _adapter_names(config, settings))
     trained = tuple(config.lora_r * n for m in adapted for n in (m.in_features, m.out_features))
     adapter = sum(rounded(4 * n) for n in trained)
     itemsize = compute_dtype(config).itemsize
     merged = sum(rounded(itemsize * m.in_features * m.out_features) for m in adapted)
-    return Weights(four_bit, embeddings, other, trained, 4, adapter, merged)
+    prepared = sum(rounded(itemsize * n) for n in trained)
+    return Weights(four_bit, embeddings, other, trained, 4, adapter, merged, prepared)
 
 
 def _adapter_names(config: GRPOConfig, settings: Any) -> set[str]:
     """Last names of the layers that get an adapter: peft's choice, on a model of one layer."""
-    found: Any = _small(config, settings, 1)
+    found: Any = adapted_model(config, settings, 1)
     return {name.rsplit(".", 1)[-1] for name in found.targeted_module_names}
 
 
@@ -136,91 +136,20 @@ def _adapted(model: Any, names: set[str]) -> list[nn.Linear]:
     ]
 
 
-# --- models without memory ----------------------------------------------------------------------
-
-
-def _bare(config: GRPOConfig, settings: Any, layers: int | None = None) -> Any:
-    """The causal LM on the meta device, without adapters; with ``layers`` decoder layers."""
-    from transformers import AutoModelForCausalLM
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    settings = copy.deepcopy(settings)
-    text = settings.get_text_config()
-    if layers is not None:
-        text.num_hidden_layers = layers
-        if types := getattr(text, "layer_types", None):
-            text.layer_types = [*types, *types[-1:] * layers][:layers]
-    computed = asked_compute_dtype(config.bf16, config.fp16)
-    dtype = stored_dtype(config, computed) or text.dtype or torch.float32
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, trust_remote_code=config.trust_remote_code
-        )
-        if config.disable_dropout:  # with dropout, a mask is saved for each
-            for place in own_dropout(model):
-                setattr(place.owner, place.name, 0.0)
-        if config.load_in_4bit:
-            kept = get_keys_to_not_convert(model)
-            for name, module in list(model.named_modules()):
-                if type(module) is nn.Linear and not any(k in name for k in kept):
-                    module.__class__ = FourBitLinear
-        if rests := resting_dtype(config, computed):
-            head = model.get_output_embeddings()
-            store(frozen_linear(model.requires_grad_(False)), head, rests)
-    return model
-
-
-def _small(config: GRPOConfig, settings: Any, layers: int) -> Any:
-    """The same with what trains: adapters, or all of it."""
-    model = _bare(config, settings, layers)
-    with torch.device("meta"):
-        if config.finetuning_type == "full":
-            return model.requires_grad_(True)
-        wrapped: Any = add_lora(model, config)
-    if config.load_in_4bit:
-        for module in wrapped.modules():
-            # peft's 4-bit layers leave the input as it is under autocast.
-            module.cast_input_dtype_enabled = False
-    return wrapped
-
-
-def _merged(config: GRPOConfig, settings: Any, layers: int) -> Any:
-    """The same with its adapters merged into copies of the weights, as a rollout sees it."""
-    model = _bare(config, settings, layers)
-    for module in _adapted(model, _adapter_names(config, settings)):
-        module.__class__ = nn.Linear
-        module.to(compute_dtype(config))
-    return model.requires_grad_(False)
-
-
-def _fill(model: nn.Module) -> None:
-    """Fake tensors in place of those on the meta device; packed ones in 4-bit layers."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in list(module.named_parameters(recurse=False)):
-            if id(old) not in made:
-                if isinstance(module, FourBitLinear) and name == "weight":
-                    new = torch.empty(four_bit_bytes(old.numel(), True), dtype=torch.uint8)
-                else:
-                    new = torch.empty(old.shape, dtype=old.dtype)
-                made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
-            setattr(module, name, made[id(old)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
 # --- measuring ----------------------------------------------------------------------------------
 
 
 class SmallModel:
     """A model of few decoder layers on fake tensors, to be measured at any number of tokens.
 
-    merged: its adapters are merged into copies of the weights, for a rollout.
+    merged: what has an adapter has dense weights, whatever the option.
     """
+
+    device = torch.device("cuda")  # it stands for a model there
 
     def __init__(self, config: GRPOConfig, settings: Any, layers: int, *, merged: bool = False):
         register_attention()
-        model = (_merged if merged else _small)(config, settings, layers)
+        model = (with_copies if merged else adapted_model)(config, settings, layers)
         for module in model.modules():
             own: Any = getattr(module, "config", None)
             if hasattr(own, "_attn_implementation"):
@@ -231,10 +160,16 @@ class SmallModel:
             enable_checkpointing(self.causal_lm)
         self.router = planned_router(self.causal_lm, config.router_aux_loss_coef)
         self.dtype = compute_dtype(config)
-        self.tracker = StorageTracker()
+        self.adapted = config.finetuning_type == "lora"
+        self.four_bit = config.load_in_4bit
+        self.tracker = StorageTracker({torch.ops.aten.sort.default: sort_with_scratch})
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake, self.tracker:
-            _fill(model)
+            fill(model)
+
+    def trainable(self) -> list[tuple[str, Tensor]]:
+        """Nothing, since nothing changes between two measurements."""
+        return []
 
     @property
     def head_weight(self) -> Tensor:

@@ -16,6 +16,7 @@ from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.batch_plan import decoded_together
 from fusedgrpo.engine.memory.advice import advice
 from fusedgrpo.engine.memory.plan import CONTEXT, FRAGMENTATION, MemoryPlan, parse_bytes
+from fusedgrpo.engine.memory.rollout_weights import pays
 from fusedgrpo.engine.memory.sizes import SamplerMemory, Sizes, optimizer_state
 from fusedgrpo.engine.memory.workload import Asked, paged
 from fusedgrpo.errors import FusedGRPOError, PlanError
@@ -36,15 +37,17 @@ def plan_memory(
     activation_offloading: bool | None = None,
     world_size: int = 1,
     sampler_memory: SamplerMemory | None = None,
+    decoder: bool = True,
 ) -> MemoryPlan:
     """The plan of a run on one GPU of ``gpu_bytes`` (each of ``world_size``).
 
     settings: the model's transformers configuration. prompt_tokens: of the longest prompt; None for
     ``max_prompt_length``, or what ``max_length`` leaves, or 512. activation_offloading: None to
-    choose. sampler_memory: see ``Sizes``. A plan that does not fit has ``advice``: the nearest
-    change that does. Raises PlanError for a model that cannot be run on tensors without storage.
+    choose. sampler_memory, decoder: see ``Sizes``. A plan that does not fit has ``advice``: the
+    nearest change that does. Raises PlanError for a model that cannot be run on tensors without
+    storage.
     """
-    return MemoryPlanner(settings, world_size, sampler_memory).plan(
+    return MemoryPlanner(settings, world_size, sampler_memory, decoder).plan(
         config,
         gpu_bytes=gpu_bytes,
         prompt_tokens=prompt_tokens,
@@ -65,9 +68,13 @@ class MemoryPlanner:
     """Plans of one model, which is measured once for all of them. See ``plan_memory``."""
 
     def __init__(
-        self, settings: Any, world_size: int = 1, sampler_memory: SamplerMemory | None = None
+        self,
+        settings: Any,
+        world_size: int = 1,
+        sampler_memory: SamplerMemory | None = None,
+        decoder: bool = True,
     ):
-        self.sizes = Sizes(settings, world_size, sampler_memory)
+        self.sizes = Sizes(settings, world_size, sampler_memory, decoder)
         self.gpu_bytes = 0
 
     def plan(
@@ -95,12 +102,14 @@ class MemoryPlanner:
 
     def choose(self, asked: Asked) -> MemoryPlan:
         """The plan for what was asked, with all that was left open, and without advice."""
-        weights, lora = asked.config.rollout_weights, asked.config.finetuning_type == "lora"
-        can_merge = lora and weights != "adapter" and self.sizes.decodes(asked)
+        weights = asked.config.rollout_weights
+        can_merge = weights != "adapter" and self.sizes.merges(asked)
         if can_merge and weights == "merged":
             return self._chosen(dataclasses.replace(asked, merged=True))
         plan = self._chosen(asked)
-        if can_merge and plan.fits:  # a copy beside it, if nothing else has to give way
+        if (
+            can_merge and pays(asked.config) and plan.fits
+        ):  # a copy beside it, if nothing else has to give way
             merged = self._composed(
                 dataclasses.replace(asked, merged=True),
                 plan.tokens_per_microbatch,

@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 
 # Of a machine's main memory, for a copy where nothing is planned.
 SHARE = 1 / 4
+# Making the copy, after each update, takes as long as it saves in so many tokens (docs/measured.md).
+WORTH_IT = 32
+
+
+def pays(config: GRPOConfig) -> bool:
+    """Whether completions may be long enough for a copy to be worth making."""
+    return config.max_completion_length >= WORTH_IT
 
 
 def choose_rollout_weights(
     config: GRPOConfig, plan: MemoryPlan | None, policy: Policy
 ) -> RolloutWeights:
-    """The option ``rollout_weights``, and for ``auto`` what fits.
+    """The option ``rollout_weights``, and for ``auto`` what fits and pays.
 
     On a GPU that is what ``plan`` says, and ``"adapter"`` without one. On a CPU a copy may take a
     quarter of the memory that the machine has: not of what is free now, so that a resumed run has
@@ -28,7 +35,7 @@ def choose_rollout_weights(
     """
     if config.rollout_weights != "auto":
         return config.rollout_weights
-    if not all_plain(policy) or policy.layout == "rows":
+    if not pays(config) or not all_plain(policy) or policy.layout == "rows":
         return "adapter"
     if policy.device.type == "cuda":
         return "adapter" if plan is None else plan.rollout_weights

@@ -8,6 +8,7 @@ from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
+from fusedgrpo.engine.memory.decoder_memory import DecoderMemory, DecoderModel, Decoding
 from fusedgrpo.engine.memory.measure import (
     Activations,
     ModelShape,
@@ -16,17 +17,12 @@ from fusedgrpo.engine.memory.measure import (
     count_weights,
     straight_line,
 )
-from fusedgrpo.engine.memory.rollout_memory import (
-    DecoderMemory,
-    Decoding,
-    GenerateMemory,
-    decoder_memory,
-    generate_memory,
-    needs_logits,
-)
+from fusedgrpo.engine.memory.rollout_memory import GenerateMemory, generate_memory
 from fusedgrpo.engine.memory.whose_rollout import decodes_itself
 from fusedgrpo.engine.memory.workload import Asked, paged
+from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.models.activation_offload import CHUNK, KEPT
+from fusedgrpo.models.adapters.rollout_weights import all_plain
 
 # Depths whose difference is one layer's share. The first layer is a case of its own: its input is
 # the embedding, which the model holds on to.
@@ -40,13 +36,19 @@ class Sizes:
     """The parts of a run of one model, for options that are asked for.
 
     settings: the model's transformers configuration. world_size: processes, a GPU each.
-    sampler_memory: of a sampler that is not ours, which knows what it takes; None for ours, which
-    are measured.
+    sampler_memory: of a sampler that is not ours, which knows what it takes; None for all others.
+    decoder: False where completions do not come from our decoder, whatever the option ``sampler``:
+    an object that was passed to the trainer. generate's memory is planned for it.
     """
 
     def __init__(
-        self, settings: Any, world_size: int = 1, sampler_memory: SamplerMemory | None = None
+        self,
+        settings: Any,
+        world_size: int = 1,
+        sampler_memory: SamplerMemory | None = None,
+        decoder: bool = True,
     ):
+        self.decoder = decoder
         self.settings = settings
         self.world_size = world_size
         self.sampler_memory = sampler_memory
@@ -67,6 +69,8 @@ class Sizes:
             rows["reference model"] = trained * weights.trained_itemsize
         if asked.merged:
             rows["merged copy for rollouts"] = weights.merged
+        elif self.decodes(asked):
+            rows["adapter as rollouts have it"] = weights.prepared
         return {name: size for name, size in rows.items() if size}
 
     def weights(self, asked: Asked) -> Weights:
@@ -88,11 +92,19 @@ class Sizes:
 
     def decodes(self, asked: Asked) -> bool:
         """Whether completions come from our own decoder."""
-        if self.sampler_memory is not None:
+        if self.sampler_memory is not None or not self.decoder:
             return False
         key = "decodes", asked.config.sampler, _model_key(asked.config)
         small = functools.partial(self._small_model, asked, DEPTHS[-1])
         return self._once(key, lambda: decodes_itself(asked.config, lambda: small()[0]))
+
+    def merges(self, asked: Asked) -> bool:
+        """Whether completions may come from a copy with the adapter in it."""
+        if asked.config.finetuning_type != "lora" or not self.decodes(asked):
+            return False
+        key = "merges", _model_key(asked.config)
+        small = functools.partial(self._small_model, asked, DEPTHS[-1], adapter=True)
+        return self._once(key, lambda: all_plain(small()[0]))
 
     def rollout(self, asked: Asked, rows: int, tokens: int) -> GenerateMemory | DecoderMemory:
         """The memory of ``rows`` completions that are in flight together. tokens: of a micro-batch,
@@ -126,14 +138,15 @@ class Sizes:
             # In the end each of them may be of another prompt.
             prompts=min(rows, groups),
             prompt=asked.prompt,
-            most=config.max_completion_length,
             reads=min(max(tokens // asked.prompt, 1), entering),
-            logits=needs_logits(config),
+            params=SamplingParams.of(config),
         )
 
         def at(layers: int) -> DecoderMemory:
             model, key = self._small_model(asked, layers)
-            return self._once((key, case), lambda: decoder_memory(model, case))
+            made = functools.partial(DecoderModel, model, merged=asked.merged)
+            decoder = self._once(("decoder", key), made)
+            return self._once((key, case), lambda: decoder.memory(case))
 
         return straight_line(at, *DEPTHS, self._shape(config).layers)
 

@@ -35,12 +35,12 @@ class NextToken:
             weight = weight.to(policy.dtype)
         self.head = head._replace(weight=weight)
         # In 16 bits a CPU would have to widen the head, tile by tile, for each token.
-        fits = weight.device.type == "cuda" or weight.itemsize >= torch.float32.itemsize
-        self.whole_rows = not fits or _filters(params)
+        fits = weight.is_cuda or weight.itemsize >= torch.float32.itemsize
+        self.whole_rows = not fits or params.filters
 
     @property
     def reads_history(self) -> bool:
-        return self.params.repetition_penalty != 1.0
+        return self.params.reads_history
 
     def __call__(
         self, hidden: Tensor, seeds: Tensor, at: Tensor, seen: Tensor | None
@@ -63,11 +63,3 @@ class NextToken:
             softcap=self.head.softcap,
             greedy=greedy,
         )
-
-
-def _filters(params: SamplingParams) -> bool:
-    if params.repetition_penalty != 1.0:
-        return True
-    if params.greedy:
-        return False
-    return bool(params.top_k or params.top_p < 1.0 or params.min_p)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.rollout.types import Group
 
 
@@ -24,6 +25,30 @@ class SamplingParams:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     greedy: bool = False
+
+    @classmethod
+    def of(cls, config: GRPOConfig) -> SamplingParams:
+        """How a run samples to train."""
+        return cls(
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+        )
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether a token depends on which ones were said before, beside the model."""
+        return self.repetition_penalty != 1.0
+
+    @property
+    def filters(self) -> bool:
+        """Whether an option looks at a row of logits as a whole, or at what was said before."""
+        if self.reads_history or self.greedy:
+            return self.reads_history
+        return bool(self.top_k or self.top_p < 1.0 or self.min_p)
 
 
 class Sampler(abc.ABC):

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,24 @@ from torch import Tensor, nn
 from fusedgrpo.models.adapters.attached import adapter_layers
 from fusedgrpo.models.adapters.few_rows import product
 from fusedgrpo.models.adapters.shared_inputs import Forward, Watch, forwards
-from fusedgrpo.models.policy import Policy
 
 # Elements of a copy that are folded at a time: what is computed in float32 for it stays small.
 FOLDED = 2**22
+
+
+class Adapted(Protocol):
+    """A policy, as far as it is looked at here. model: with its adapters. dtype: that is computed
+    in. device: where."""
+
+    model: Any
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def trainable(self) -> Sequence[tuple[str, Tensor]]: ...
 
 
 class RolloutWeights(abc.ABC):
@@ -37,7 +51,7 @@ class RolloutWeights(abc.ABC):
     have.
     """
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Adapted):
         self.policy = policy
         self.layers = plain_layers(policy)
         self._families: list[Family] = []
@@ -78,7 +92,7 @@ class RolloutWeights(abc.ABC):
     @property
     def bytes(self) -> int:
         """The size of what is kept between rollouts."""
-        return sum(family.kept.nbytes for family in self._families if family.kept is not None)
+        return sum(x.nbytes for family in self._families for x in family.tensors())
 
     @abc.abstractmethod
     def _family(self, layers: list[Any]) -> Family:
@@ -128,6 +142,10 @@ class Family(abc.ABC):
     def _forward(self, index: int) -> Forward:
         """The forward pass of one of the layers."""
 
+    def tensors(self) -> list[Tensor]:
+        """All that was computed from the trained weights."""
+        return [] if self.kept is None else [self.kept]
+
     def _keep(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         kept = self.kept
         if kept is None or kept.dtype != dtype:
@@ -144,7 +162,7 @@ class AdapterWeights(RolloutWeights):
 
 
 class _AdapterFamily(Family):
-    def __init__(self, layers: list[Any], policy: Policy):
+    def __init__(self, layers: list[Any], policy: Adapted):
         super().__init__(layers)
         self.policy = policy
         self._ups: list[Tensor] = []
@@ -163,6 +181,9 @@ class _AdapterFamily(Family):
                 old.copy_(new)
         else:
             self._ups = [up.contiguous() for up in ups]
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self._ups]
 
     def forget(self) -> None:
         super().forget()
@@ -206,7 +227,7 @@ class MergedWeights(RolloutWeights):
 
 
 class _MergedFamily(Family):
-    def __init__(self, layers: list[Any], policy: Policy):
+    def __init__(self, layers: list[Any], policy: Adapted):
         super().__init__(layers)
         self.policy = policy
         # On a CPU a product of more columns is no faster, rather the contrary.
@@ -226,6 +247,9 @@ class _MergedFamily(Family):
             found = [z if b is None else b.to(dtype) for b, z in zip(biases, none, strict=True)]
             if self._bias is None or self._bias.dtype != dtype:
                 self._bias = torch.cat(found)
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *([] if self._bias is None else [self._bias])]
 
     def forget(self) -> None:
         super().forget()
@@ -251,12 +275,12 @@ class _MergedFamily(Family):
         return forward
 
 
-def plain_layers(policy: Policy) -> list[Any]:
+def plain_layers(policy: Adapted) -> list[Any]:
     """The layers of ``policy`` whose active adapters are plain LoRA on a linear layer."""
     return [layer for layer in adapter_layers(policy.model) if _is_plain(layer)]
 
 
-def all_plain(policy: Policy) -> bool:
+def all_plain(policy: Adapted) -> bool:
     """Whether every adapter is one that can be folded into a copy of its layer's weight."""
     layers = adapter_layers(policy.model)
     return bool(layers) and all(map(_is_plain, layers))
@@ -298,15 +322,16 @@ def _fold(layer: Any, out: Tensor) -> None:
     weight = _dense(layer.get_base_layer().weight)
     exact = torch.promote_types(weight.dtype, torch.float32)
     step = max(FOLDED // weight.shape[1], 1)
-    for lo in range(0, len(weight), step):
-        rows = slice(lo, lo + step)
-        total: Tensor = weight[rows].to(exact)
-        sums = out[rows] if out.dtype == exact else torch.empty_like(total)
-        for a, b, scaling in _parts(layer):
-            torch.addmm(total, b[rows].to(exact), a.to(exact), alpha=scaling, out=sums)
-            total = sums
-        if sums.dtype != out.dtype:
-            out[rows].copy_(sums)
+    with torch.autocast(weight.device.type, enabled=False):  # which would multiply in 16 bits
+        for lo in range(0, len(weight), step):
+            rows = slice(lo, lo + step)
+            total: Tensor = weight[rows].to(exact)
+            sums = out[rows] if out.dtype == exact else torch.empty_like(total)
+            for a, b, scaling in _parts(layer):
+                torch.addmm(total, b[rows].to(exact), a.to(exact), alpha=scaling, out=sums)
+                total = sums
+            if sums.dtype != out.dtype:
+                out[rows].copy_(sums)
 
 
 def _dense(weight: Any) -> Tensor:

@@ -68,7 +68,11 @@ def agree(simulate: ModuleType, model: str, P: int, options: GRPOConfig, **chang
     planned = plan_memory(
         options, settings, gpu_bytes=80 * GIB, prompt_tokens=P, activation_offloading=offload
     )
-    options = dataclasses.replace(options, tokens_per_microbatch=planned.tokens_per_microbatch)
+    options = dataclasses.replace(
+        options,
+        tokens_per_microbatch=planned.tokens_per_microbatch,
+        rollout_weights=planned.rollout_weights,
+    )
     found = simulate.simulate(
         options, settings, prompt_tokens=P, in_flight=planned.max_in_flight, offload=offload
     )
@@ -92,6 +96,10 @@ def agree(simulate: ModuleType, model: str, P: int, options: GRPOConfig, **chang
         pytest.param(
             "llama-3.2-3b", 64, config(256, lora_r=8, gradient_checkpointing=False), {},
             id="3b-no-checkpointing",
+        ),
+        pytest.param(
+            "qwen2.5-7b", 512, config(1024, sampler="generate"), {},
+            id="7b-generate", marks=pytest.mark.slow,
         ),
         pytest.param(
             "qwen2.5-14b", 256, config(768, optim="adamw_8bit"), {"offload": True},
@@ -205,7 +213,7 @@ def test_no_more_tokens_than_a_step_has() -> None:
 
 @pytest.mark.slow
 def test_fewer_completions_are_in_flight_where_their_cache_does_not_fit() -> None:
-    options = config(16000, per_device_train_batch_size=64, lora_r=16)
+    options = config(16000, per_device_train_batch_size=64, lora_r=16, sampler="generate")
     all_of_them = plan(options, 80)
     assert all_of_them.max_in_flight == 64
     cache = all_of_them.phases["rollout"]["KV cache"]

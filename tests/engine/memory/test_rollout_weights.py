@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,14 +61,15 @@ def test_a_copy_is_there_where_all_else_stays_as_it_is() -> None:
 
 def test_its_rollout_has_neither_adapter_nor_four_bit_weights() -> None:
     merged, adapter = (
-        plan(rollout_weights=name, tokens_per_microbatch=384).phases["rollout"]
+        plan(rollout_weights=name, prompts_per_step=1, tokens_per_microbatch=384).phases["rollout"]
         for name in ("merged", "adapter")
     )
     assert merged["K/V pages"] == adapter["K/V pages"]
     beside = [sum(parts.values()) - parts["weights, adapter, optimizer"]
               for parts in (merged, adapter)]  # fmt: skip
-    # The largest weight, which is not made for each product, and 16-bit copies of the adapter.
-    assert beside[0] < beside[1] - H * M * 2
+    # The largest weight, which is not made for each product; two layers in one product take some of
+    # that.
+    assert H * M * 2 / 2 < beside[1] - beside[0] < H * M * 2
 
 
 def test_a_copy_that_was_asked_for_displaces_other_things_or_is_advised_against() -> None:
@@ -119,7 +119,8 @@ def test_on_a_cpu_a_quarter_of_its_memory_decides(sampler: str, monkeypatch) -> 
 
 
 def test_on_a_gpu_the_plan_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    on: Any = SimpleNamespace(device=torch.device("cuda"))
+    on = with_adapter()
+    monkeypatch.setattr(Policy, "device", torch.device("cuda"))
     config = GRPOConfig(sampler="decoder")
     assert choose_rollout_weights(config, None, on) == "adapter"
     assert choose_rollout_weights(config, plan(), on) == "merged"
