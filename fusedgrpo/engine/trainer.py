@@ -255,6 +255,7 @@ class GRPOTrainer(TRLSurface):
                     callbacks=self.callbacks,
                 )
             )
+            stack.enter_context(self.execution.watched(outputs.progress))
             if found is not None:
                 outputs.display.note(f"Resumed from {found} after step {self.progress.step}.")
             outputs.skipped_rows(self.train_dataset.skipped)

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusedgrpo.engine.execution import Execution
+from tqdm import tqdm
+
+from fusedgrpo.engine.execution import Execution, Progress, unwatched
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
+from fusedgrpo.engine.rollout.progress import RolloutProgress
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.integrations.packed_forward import PackedForward
+
+log = logging.getLogger("fusedgrpo")
 
 LEAVE_IT_OUT = "leave fused_rollouts out, and TRL generates."
 
@@ -112,7 +119,7 @@ class Rollouts:
                     self._forward.policy,
                     trainer._tokenizer,
                     ends,
-                    execution=Execution(OOMRetry(tokens=0)),
+                    execution=Execution(OOMRetry(tokens=0), progress=_progress(trainer)),
                     skip_special_tokens=False,  # the text is not used: TRL decodes the tokens
                 )
         except ModelError as error:
@@ -167,6 +174,31 @@ class Rollouts:
         self._counts[mode] += 1
         process = trainer.accelerator.process_index
         return derive(trainer.args.seed, "rollout", mode, self._step, count, process)
+
+
+class _BelowTheBar:
+    """A line below TRL's progress bar, which tqdm keeps apart from it; gone with an empty text."""
+
+    def __init__(self) -> None:
+        self._line: Any = None
+
+    def __call__(self, text: str) -> None:
+        if not text:
+            self._line.close()
+            self._line = None
+        elif self._line is None:
+            self._line = tqdm(bar_format="{desc}", desc=text, leave=False, dynamic_ncols=True)
+        else:
+            self._line.set_description_str(text)
+
+
+def _progress(trainer: Any) -> Progress:
+    """Shown by the main process: on a terminal unless ``disable_tqdm``, else in the log."""
+    if not trainer.accelerator.is_main_process:
+        return unwatched
+    if sys.stderr is not None and sys.stderr.isatty() and not trainer.args.disable_tqdm:
+        return RolloutProgress(_BelowTheBar(), overwrites=True)
+    return RolloutProgress(log.info, overwrites=False)
 
 
 def grouped(prompt_ids: Sequence[Sequence[int]]) -> tuple[list[list[int]], int]:

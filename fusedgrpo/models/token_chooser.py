@@ -42,7 +42,9 @@ class TokenChooser:
     one that is possible.
 
     seeds: of the completions, which have at most ``max_new_tokens``. greedy: take the most likely
-    token. check_interrupt: called before each token, and may raise.
+    token. check_interrupt: called before each token, and may raise. progress: called after each
+    with how many completions got it and how many go on, integers in tensors on the device. ends:
+    the tokens after which one does not go on.
 
     logp: for each token so far ``[len(seeds)]`` float32, its log-probability.
     """
@@ -55,9 +57,14 @@ class TokenChooser:
         *,
         greedy: bool = False,
         check_interrupt: Callable[[], None] = lambda: None,
+        progress: Callable[[Tensor, Tensor], None] | None = None,
+        ends: Sequence[int] = (),
     ):
         self.greedy = greedy
         self.check_interrupt = check_interrupt
+        self.progress = progress
+        self._going = torch.ones(len(seeds), dtype=torch.bool, device=device)
+        self._ends = torch.tensor(ends, dtype=torch.long, device=device)
         self.logp: list[Tensor] = []
         self.step = 0
         self.uniform_BT = torch.stack([draws(seed, max_new_tokens) for seed in seeds]).to(device)
@@ -68,4 +75,8 @@ class TokenChooser:
         token, logp = choose(scores, uniform)
         self.logp.append(logp[:, 0])
         self.step += 1
+        if self.progress is not None:
+            got = self._going.sum()
+            self._going &= ~torch.isin(token[:, 0], self._ends)
+            self.progress(got, self._going.sum())
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import hybrids
 import pytest
 import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
+from tqdm import tqdm
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.peer
@@ -15,6 +19,7 @@ pytestmark = pytest.mark.peer
 from trl import RLOOConfig  # noqa: E402
 from trl_runs import PROMPTS, logs, make, rollout, trained  # noqa: E402
 
+from fusedgrpo.engine.rollout import progress  # noqa: E402
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler  # noqa: E402
 from fusedgrpo.engine.rollout.sampler import SamplingParams  # noqa: E402
 from fusedgrpo.engine.seeding import derive  # noqa: E402
@@ -190,6 +195,32 @@ def test_prompts_are_read_in_passes_of_the_size_of_training(tmp_path):
     trainer.tokens_per_microbatch = 5
     completions(trainer)
     assert trainer._rollouts._sampler.execution.oom_retry.tokens == 5
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_rollout_shows_itself_below_trls_bar_or_in_the_log(tmp_path, monkeypatch, caplog):
+    def said(**options):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        trainer = make(FusedGRPOTrainer, tmp_path, **OURS, **options)
+        bar = tqdm(total=3, file=sys.stderr)
+        before = len(sys.stderr.getvalue())
+        completions(trainer)
+        text = sys.stderr.getvalue()[before:]
+        bar.close()
+        return text
+
+    monkeypatch.setattr(progress, "OVERWRITTEN", (0.0, 0.0))
+    text = said()
+    assert "\n" in text and "sampling: 12 tokens, 11 live, 0 waiting" in text
+    assert text.rstrip().endswith("\x1b[A") and "sampling" not in text.split("\r")[-1]
+    with caplog.at_level("INFO", "fusedgrpo"):
+        monkeypatch.setattr(progress, "LOGGED", (0.0, 1e9))
+        assert said(disable_tqdm=True) == ""
+    assert [m for m in caplog.messages if m.startswith("sampling: 12 tokens, ")]
 
 
 def tool(x: int) -> int:

@@ -84,9 +84,7 @@ class Display(Callback):
         if self._ascii and hasattr(self.console.file, "reconfigure"):
             # A completion may hold any character, and none of them may end the run.
             self.console.file.reconfigure(errors="replace")
-        # FORCE_COLOR makes rich take a pipe for a terminal; a log file full of cursor moves
-        # helps nobody, so the file itself is asked as well.
-        self.is_live = self.console.is_interactive and self.console.file.isatty()
+        self.is_live = overwrites(self.console)
         self._live: Live | None = None
         self._lock = threading.Lock()  # rich draws the panel from a thread of its own
         self._row: Row = {}
@@ -97,6 +95,7 @@ class Display(Callback):
         self._started = time.monotonic()
         self._step_ends: deque[float] = deque([self._started], maxlen=RECENT + 1)
         self._phase: RenderableType = Text("starting")
+        self._phase_name = ""
         self._eval_reward: float | None = None
 
     def __enter__(self) -> Display:
@@ -122,9 +121,18 @@ class Display(Callback):
 
     def phase(self, name: str) -> None:
         """Say what is going on, such as ``"sample"``; lines say it before the first step only."""
+        self._phase_name = name
         self._phase = Spinner("line" if self._ascii else "dots", text=name, style="cyan")
         if not self.is_live and not self._recent:
             self._print(f"  {name} ...")
+
+    def detail(self, text: str) -> None:
+        """Say how far what is going on has come: beside it in the panel, else in a line."""
+        if not self.is_live:
+            logger.info(text)
+            self._print(f"  {text}")
+        elif isinstance(self._phase, Spinner):
+            self._phase.update(text=f"{self._phase_name}  {text}".rstrip())
 
     def on_step(self, row: Row) -> None:
         self.update(row["step"], row)
@@ -310,6 +318,12 @@ class Display(Callback):
             bar.append(("#" if self._ascii else "█") * cells, style=PHASES[name])
             filled = edge
         return Text.assemble(legend, "  ", bar)
+
+
+def overwrites(console: Console) -> bool:
+    """Whether lines of ``console`` can be drawn again. FORCE_COLOR makes rich take a pipe for a
+    terminal; a log file full of cursor moves helps nobody, so the file itself is asked as well."""
+    return console.is_interactive and bool(console.file.isatty())
 
 
 def completions_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:

@@ -16,6 +16,7 @@ import yaml
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.callbacks import Callback
 from fusedgrpo.engine.checkpoint_files import abandon_after, why_not_written
+from fusedgrpo.engine.execution import Progress, unwatched
 from fusedgrpo.engine.reporting.advisor import Advisor
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
 from fusedgrpo.engine.reporting.display import Display
@@ -23,6 +24,7 @@ from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, read_metrics
 from fusedgrpo.engine.reporting.report import write_report
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.sample_dump import dump_samples
+from fusedgrpo.engine.reporting.status_line import rollout_progress
 from fusedgrpo.engine.reporting.trackers import Trackers
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
@@ -140,6 +142,7 @@ class RunLogger:
                 first_step=done,
             )
         )
+        self.progress: Progress = rollout_progress(self.display)
         log.info(plan_line)
         for text in said:
             if text is not None:
@@ -274,6 +277,7 @@ class NoLogger(RunLogger):
 
     def __init__(self) -> None:
         self.display = _NoDisplay()  # type: ignore[assignment]
+        self.progress = unwatched
 
     @classmethod
     @contextmanager

@@ -85,7 +85,6 @@ class DecoderSampler(Sampler):
         asked = [(i, sample) for i in range(len(prompt_ids)) for sample in range(n)]
         done: dict[tuple[int, int], Completion] = {}
         choose = NextToken(self.policy, params)
-        watcher = Watcher(self.execution.check_interrupt)
 
         def decode_rest() -> None:  # once more after running out of memory: what is done stays
             left: dict[int, list[int]] = {}
@@ -107,7 +106,9 @@ class DecoderSampler(Sampler):
                 check_finite(completion, rows[live.asked.index])
                 done[live.asked.index, live.sample] = completion
 
-        self.execution.oom_retry.sample(decode_rest, len(asked))
+        with self.execution.progress() as report:
+            watcher = Watcher(self.execution.check_interrupt, report)
+            self.execution.oom_retry.sample(decode_rest, len(asked))
         return [
             Group(rows[i], tuple(prompt), tuple(done[i, sample] for sample in range(n)))
             for i, prompt in enumerate(prompt_ids)

@@ -8,7 +8,7 @@ flight, and not on when somebody else used the global generator.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,13 +81,21 @@ class GenerateSampler(Sampler):
             seeds = [derive(seed, first + i, sample) for i, sample in ahead]
             own = list(dict.fromkeys(i for i, _ in ahead))
             prompts = [prompt_ids[i] for i in own]
-            return self._decode(prompts, [own.index(i) for i, _ in ahead], params, seeds)
+            waiting = len(asked) - len(done) - len(ahead)
+            return self._decode(
+                prompts,
+                [own.index(i) for i, _ in ahead],
+                params,
+                seeds,
+                progress=lambda tokens, live: report(tokens, live, waiting),
+            )
 
-        while len(done) < len(asked):
-            new = self.execution.oom_retry.sample(decode_next, len(asked) - len(done))
-            for (i, _), completion in zip(asked[len(done) :], new, strict=False):
-                check_finite(completion, rows[i])
-            done += new
+        with self.execution.progress() as report:
+            while len(done) < len(asked):
+                new = self.execution.oom_retry.sample(decode_next, len(asked) - len(done))
+                for (i, _), completion in zip(asked[len(done) :], new, strict=False):
+                    check_finite(completion, rows[i])
+                done += new
         by_place = dict(zip(asked, done, strict=True))
         return [
             Group(rows[i], tuple(prompt), tuple(by_place[i, sample] for sample in range(n)))
@@ -126,11 +134,12 @@ class GenerateSampler(Sampler):
         params: SamplingParams,
         seeds: list[int],
         skipped: int = 0,
+        progress: Callable[[Tensor, Tensor], None] | None = None,
     ) -> list[Completion]:
         """One completion for each of ``prompt_of`` (indices of ``prompts``), decoded together.
 
         skipped: positions of the cache that are there and hold nothing, as if so many tokens had
-        been decoded already.
+        been decoded already. progress: as of ``TokenChooser``.
         """
         chooser = TokenChooser(
             seeds,
@@ -138,6 +147,8 @@ class GenerateSampler(Sampler):
             self.policy.device,
             greedy=params.greedy,
             check_interrupt=self.execution.check_interrupt,
+            progress=progress,
+            ends=self.eos_ids,
         )
         chain = warpers(params)
         chain.append(chooser)
