@@ -16,7 +16,7 @@ all linear layers, gradient checkpointing, AdamW with 32 bit. A micro-batch is o
 the case does not say otherwise, so the figures are the least that the length needs.
 
 The rollout is that of our own decoder, with ``--sampler generate`` that of transformers' generate;
-from base and adapter, without a merged copy.
+from base and adapter, with ``--rollout-weights merged`` from a merged copy of the weights.
 
 Peers: TRL's update step, simulated in the same way (``simulate_trl.py``), with all G sequences at
 once (its default for G = 8) and with one. Its rollout is not simulated, nor is its step with
@@ -40,7 +40,7 @@ import torch
 
 from fusedgrpo import host
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine.memory.plan import GIB, MemoryPlan
+from fusedgrpo.engine.memory.plan import GIB, MemoryPlan, RolloutWeights
 from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.engine.memory.storage_tracker import Peak
 
@@ -63,6 +63,7 @@ class Case:
     offload: bool = False
     layers: int | None = None
     sampler: str = "decoder"
+    rollout_weights: RolloutWeights = "adapter"
 
     @property
     def config(self) -> GRPOConfig:
@@ -74,7 +75,7 @@ class Case:
             max_completion_length=self.C,
             tokens_per_microbatch=self.tokens or self.P + self.C,
             sampler=self.sampler,
-            rollout_weights="adapter",
+            rollout_weights=self.rollout_weights,
         )
 
     @property
@@ -89,6 +90,8 @@ class Case:
         ]  # fmt: skip
         if self.sampler != "decoder":
             parts.append(f"sampler: {self.sampler}")
+        if self.rollout_weights != "adapter":
+            parts.append(f"rollout_weights: {self.rollout_weights}")
         if self.offload:
             parts.append("activations offloaded")
         if self.layers is not None:
@@ -113,6 +116,7 @@ def main() -> None:
     parser = harness.parser(__doc__, ["trl"])
     parser.add_argument("--cases", metavar="0,1,...", help="which (default: all)")
     parser.add_argument("--sampler", choices=["generate", "decoder"], default="decoder")
+    parser.add_argument("--rollout-weights", choices=["adapter", "merged"], default="adapter")
     parser.add_argument("--measure", action="store_true", help="also on the GPU, in its memory")
     args = parser.parse_args()
     known = QUICK if args.quick else CASES
@@ -125,7 +129,7 @@ def main() -> None:
     peers = harness.installed(args.peers)
     rows: list[dict[str, Any]] = []
     for case in chosen:
-        case = replace(case, sampler=args.sampler)
+        case = replace(case, sampler=args.sampler, rollout_weights=args.rollout_weights)
         rows += run(case, args.measure, peers)
         if args.json is not None:
             harness.write(rows, args.json)
@@ -197,7 +201,7 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     from fusedgrpo.engine.optimizer import build_optimizer
     from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
     from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
-    from fusedgrpo.engine.rollout.sampler import SamplingParams
+    from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
     from fusedgrpo.models import loading
     from fusedgrpo.models.activation_offload import OffloadActivations
     from fusedgrpo.models.policy import Policy
@@ -221,12 +225,13 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
     with mock.patch.object(loading, "check_head", lambda model: None):
         run = Policy.load(config, model)
     optimizer = build_optimizer(config, run.trainable())
+    execution = Execution(OOMRetry(plan.tokens_per_microbatch, plan.max_in_flight))
+    made = (run, simulate.NoText(), [-1])
+    sampler: Sampler = GenerateSampler(*made, execution=execution)
+    if case.sampler == "decoder":  # with the weights that it keeps
+        sampler = DecoderSampler(*made, execution=execution, rollout_weights=case.rollout_weights)
     with phase("weights"):
         pass
-    execution = Execution(OOMRetry(plan.tokens_per_microbatch, plan.max_in_flight))
-
-    make = DecoderSampler if case.sampler == "decoder" else GenerateSampler
-    sampler = make(run, simulate.NoText(), [-1], execution=execution)
     with phase("rollout"):
         params = SamplingParams(max_new_tokens=case.C)
         sampler.sample([[1] * case.P], case.G, params, seed=0)

@@ -142,7 +142,7 @@ class GRPOTrainer(TRLSurface):
 
     @property
     def memory_plan(self) -> MemoryPlan | None:
-        """What the run needs of its card, where there is one or one was named."""
+        """The memory that the run needs of its card, where there is one or one was named."""
         return self.run_sampler.memory_plan
 
     @property

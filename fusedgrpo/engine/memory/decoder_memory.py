@@ -96,7 +96,7 @@ class DecoderModel:
             self._dequantised = rounded(max(sizes, default=0) * small.dtype.itemsize)
 
     def memory(self, asked: Decoding) -> DecoderMemory:
-        """Of a rollout whose longest case is ``asked``."""
+        """The bytes of a rollout whose longest case is ``asked``."""
         small, tracker = self.small, self.small.tracker
         pages = PagesStandIn(asked.pages)
         with self._running():
@@ -148,7 +148,7 @@ class DecoderModel:
         return head._replace(weight=head.weight.detach().to(self.small.dtype))
 
     def _history(self, asked: Decoding) -> Tensor | None:
-        """What all rows have said, where that is looked at."""
+        """The tokens of all rows so far, where they are looked at."""
         if not asked.params.reads_history:
             return None
         longest = asked.prompt + asked.params.max_new_tokens
