@@ -24,7 +24,7 @@ from fusedgrpo.kernels.sample import best, best_triton
 from fusedgrpo.kernels.sample import logits as sample_logits
 from fusedgrpo.kernels.sample import op as sample_op
 from fusedgrpo.models import activation_offload as offload
-from fusedgrpo.models import loading, policy
+from fusedgrpo.models import cached_attention, loading, policy
 from fusedgrpo.models import packed_attention as attention
 from fusedgrpo.models.adapters import rollout_weights
 from fusedgrpo.models.device import pick_compute_dtype
@@ -90,7 +90,8 @@ def cuda_choices() -> Iterator[None]:
         patch(decode_triton, "own_kernel", NoLaunch())
         patch(decode_triton, "merge_kernel", NoLaunch())
         # Tokens: Triton's tiles from hidden states, torch's from rows of logits.
-        patch(sample_op, "resolve_backend", lambda *_: "triton")
+        for module in (sample_op, cached_attention):
+            patch(module, "resolve_backend", lambda *_: "triton")
         patch(sample_op, "tiling_for", _cuda_tiling)
         patch(sample_logits, "best_functions", lambda *_: best)
         patch(sample_logits, "CACHED", sample_logits.LAUNCHED)

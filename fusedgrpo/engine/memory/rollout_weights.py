@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Of a machine's main memory, for a copy where nothing is planned.
 SHARE = 1 / 4
-# Making the copy, after each update, takes as long as it saves in so many tokens (docs/measured.md).
+# Making the copy after each update takes about as long as it saves in so many tokens.
 WORTH_IT = 32
 
 

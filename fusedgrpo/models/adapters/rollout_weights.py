@@ -322,16 +322,18 @@ def _fold(layer: Any, out: Tensor) -> None:
     weight = _dense(layer.get_base_layer().weight)
     exact = torch.promote_types(weight.dtype, torch.float32)
     step = max(FOLDED // weight.shape[1], 1)
-    with torch.autocast(weight.device.type, enabled=False):  # which would multiply in 16 bits
-        for lo in range(0, len(weight), step):
-            rows = slice(lo, lo + step)
-            total: Tensor = weight[rows].to(exact)
-            sums = out[rows] if out.dtype == exact else torch.empty_like(total)
-            for a, b, scaling in _parts(layer):
-                torch.addmm(total, b[rows].to(exact), a.to(exact), alpha=scaling, out=sums)
-                total = sums
-            if sums.dtype != out.dtype:
-                out[rows].copy_(sums)
+    for lo in range(0, len(weight), step):
+        rows = slice(lo, lo + step)
+        total = out[rows]
+        if total.dtype == exact:
+            total.copy_(weight[rows])
+        else:
+            total = weight[rows].to(exact, copy=True)
+        for a, b, scaling in _parts(layer):
+            # In place: autocast leaves that alone, and would multiply in 16 bits otherwise.
+            total.addmm_(b[rows].to(exact), a.to(exact), alpha=scaling)
+        if total.dtype != out.dtype:
+            out[rows].copy_(total)
 
 
 def _dense(weight: Any) -> Tensor:
