@@ -322,13 +322,13 @@ def _fold(layer: Any, out: Tensor) -> None:
     weight = _dense(layer.get_base_layer().weight)
     exact = torch.promote_types(weight.dtype, torch.float32)
     step = max(FOLDED // weight.shape[1], 1)
-    with torch.autocast(weight.device.type, enabled=False):  # which would multiply in 16 bits
-        for lo in range(0, len(weight), step):
-            rows = slice(lo, lo + step)
-            total = weight[rows].to(exact)
-            for a, b, scaling in _parts(layer):
-                total = torch.addmm(total, b[rows].to(exact), a.to(exact), alpha=scaling)
-            out[rows].copy_(total)
+    for lo in range(0, len(weight), step):
+        rows = slice(lo, lo + step)
+        total = weight[rows].to(exact, copy=True)
+        for a, b, scaling in _parts(layer):
+            # In place: autocast leaves it alone, and would multiply in 16 bits otherwise.
+            total.addmm_(b[rows].to(exact), a.to(exact), alpha=scaling)
+        out[rows].copy_(total)
 
 
 def _dense(weight: Any) -> Tensor:
