@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class StepGraphs:
     from then on."""
 
     def __init__(self, record: Record | None = None):
-        self.record = record or record_cuda_graph
+        self.record = record or CudaGraphs()
         self.works = True
         self.buckets: dict[int, Recorded] = {}
 
@@ -111,16 +111,28 @@ def bucket(rows: int, most: int) -> int:
     return min(-(-rows // step) * step, most)
 
 
-def record_cuda_graph(run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
-    """``Record`` on the current CUDA device."""
-    # Once on another stream first: libraries set themselves up in their first call, which must not
-    # be recorded.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return result, graph.replay
+class CudaGraphs:
+    """``Record`` on the current CUDA device.
+
+    All graphs take their memory from one pool, else each would keep that of a whole step for
+    itself. So one writes over what another one left there, its result included: they are replayed
+    one at a time, and a result is copied before the next.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        # Once on another stream first: libraries set themselves up in their first call, which must
+        # not be recorded.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+        return result, graph.replay

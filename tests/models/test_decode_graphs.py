@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +110,34 @@ def test_running_out_of_memory_while_recording_is_running_out_of_memory() -> Non
     with pytest.raises(Exception, match="ut of memory"):
         sample(on, How(graphs=lambda: graphs), SamplingParams(max_new_tokens=4))
     assert graphs.works
+
+
+def test_all_graphs_of_a_rollout_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that stands for a GPU: what is recorded where."""
+    pools: list[object] = []
+
+    def graph(recorded: Any, pool: Any = None) -> Any:
+        pools.append(pool)
+        return contextlib.nullcontext()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, new in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda side: contextlib.nullcontext(),
+        "graph_pool_handle": object,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, new)
+    on = Policy(tiny.model())
+    for _ in range(2):
+        graphs = StepGraphs()
+        sample(on, How(graphs=lambda graphs=graphs: graphs), SamplingParams(max_new_tokens=30), 5)  # type: ignore[misc]
+        assert len(graphs.buckets) > 1
+    half = len(pools) // 2
+    assert len(set(map(id, pools[:half]))) == 1 and pools[0] is not None
+    assert set(map(id, pools[half:])) == {id(pools[-1])} and pools[-1] is not pools[0]
 
 
 def test_buckets_are_few_and_waste_little() -> None:

@@ -35,12 +35,14 @@ class DecoderMemory(NamedTuple):
     """Bytes above what stays: of the pages of keys and values; while the adapters are prepared or
     merged, which is before there are pages; and the most beside the pages while prompts are read
     and while a token is chosen. Prompts are read as places fall free, so that the pages may be full
-    by then."""
+    by then. recorded: of a step that is replayed as a CUDA graph, which keeps them while it is
+    there, tensors or not (models/decode_graphs.py)."""
 
     entries: int
     renewal: int
     prefill: int
     decoding: int
+    recorded: int
 
     @property
     def parts(self) -> dict[str, int]:
@@ -118,7 +120,11 @@ class DecoderModel:
                 decoding = tracker.peak.bytes - before
         entries = pages.bytes
         return DecoderMemory(
-            entries, renewal + self._dequantised, prefill - entries, decoding - entries
+            entries=entries,
+            renewal=renewal + self._dequantised,
+            prefill=prefill - entries,
+            decoding=decoding - entries,
+            recorded=decoding - entries - copied,
         )
 
     def _weights_as_after_an_update(self) -> contextlib.AbstractContextManager[None]:

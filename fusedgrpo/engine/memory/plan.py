@@ -28,7 +28,8 @@ class MemoryPlan:
     resident: what stays during the whole run, by kind. phases: for each phase what it needs at its
     peak, by kind, resident parts as one. longest: tokens of prompt and completion, of which a
     micro-batch holds at least one. host: pinned memory beside the GPU. rollout_weights: whether a
-    merged copy is among what stays.
+    merged copy is among what stays. recorded: what CUDA graphs keep during a rollout, beside its
+    tensors.
     """
 
     gpu_bytes: int
@@ -40,6 +41,7 @@ class MemoryPlan:
     longest: int
     host: dict[str, int]
     rollout_weights: RolloutWeights = "adapter"
+    recorded: int = 0
     advice: tuple[str, ...] = ()
 
     @property
@@ -59,7 +61,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        return self.peak + self.reserve
+        return max(self.peak, self.totals["rollout"] + self.recorded) + self.reserve
 
     @property
     def fits(self) -> bool:
@@ -95,6 +97,7 @@ def plan_table(plan: MemoryPlan, measured: Mapping[str, int] | None = None) -> s
     lines += [
         "",
         _line("tensors", plan.peak),
+        *([_line("recorded steps, in a rollout", plan.recorded)] if plan.recorded else []),
         _line("CUDA context, fragmentation", plan.reserve),
         _line("needed", plan.needed),
         _line("the GPU has", plan.gpu_bytes),

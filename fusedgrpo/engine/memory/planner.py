@@ -171,6 +171,7 @@ class MemoryPlanner:
             longest=asked.longest,
             host={name: size for name, size in host.items() if size},
             rollout_weights="merged" if asked.merged else "adapter",
+            recorded=cache.recorded,
         )
 
     def _token_range(self, asked: Asked) -> tuple[int, int]:
@@ -221,8 +222,9 @@ class MemoryPlanner:
         return rows
 
     def _rollout_bytes(self, asked: Asked, rows: int, tokens: int) -> int:
-        own = sum(self.sizes.rollout(asked, rows, tokens).parts.values())
-        return sum(self.sizes.resident(asked).values()) + _with_reserve(own)
+        found = self.sizes.rollout(asked, rows, tokens)
+        resident = sum(self.sizes.resident(asked).values())
+        return resident + _with_reserve(sum(found.parts.values())) + found.recorded
 
 
 def _with_reserve(own: int) -> int:

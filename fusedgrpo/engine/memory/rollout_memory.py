@@ -23,6 +23,7 @@ class GenerateMemory(NamedTuple):
     entries: int
     prefill: int
     decoding: int
+    recorded: int = 0  # nothing is replayed
 
     @property
     def parts(self) -> dict[str, int]:

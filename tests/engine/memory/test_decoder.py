@@ -139,8 +139,8 @@ def test_before_there_are_pages_a_layer_is_dequantised_to_be_merged(simulate: Mo
     options = {"max_completion_length": 64, "rollout_weights": "merged", "prompts_per_step": 1}
     found = agree(simulate, "qwen2.5-7b", 64, options, 3)
     layer = 3584 * 18944 * 2
-    rows = FOLDED // 3584 * 3584 * 4  # in float32, before and after an adapter is added to them
-    assert found.phases["rollout"]["weights for the rollout"] == layer + 2 * rows
+    rows = FOLDED // 3584 * 3584 * 4  # in float32, to which the adapter is added
+    assert found.phases["rollout"]["weights for the rollout"] == layer + rows
 
 
 @pytest.mark.parametrize("logits", [False, True])
@@ -199,14 +199,14 @@ def test_a_prompts_keys_are_there_once_and_a_completions_own_beside_them() -> No
 
 
 def test_more_rows_need_more_memory_and_not_whole_groups() -> None:
-    needed, before = [], DecoderMemory(0, 0, 0, 0)
+    needed, before = [], DecoderMemory(0, 0, 0, 0, 0)
     for rows in (1, 7, 8, 9, 40, 64):
         found = plan(max_in_flight=rows)
         assert found.max_in_flight == rows
         needed.append(found.totals["rollout"])
         parts = found.phases["rollout"]
         assert parts["K/V pages"] > before.entries
-        before = DecoderMemory(parts["K/V pages"], 0, 0, 0)
+        before = DecoderMemory(parts["K/V pages"], 0, 0, 0, 0)
     assert needed == sorted(needed) and len(set(needed)) == len(needed)
     assert plan(max_in_flight=20, sampler="generate").max_in_flight == 16
 
