@@ -37,7 +37,8 @@ LAYERS = [
 # takes to make a rollout, so that their loop has our decoder itself and not a copy.
 INTEGRATIONS = {
     "errors", "host", "loss_options", "kernels", "models", "integrations",
-    "engine.rollout", "engine.execution", "engine.memory", "engine.seeding",
+    "engine.rollout", "engine.rollout.sampler", "engine.execution", "engine.memory",
+    "engine.seeding",
 }  # fmt: skip
 
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
