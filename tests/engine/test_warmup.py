@@ -32,10 +32,10 @@ def recorded(trainer):
         tokens.append(packed.input_ids.numel())
         return logprobs(packed, **kwargs)
 
-    def noting_decode(prompts, prompt_of, params, seeds, skipped=0):
+    def noting_decode(prompts, prompt_of, params, seeds, skipped=0, *options):
         longest = max(map(len, prompts))
         cached.append((len(prompt_of), longest + skipped + params.max_new_tokens))
-        return decode(prompts, prompt_of, params, seeds, skipped)
+        return decode(prompts, prompt_of, params, seeds, skipped, *options)
 
     trainer.policy.logprobs, trainer.sampler._decode = noting, noting_decode
     return trainer, tokens, cached

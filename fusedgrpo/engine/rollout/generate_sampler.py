@@ -81,14 +81,13 @@ class GenerateSampler(Sampler):
             seeds = [derive(seed, first + i, sample) for i, sample in ahead]
             own = list(dict.fromkeys(i for i, _ in ahead))
             prompts = [prompt_ids[i] for i in own]
+            prompt_of = [own.index(i) for i, _ in ahead]
             waiting = len(asked) - len(done) - len(ahead)
-            return self._decode(
-                prompts,
-                [own.index(i) for i, _ in ahead],
-                params,
-                seeds,
-                progress=lambda tokens, live: report(tokens, live, waiting),
-            )
+
+            def progress(tokens: Tensor, live: Tensor) -> None:
+                report(tokens, live, waiting)
+
+            return self._decode(prompts, prompt_of, params, seeds, 0, progress)
 
         with self.execution.progress() as report:
             while len(done) < len(asked):
