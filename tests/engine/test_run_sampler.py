@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from fusedgrpo import GRPOConfig, GRPOTrainer, host
+from fusedgrpo.engine.memory import rollout_weights
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.engine.rollout import decoder_sampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
@@ -27,6 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, chooses: str) -> None:
     """From here on this is a machine with room for a copy of the weights, or without."""
     size = 2**40 if chooses == "merged" else 1
     monkeypatch.setattr(host, "memory", lambda: size)
+    monkeypatch.setattr(rollout_weights, "WORTH_IT", 1)  # these completions are short
 
 
 def make(directory: Path, **changes: Any) -> GRPOTrainer:

@@ -230,7 +230,8 @@ def test_fewer_completions_are_in_flight_where_their_cache_does_not_fit() -> Non
 
 @pytest.mark.slow
 def test_activations_are_offloaded_only_where_it_is_needed() -> None:
-    options = config(8000, num_generations=2, per_device_train_batch_size=2, lora_r=16)
+    options = config(8000, num_generations=2, per_device_train_batch_size=2, lora_r=16,
+                     rollout_weights="adapter")  # fmt: skip
     options = dataclasses.replace(options, tokens_per_microbatch=8128)
     kept = plan(options, settings=DEEP)
     assert not kept.activation_offloading and not kept.host

@@ -15,7 +15,7 @@ from fusedgrpo import host
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.memory.plan import GIB, MemoryPlan, plan_table
 from fusedgrpo.engine.memory.planner import MemoryPlanner
-from fusedgrpo.engine.memory.rollout_weights import choose_rollout_weights, merged_bytes
+from fusedgrpo.engine.memory.rollout_weights import choose_rollout_weights, merged_bytes, pays
 from fusedgrpo.models.policy import Policy
 
 H, M, LAYERS = 512, 1024, 6
@@ -132,3 +132,8 @@ def test_what_was_asked_for_is_taken(option: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(host, "memory", lambda: 1)
     config = GRPOConfig(sampler="decoder", rollout_weights=option)
     assert choose_rollout_weights(config, None, with_adapter()) == option
+
+
+def test_a_copy_for_short_completions_does_not_pay() -> None:
+    assert pays(GRPOConfig(max_completion_length=32))
+    assert not pays(GRPOConfig(max_completion_length=31))
