@@ -103,16 +103,20 @@ def simulate(
         result.resident = tracker.alive()
         with tracker.labelled("optimizer"):
             optimizer = build_optimizer(config, run.trainable())
+        result.resident = tracker.alive()
         rows = in_flight or batches.groups_per_rollout * config.num_generations
         sampler = None
         if config.sampler != "generate":
-            with tracker.labelled("weights for rollouts"):
+            own = "weights for rollouts"
+            with tracker.labelled(own):
                 sampler = _decoder(run, config, rows)
-        result.resident = tracker.alive()
+            # These alone: in a first pass bitsandbytes casts biases of 4-bit layers.
+            if (size := tracker.alive().get(own)) is not None:
+                result.resident[own] = size
         result.peaks["weights"] = _now(tracker)
         if sampler is not None:
-            own = [[1] * prompt_tokens] * batches.groups_per_rollout
-            result.peaks["rollout"] = _decoded(sampler, tracker, config, own)
+            prompt_ids = [[1] * prompt_tokens] * batches.groups_per_rollout
+            result.peaks["rollout"] = _decoded(sampler, tracker, config, prompt_ids)
         else:
             result.peaks["rollout"] = _generated(run, tracker, config, prompt_tokens, rows)
         if not update:

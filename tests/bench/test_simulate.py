@@ -138,16 +138,20 @@ def test_checkpointing_and_small_states_save_what_they_are_said_to(simulate: Mod
     assert state["8 bit"] == pytest.approx(state["checkpointed"] / 4, rel=0.1)
 
 
-def test_the_cache_of_a_rollout_grows_with_completions_in_flight(simulate: ModuleType) -> None:
+@pytest.mark.parametrize(("sampler", "kept"), [("generate", 512 + 8192), ("decoder", 8192)])
+def test_the_cache_of_a_rollout_grows_with_completions_in_flight(
+    simulate: ModuleType, sampler: str, kept: int
+) -> None:
     settings = simulate.model_config("qwen2.5-7b", num_hidden_layers=2)
     config = GRPOConfig(
-        load_in_4bit=True, num_generations=8, max_completion_length=8192, tokens_per_microbatch=8704
-    )
+        load_in_4bit=True, num_generations=8, max_completion_length=8192,
+        tokens_per_microbatch=8704, sampler=sampler,
+    )  # fmt: skip
     eight, six = (
         simulate.simulate(config, settings, prompt_tokens=512, in_flight=n).peaks["rollout"].bytes
         for n in (8, 6)
     )
-    cache = 2 * 2 * 4 * 128 * 2 * (512 + 8192)  # bytes a sequence
+    cache = 2 * 2 * 4 * 128 * 2 * kept  # bytes a sequence
     assert eight - six == pytest.approx(2 * cache, rel=0.02)
 
 

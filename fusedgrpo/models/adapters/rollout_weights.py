@@ -334,6 +334,7 @@ def _fold(layer: Any, out: Tensor) -> None:
             total.addmm_(b[rows].to(exact), a.to(exact), alpha=scaling)
         if total.dtype != out.dtype:
             out[rows].copy_(total)
+        del total  # or it would be there beside the next one
 
 
 def _dense(weight: Any) -> Tensor:
