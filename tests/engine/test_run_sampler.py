@@ -188,7 +188,7 @@ def test_a_sampler_that_was_passed_is_not_planned_as_ours(tmp_path: Path) -> Non
                 output_dir=str(tmp_path / "run"),
                 num_generations=4,
                 prompts_per_step=2,
-                max_completion_length=6,
+                max_completion_length=40,
                 bf16=False,
                 gpu_memory="8GB",
             ),
