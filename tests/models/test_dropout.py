@@ -52,7 +52,7 @@ def run(directory, model, **changes):
     } | changes  # fmt: skip
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=lambda completion_ids, **_: [float(ids[0] % 3) for ids in completion_ids],
+        reward_funcs=lambda completion_ids, **_: [float(i) for i in range(len(completion_ids))],
         args=GRPOConfig(**options),
         train_dataset=[{"prompt": f"w{4 + i} w{5 + i}"} for i in range(4)],
         tokenizer=tiny.tokenizer(),
