@@ -110,6 +110,9 @@ class FusedLogProbs:
         from the trainer's seed, the step, the process, and how many rollouts the step had before,
         so a run that is resumed at a generation batch goes on as the uninterrupted one, and the
         global generators are left alone.
+    rollout_weights: what fused_rollouts samples from. ``"adapter"``: the base and LoRA beside it;
+        ``"merged"``: a copy of the weights with LoRA in it, made anew for each rollout, faster for
+        long completions where there is memory for it. None is ``"adapter"``.
 
     Rows whose gradient is exactly zero (advantage 0, no KL in the loss, no entropy bonus; nothing
     unmasked) are scored without gradients: the same loss, metrics and gradients for a third of
@@ -127,6 +130,7 @@ class FusedLogProbs:
         group_rows: bool = True,
         fused_loss: bool = False,
         fused_rollouts: bool = False,
+        rollout_weights: Literal["adapter", "merged"] | None = None,
         **kwargs: Any,
     ):
         if shared_prompt not in ("auto", "on", "off"):
@@ -134,6 +138,15 @@ class FusedLogProbs:
         if tokens_per_microbatch is not None and tokens_per_microbatch < 1:
             raise ConfigError(
                 f"tokens_per_microbatch={tokens_per_microbatch}: expected at least 1."
+            )
+        if rollout_weights not in (None, "adapter", "merged"):
+            raise ConfigError(
+                f"rollout_weights={rollout_weights!r}: expected 'adapter' or 'merged'."
+            )
+        if rollout_weights is not None and not fused_rollouts:
+            raise ConfigError(
+                f"rollout_weights={rollout_weights!r} is what fused_rollouts=True samples from: "
+                "give both or neither."
             )
         self.tokens_per_microbatch = tokens_per_microbatch
         if fused_loss and self._module is not grpo_trainer:
@@ -185,7 +198,7 @@ class FusedLogProbs:
             forward = self._packed_forward(me.model)
             assert forward is not None
             causal_lm = _causal_lm(me.accelerator.unwrap_model(me.model))
-            self._rollouts = Rollouts(self, causal_lm, forward)
+            self._rollouts = Rollouts(self, causal_lm, forward, rollout_weights or "adapter")
 
     @property
     def _router_coef(self) -> float:

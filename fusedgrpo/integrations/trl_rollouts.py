@@ -12,7 +12,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -71,12 +71,21 @@ def refuse_options(arguments: Mapping[str, Any]) -> None:
 class Rollouts:
     """``completions`` for the prompts of ``trainer``, from ``causal_lm`` with its ``forward``.
 
+    weights: "adapter" or "merged", see ``FusedLogProbs``.
+
     Raises ConfigError for a trainer, ModelError for a model, that the decoder is not for: at once,
     or in the first rollout where the launcher has yet to put the model on its device.
     """
 
-    def __init__(self, trainer: Any, causal_lm: Any, forward: PackedForward):
+    def __init__(
+        self,
+        trainer: Any,
+        causal_lm: Any,
+        forward: PackedForward,
+        weights: Literal["adapter", "merged"],
+    ):
         self.trainer = trainer
+        self._weights: Literal["adapter", "merged"] = weights
         self._causal_lm = causal_lm
         self._forward = forward
         self._step = -1
@@ -85,6 +94,11 @@ class Rollouts:
             raise ConfigError(
                 "fused_rollouts=True does not go with a multimodal processing_class: "
                 f"{LEAVE_IT_OUT}"
+            )
+        if weights == "merged" and forward.policy.adapters is None:
+            raise ConfigError(
+                "rollout_weights='merged' folds LoRA into a copy of the weights, and this model "
+                "has no adapter: leave it out, or give peft_config."
             )
         self._refuse_generation_config()
         if causal_lm.device.type == trainer.accelerator.device.type:
@@ -120,6 +134,7 @@ class Rollouts:
                     trainer._tokenizer,
                     ends,
                     execution=Execution(OOMRetry(tokens=0), progress=_progress(trainer)),
+                    rollout_weights=self._weights,
                     skip_special_tokens=False,  # the text is not used: TRL decodes the tokens
                 )
         except ModelError as error:

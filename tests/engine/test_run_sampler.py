@@ -17,7 +17,8 @@ from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.engine.rollout import decoder_sampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.errors import ModelError
-from fusedgrpo.models.adapters.rollout_weights import AdapterWeights, MergedWeights
+from fusedgrpo.models.adapters.merged_weights import MergedWeights
+from fusedgrpo.models.adapters.rollout_weights import AdapterWeights
 
 CLOCK = ("time/", "step_time", "tokens_per_second", "memory/")
 KINDS: dict[str, Any] = {"adapter": AdapterWeights, "merged": MergedWeights}

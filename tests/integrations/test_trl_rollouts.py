@@ -26,6 +26,8 @@ from fusedgrpo.engine.seeding import derive  # noqa: E402
 from fusedgrpo.errors import ConfigError, ModelError  # noqa: E402
 from fusedgrpo.integrations.trl import FusedGRPOTrainer, FusedRLOOTrainer  # noqa: E402
 from fusedgrpo.integrations.trl_rollouts import grouped  # noqa: E402
+from fusedgrpo.models.adapters.merged_weights import MergedWeights  # noqa: E402
+from fusedgrpo.models.adapters.rollout_weights import AdapterWeights  # noqa: E402
 from fusedgrpo.models.policy import Policy  # noqa: E402
 
 OURS = {"fused_rollouts": True}
@@ -130,12 +132,15 @@ def test_a_run_samples_from_the_policy_of_the_moment(tmp_path, monkeypatch, adap
     assert trainer.model.training
 
 
-def test_a_run_of_mixed_precision_samples_in_it(tmp_path, monkeypatch):
-    trainer = make(FusedGRPOTrainer, tmp_path, bf16=True, max_steps=1, **LORA, **OURS)
+@pytest.mark.parametrize("weights", [AdapterWeights, MergedWeights])
+def test_a_run_of_mixed_precision_samples_in_it(tmp_path, monkeypatch, weights):
+    option = {} if weights is AdapterWeights else {"rollout_weights": "merged"}
+    trainer = make(FusedGRPOTrainer, tmp_path, bf16=True, max_steps=1, **LORA, **OURS, **option)
     calls = sampled(trainer, monkeypatch)
     trainer.train()
     sampler = trainer._rollouts._sampler
     assert len(calls) == 1 and sampler.policy.dtype == torch.float32
+    assert type(sampler.weights) is weights
     kept = {family.kept.dtype for family in sampler.weights._families}
     assert kept == {torch.bfloat16}
 
@@ -251,6 +256,18 @@ REFUSED = {
 def test_options_of_other_rollouts_are_refused(tmp_path, name):
     with pytest.raises(ConfigError, match=f"does not go with {name}: leave fused_rollouts out"):
         make(FusedGRPOTrainer, tmp_path, **OURS, **REFUSED[name])
+
+
+def test_weights_to_sample_from_that_make_no_sense_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'fast': expected 'adapter' or 'merged'"):
+        make(FusedGRPOTrainer, tmp_path, rollout_weights="fast", **OURS)
+    with pytest.raises(ConfigError, match="give both or neither"):
+        make(FusedGRPOTrainer, tmp_path, rollout_weights="merged")
+    with pytest.raises(ConfigError, match="this model has no adapter"):
+        make(FusedGRPOTrainer, tmp_path, rollout_weights="merged", **OURS)
+    with pytest.raises(ConfigError, match="adapters of another kind"):
+        dora = LoraConfig(r=4, use_dora=True, target_modules="all-linear")
+        make(FusedGRPOTrainer, tmp_path, rollout_weights="merged", peft_config=dora, **OURS)
 
 
 def test_what_the_model_adds_to_generate_is_refused(tmp_path):

@@ -20,8 +20,8 @@ PROMPTS = ["w4 w5 w6", "w7 w8", "w9 w10 w11 w12", "w5", "w6 w6 w7", "w30 w31"]
 # Arguments of the trainers; everything else goes into their configuration.
 OF_THE_TRAINER = (
     "model", "reward_funcs", "peft_config", "eval_dataset", "group_rows", "shared_prompt",
-    "fused_loss", "fused_rollouts", "tools", "rollout_func", "environment_factory",
-    "processing_class",
+    "fused_loss", "fused_rollouts", "rollout_weights", "tools", "rollout_func",
+    "environment_factory", "processing_class",
 )  # fmt: skip
 
 

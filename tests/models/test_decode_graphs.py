@@ -21,7 +21,8 @@ from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.kernels.sample import op as sample_op
 from fusedgrpo.models import cached_attention
-from fusedgrpo.models.adapters.rollout_weights import AdapterWeights, MergedWeights
+from fusedgrpo.models.adapters.merged_weights import MergedWeights
+from fusedgrpo.models.adapters.rollout_weights import AdapterWeights
 from fusedgrpo.models.decode_graphs import Result, StepGraphs, bucket
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.ragged_decode import Prompt, RaggedDecoder, Room, Row

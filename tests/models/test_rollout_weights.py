@@ -13,14 +13,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from fusedgrpo.models.adapters import few_rows, rollout_weights
-from fusedgrpo.models.adapters.rollout_weights import (
-    AdapterWeights,
-    MergedWeights,
-    RolloutWeights,
-    all_plain,
-    plain_layers,
-)
+from fusedgrpo.models.adapters import few_rows, merged_weights, rollout_weights
+from fusedgrpo.models.adapters.merged_weights import MergedWeights
+from fusedgrpo.models.adapters.plain_lora import all_plain, plain_layers
+from fusedgrpo.models.adapters.rollout_weights import AdapterWeights, RolloutWeights
 from fusedgrpo.models.policy import Policy
 
 FAMILIES = ["Llama", "Qwen2", "Gemma2", "Phi3"]
@@ -76,7 +72,7 @@ def test_what_shares_an_input_is_one_product(make: Make, monkeypatch: pytest.Mon
     for family in weights._families:
         family.stacked = True  # type: ignore[attr-defined]  # as on a GPU
     through(weights, on)
-    plain, products = rollout_weights.product, []
+    plain, products = few_rows.product, []
     kept = {family.kept.data_ptr() for family in weights._families}  # type: ignore[union-attr]
 
     def noting(x: Tensor, weight: Tensor, *bias: Any) -> Tensor:
@@ -84,7 +80,8 @@ def test_what_shares_an_input_is_one_product(make: Make, monkeypatch: pytest.Mon
             products.append(weight)
         return plain(x, weight, *bias)
 
-    monkeypatch.setattr(rollout_weights, "product", noting)
+    for module in (rollout_weights, merged_weights):
+        monkeypatch.setattr(module, "product", noting)
     torch.testing.assert_close(through(weights, on), expected, rtol=1e-4, atol=1e-5)
     layers = on.causal_lm.config.num_hidden_layers
     assert len(products) == 4 * layers, "q k v, o, gate up, down"

@@ -21,12 +21,9 @@ from fusedgrpo.kernels.launch import DECODE_SPLIT, tiling
 from fusedgrpo.kernels.sample import best
 from fusedgrpo.kernels.sample.logits import COLUMNS, LAUNCHED, ROWS
 from fusedgrpo.kernels.sample.noise import Noise
-from fusedgrpo.models.adapters.rollout_weights import (
-    AdapterWeights,
-    MergedWeights,
-    RolloutWeights,
-    plain_layers,
-)
+from fusedgrpo.models.adapters.merged_weights import MergedWeights
+from fusedgrpo.models.adapters.plain_lora import plain_layers
+from fusedgrpo.models.adapters.rollout_weights import AdapterWeights, RolloutWeights
 from fusedgrpo.models.head import Head, find_head, logits
 from fusedgrpo.models.kv_cache import PAGE, pages_of
 

@@ -8,7 +8,7 @@ from fusedgrpo import host
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.memory.plan import MemoryPlan, RolloutWeights
 from fusedgrpo.models.adapters.attached import adapter_layers
-from fusedgrpo.models.adapters.rollout_weights import all_plain
+from fusedgrpo.models.adapters.plain_lora import all_plain
 
 if TYPE_CHECKING:
     from fusedgrpo.models.policy import Policy

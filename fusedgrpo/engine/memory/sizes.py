@@ -22,7 +22,7 @@ from fusedgrpo.engine.memory.whose_rollout import decodes_itself
 from fusedgrpo.engine.memory.workload import Asked, paged
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.models.activation_offload import CHUNK, KEPT
-from fusedgrpo.models.adapters.rollout_weights import all_plain
+from fusedgrpo.models.adapters.plain_lora import all_plain
 
 # Depths whose difference is one layer's share. The first layer is a case of its own: its input is
 # the embedding, which the model holds on to.

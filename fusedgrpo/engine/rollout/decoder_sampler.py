@@ -21,12 +21,9 @@ from fusedgrpo.engine.rollout.scheduler import Live
 from fusedgrpo.engine.rollout.types import Completion, Group
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.errors import ConfigError, ModelError
-from fusedgrpo.models.adapters.rollout_weights import (
-    AdapterWeights,
-    MergedWeights,
-    RolloutWeights,
-    all_plain,
-)
+from fusedgrpo.models.adapters.merged_weights import MergedWeights
+from fusedgrpo.models.adapters.plain_lora import all_plain
+from fusedgrpo.models.adapters.rollout_weights import AdapterWeights, RolloutWeights
 from fusedgrpo.models.decoding import TOLERANCE, few_tokens, relative_errors, trained
 from fusedgrpo.models.head import Head, logits
 from fusedgrpo.models.policy import Policy
@@ -151,7 +148,7 @@ def _weights(policy: Policy, option: str) -> RolloutWeights | None:
         raise ConfigError(
             "rollout_weights: merged folds LoRA into a copy of the weights, and this model has "
             "adapters of another kind (DoRA and other variants, trained biases, modules_to_save): "
-            "leave it at auto."
+            "leave the option out."
         )
     return MergedWeights(policy)
 

@@ -1,9 +1,9 @@
-"""Layers with LoRA as sampling computes them: adapters of one input in one product, or no adapters.
+"""Layers with LoRA as sampling computes them: what is computed once from the trained weights.
 
 ``AdapterWeights`` computes ``W x + (s B)(A x)`` with A of all layers that share x in one product,
 and A and s B in the dtype that is computed in: peft casts, multiplies by the scaling and adds for
-each layer and token anew. ``MergedWeights`` computes ``(W + s B A) x`` from a copy of the weights,
-those of the layers that share x in one product.
+each layer and token anew. ``MergedWeights`` (merged_weights.py) computes ``(W + s B A) x`` from a
+copy of the weights, those of the layers that share x in one product.
 
 Both are other roundings of the same policy. Trained weights and the base, 4-bit ones above all, are
 read and never changed. Layers that are no plain LoRA on a linear layer (DoRA and other variants, a
@@ -14,33 +14,15 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusedgrpo.models.adapters.attached import adapter_layers
 from fusedgrpo.models.adapters.few_rows import product
+from fusedgrpo.models.adapters.plain_lora import Adapted, parts, plain_layers
 from fusedgrpo.models.adapters.shared_inputs import Forward, Watch, forwards
-
-# Elements of a copy that are folded at a time: what is computed in float32 for it stays small.
-FOLDED = 2**22
-
-
-class Adapted(Protocol):
-    """A policy, as far as it is looked at here. model: with its adapters. dtype: that is computed
-    in. device: where."""
-
-    model: Any
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def trainable(self) -> Sequence[tuple[str, Tensor]]: ...
 
 
 class RolloutWeights(abc.ABC):
@@ -171,7 +153,7 @@ class _AdapterFamily(Family):
 
     def compute(self) -> None:
         dtype = self.policy.dtype
-        parts = [list(_parts(layer)) for layer in self.layers]
+        parts = [list(parts(layer)) for layer in self.layers]
         rank = sum(len(a) for adapters in parts for a, _, _ in adapters)
         kept = self._keep(rank, self.layers[0].in_features, dtype)
         kept.copy_(torch.cat([a for adapters in parts for a, _, _ in adapters]))
@@ -192,7 +174,7 @@ class _AdapterFamily(Family):
     def _forward(self, index: int) -> Forward:
         base = self.layers[index].get_base_layer()
         dense = type(base) is nn.Linear
-        ranks = [sum(len(a) for a, _, _ in _parts(layer)) for layer in self.layers]
+        ranks = [sum(len(a) for a, _, _ in parts(layer)) for layer in self.layers]
         start = sum(ranks[:index])
         columns = slice(start, start + ranks[index])
 
@@ -217,129 +199,3 @@ class _AdapterFamily(Family):
             return out
 
         return forward
-
-
-class MergedWeights(RolloutWeights):
-    """``(W + s B A) x``, from a copy of W in the dtype that is computed in."""
-
-    def _family(self, layers: list[Any]) -> Family:
-        return _MergedFamily(layers, self.policy)
-
-
-class _MergedFamily(Family):
-    def __init__(self, layers: list[Any], policy: Adapted):
-        super().__init__(layers)
-        self.policy = policy
-        # On a CPU a product of more columns is no faster, rather the contrary.
-        self.stacked = policy.device.type != "cpu"
-        self._bias: Tensor | None = None
-        self._product: Tensor | None = None
-
-    def compute(self) -> None:
-        dtype = self.policy.dtype
-        sizes = [layer.out_features for layer in self.layers]
-        kept = self._keep(sum(sizes), self.layers[0].in_features, dtype)
-        for layer, rows in zip(self.layers, kept.split(sizes), strict=True):
-            _fold(layer, rows)
-        biases = [layer.get_base_layer().bias for layer in self.layers]
-        if any(bias is not None for bias in biases):
-            none = [kept.new_zeros(size) for size in sizes]
-            found = [z if b is None else b.to(dtype) for b, z in zip(biases, none, strict=True)]
-            if self._bias is None or self._bias.dtype != dtype:
-                self._bias = torch.cat(found)
-
-    def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *([] if self._bias is None else [self._bias])]
-
-    def forget(self) -> None:
-        super().forget()
-        self._product = None
-
-    def _forward(self, index: int) -> Forward:
-        sizes = [layer.out_features for layer in self.layers]
-        columns = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
-
-        def forward(x: Tensor) -> Tensor:
-            assert self.kept is not None
-            if not self.stacked:
-                bias = None if self._bias is None else self._bias[columns]
-                return product(x.to(self.kept.dtype), self.kept[columns], bias)
-            if self._share(x):
-                self._product = product(x.to(self.kept.dtype), self.kept, self._bias)
-            assert self._product is not None
-            out = self._product[..., columns]
-            if not self._left:
-                self.forget()
-            return out
-
-        return forward
-
-
-def plain_layers(policy: Adapted) -> list[Any]:
-    """The layers of ``policy`` whose active adapters are plain LoRA on a linear layer."""
-    return [layer for layer in adapter_layers(policy.model) if _is_plain(layer)]
-
-
-def all_plain(policy: Adapted) -> bool:
-    """Whether every adapter is one that can be folded into a copy of its layer's weight."""
-    layers = adapter_layers(policy.model)
-    return bool(layers) and all(map(_is_plain, layers))
-
-
-def _is_plain(layer: Any) -> bool:
-    from peft.tuners import lora
-
-    kinds: tuple[type, ...] = (lora.Linear,)
-    if hasattr(lora, "Linear4bit"):  # with bitsandbytes alone
-        kinds += (lora.Linear4bit,)
-    if type(layer) not in kinds or "forward" in vars(layer):  # not what wraps or replaced it
-        return False
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    base = layer.get_base_layer()
-    return (
-        bool(active)
-        and not (layer.disable_adapters or layer.merged or layer.fan_in_fan_out)
-        and not any(name in layer.lora_variant or layer.lora_bias[name] for name in active)
-        and isinstance(base, nn.Linear)
-        and layer.base_layer is base
-    )
-
-
-def _parts(layer: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """A, B and the scaling of each active adapter."""
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            yield (
-                layer.lora_A[name].weight.detach(),
-                layer.lora_B[name].weight.detach(),
-                layer.scaling[name],
-            )
-
-
-def _fold(layer: Any, out: Tensor) -> None:
-    """``out [out_features, in_features]`` becomes the weight with all active adapters in it, summed
-    in float32 and rounded once."""
-    weight = _dense(layer.get_base_layer().weight)
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    step = max(FOLDED // weight.shape[1], 1)
-    for lo in range(0, len(weight), step):
-        rows = slice(lo, lo + step)
-        total = out[rows]
-        if total.dtype == exact:
-            total.copy_(weight[rows])
-        else:
-            total = weight[rows].to(exact, copy=True)
-        for a, b, scaling in _parts(layer):
-            # In place: autocast leaves that alone, and would multiply in 16 bits otherwise.
-            total.addmm_(b[rows].to(exact), a.to(exact), alpha=scaling)
-        if total.dtype != out.dtype:
-            out[rows].copy_(total)
-        del total  # or it would be there beside the next one
-
-
-def _dense(weight: Any) -> Tensor:
-    if (state := getattr(weight, "quant_state", None)) is None:
-        return weight.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.detach(), state)

@@ -25,7 +25,7 @@ from fusedgrpo.engine.memory.workload import Asked
 from fusedgrpo.engine.rollout import scheduler
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.sampler import SamplingParams
-from fusedgrpo.models.adapters.rollout_weights import FOLDED
+from fusedgrpo.models.adapters.merged_weights import FOLDED
 from fusedgrpo.models.kv_cache import PAGE, PagedCache, pages_of
 from fusedgrpo.models.policy import Policy
 
