@@ -232,6 +232,15 @@ def test_bench_policy_loss_gives_no_seconds_of_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.peer
+def test_bench_decode_meets_the_bars_and_gives_no_seconds_of_a_cpu(tmp_path: Path) -> None:
+    rows = check(tmp_path / "x.jsonl", "bench_decode.py", "--device", "cpu", "--threads", "1")
+    kinds = {row["case"].split(",")[0] for row in rows}
+    assert kinds == {"a token each", "attention", "x W^T"}
+    assert {row["unit"] for row in rows} == {"nat", "share", "relative", "byte", "x fusedgrpo"}
+    same = [row["value"] for row in rows if row["metric"] == "same_token"]
+    assert len(same) == 4 and min(same) == 1, "the draw is that of float64"
+
+
 def test_trl_computes_the_same_loss_from_given_log_probs(load: Any) -> None:
     pytest.importorskip("trl")
     bench = load("bench_policy_loss")
