@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.models.adapters.few_rows import product
-from fusedgrpo.models.adapters.plain_lora import Adapted, parts
+from fusedgrpo.models.adapters.plain_lora import Adapted, factors
 from fusedgrpo.models.adapters.rollout_weights import Family, RolloutWeights
 from fusedgrpo.models.adapters.shared_inputs import Forward
 
@@ -85,7 +85,7 @@ def fold(layer: Any, out: Tensor) -> None:
             total.copy_(weight[rows])
         else:
             total = weight[rows].to(exact, copy=True)
-        for a, b, scaling in parts(layer):
+        for a, b, scaling in factors(layer):
             # In place: autocast leaves that alone, and would multiply in 16 bits otherwise.
             total.addmm_(b[rows].to(exact), a.to(exact), alpha=scaling)
         if total.dtype != out.dtype:

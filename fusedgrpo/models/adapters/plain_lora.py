@@ -59,7 +59,7 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def parts(layer: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
+def factors(layer: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
     """A, B and the scaling of each active adapter."""
     for name in layer.active_adapters:
         if name in layer.lora_A:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedgrpo.models.adapters.few_rows import product
-from fusedgrpo.models.adapters.plain_lora import Adapted, parts, plain_layers
+from fusedgrpo.models.adapters.plain_lora import Adapted, factors, plain_layers
 from fusedgrpo.models.adapters.shared_inputs import Forward, Watch, forwards
 
 
@@ -153,7 +153,7 @@ class _AdapterFamily(Family):
 
     def compute(self) -> None:
         dtype = self.policy.dtype
-        parts = [list(parts(layer)) for layer in self.layers]
+        parts = [list(factors(layer)) for layer in self.layers]
         rank = sum(len(a) for adapters in parts for a, _, _ in adapters)
         kept = self._keep(rank, self.layers[0].in_features, dtype)
         kept.copy_(torch.cat([a for adapters in parts for a, _, _ in adapters]))
@@ -174,7 +174,7 @@ class _AdapterFamily(Family):
     def _forward(self, index: int) -> Forward:
         base = self.layers[index].get_base_layer()
         dense = type(base) is nn.Linear
-        ranks = [sum(len(a) for a, _, _ in parts(layer)) for layer in self.layers]
+        ranks = [sum(len(a) for a, _, _ in factors(layer)) for layer in self.layers]
         start = sum(ranks[:index])
         columns = slice(start, start + ranks[index])
 
