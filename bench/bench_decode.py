@@ -13,7 +13,9 @@ cache that is padded to the longest and has a prompt for each completion. Relati
 float64, of all rows together and of the worst; ``bytes`` of keys and values that are there.
 
 **Products**: ``x W^T`` of a few rows as ``torch`` and as the rollout's layers compute it
-(``models/adapters/few_rows.py``), float32 on a CPU.
+(``models/adapters/few_rows.py``), and all products of a token of SmolLM2-135M, each with a weight
+of its own, for 16 sequences (ours) and for other numbers of them: what completions that leave can
+save. Float32, on a CPU.
 
 ``relative`` is processor time over ours, on a CPU; ``time`` that of a GPU. Exit code 1: ours miss
 ``BARS``. ``--peers`` is taken, as by all benches, and compares with nobody.
@@ -100,6 +102,7 @@ def main() -> None:
                         "torch": repeated(lambda: linear(x, weight), repeat),  # noqa: B023
                     },
                 )  # fmt: skip
+        compare("all products of a token, 16 rows, torch.float32", {}, whole_step(args.quick))
     if args.json is not None:
         harness.write(rows, args.json)
     if missed:
@@ -126,6 +129,24 @@ def repeated(work: Callable[[], Any], times: int) -> Callable[[], None]:
             work()
 
     return run
+
+
+def whole_step(quick: bool) -> dict[str, Callable[[], Any]]:
+    layer = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+    shapes = layer * (1 if quick else 30) + [(576, 2048 if quick else 49152)]
+    weights = [torch.randn(n, k) for k, n in shapes]
+
+    def with_rows(M: int) -> Callable[[], None]:
+        inputs = {k: torch.randn(M, k) for k in (576, 1536)}
+
+        def run() -> None:
+            for weight in weights:
+                product(inputs[weight.shape[1]], weight)
+
+        return run
+
+    others = {f"{M} rows": with_rows(M) for M in (1, 4, 8, 32, 64)}
+    return {harness.OURS: with_rows(16), **others}
 
 
 def over(case: str, errors: dict[str, Values], metric: str, bar: float) -> list[str]:
