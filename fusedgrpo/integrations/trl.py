@@ -24,11 +24,12 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor
 
-from fusedgrpo import host
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.integrations.packed_forward import PackedForward, install, probe_router
+from fusedgrpo.integrations.trl_batches import padded, shuffle_groups, unpadded
 from fusedgrpo.integrations.trl_loss import compute_loss, refuse_uncovered
 from fusedgrpo.integrations.trl_rollouts import LEAVE_IT_OUT, Rollouts, refuse_options
+from fusedgrpo.integrations.trl_version import import_trl
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.adapters.kinds import acts_outside
 from fusedgrpo.models.four_bit import keep_differentiable
@@ -37,61 +38,10 @@ from fusedgrpo.models.packed_batch import Layout, PackedBatch
 from fusedgrpo.models.packing_probe import SharedPrompt
 from fusedgrpo.models.router import RouterSums
 
-TESTED = "1.16"
-
 log = logging.getLogger("fusedgrpo")
 
 
-def _import_trl() -> tuple[Any, Any]:
-    """The modules of the two trainers; ImportError with the remedy where TRL is not as expected."""
-    remedy = f"Install the version that was tested: pip install 'trl=={TESTED}.*'."
-    try:
-        from trl.trainer import grpo_trainer, rloo_trainer
-    except ImportError as error:
-        raise ImportError(f"fusedgrpo.integrations.trl needs TRL: {error}. {remedy}") from error
-    version = host.package_version("trl") or "unknown"
-    if version.split(".")[:2] != TESTED.split("."):
-        raise ImportError(
-            f"fusedgrpo.integrations.trl was tested with TRL {TESTED}, this is {version}. {remedy}"
-        )
-    expected = {
-        "_get_per_token_logps_and_entropies": (
-            "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
-            "compute_entropy", "compute_aux_loss",
-        ),
-        "_compute_loss": ("model", "inputs"),
-        "_prepare_inputs": ("generation_batch",),
-    }  # fmt: skip
-    masks = {
-        "get_high_entropy_mask": ("entropies", "mask", "threshold"),
-        "get_off_policy_mask": (
-            "advantages", "per_token_logps", "sampling_per_token_logps", "mask",
-            "off_policy_threshold",
-        ),
-    }  # fmt: skip
-    rollouts = {
-        "_generate_single_turn": (
-            "prompt_ids", "images", "multimodal_fields", "num_generations",
-        ),
-    }  # fmt: skip
-    for module, name, methods in (
-        (grpo_trainer, "GRPOTrainer", expected | masks | rollouts),
-        (rloo_trainer, "RLOOTrainer", expected),
-    ):
-        for method, names in methods.items():
-            signature = inspect.signature(getattr(getattr(module, name), method))
-            found = tuple(parameter for parameter in signature.parameters if parameter != "self")
-            if found[: len(names)] != names:
-                raise ImportError(
-                    f"TRL {version}: {name}.{method} takes ({', '.join(found)}), expected "
-                    f"({', '.join(names)}, ...). {remedy}"
-                )
-        if not hasattr(module, "shuffle_sequence_dict"):
-            raise ImportError(f"TRL {version}: {module.__name__} does not shuffle. {remedy}")
-    return grpo_trainer, rloo_trainer
-
-
-grpo_trainer, rloo_trainer = _import_trl()
+grpo_trainer, rloo_trainer = import_trl()
 
 
 class FusedLogProbs:
@@ -248,7 +198,7 @@ class FusedLogProbs:
                 compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **multimodal,
             )  # fmt: skip
 
-        pairs = _pairs(input_ids, attention_mask, logits_to_keep)
+        pairs = unpadded(input_ids, attention_mask, logits_to_keep)
         kept = attention_mask[:, -logits_to_keep:].bool()
         training = torch.is_grad_enabled()
         entropy: bool | Literal["detached"] = False
@@ -281,10 +231,10 @@ class FusedLogProbs:
         with torch.no_grad() if training else contextlib.nullcontext():
             for rows in cut:
                 score(rows)
-        logps = _padded([(rows, logp) for rows, logp, _ in parts], kept, pairs)
+        logps = padded([(rows, logp) for rows, logp, _ in parts], kept, pairs)
         entropies = None
         if compute_entropy:
-            entropies = _padded([(rows, e) for rows, _, e in parts if e is not None], kept, pairs)
+            entropies = padded([(rows, e) for rows, _, e in parts if e is not None], kept, pairs)
         aux_loss = None
         if compute_aux_loss:
             router = forward.policy.router
@@ -425,28 +375,6 @@ class FusedRLOOTrainer(FusedLogProbs, rloo_trainer.RLOOTrainer):  # type: ignore
     _module = rloo_trainer
 
 
-def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
-    """TRL's ``shuffle_sequence_dict``, with rows of one prompt kept next to each other.
-
-    Groups come in random order and so do the rows of each.
-    """
-    prompts: dict[tuple[int, ...], list[int]] = {}
-    masks = batch["prompt_mask"].bool()
-    for row, (ids, mask) in enumerate(zip(batch["prompt_ids"], masks, strict=True)):
-        prompts.setdefault(tuple(ids[mask].tolist()), []).append(row)
-    groups = list(prompts.values())
-    order: list[int] = []
-    for g in torch.randperm(len(groups)).tolist():
-        order += [groups[g][k] for k in torch.randperm(len(groups[g])).tolist()]
-
-    def permuted(value: Any) -> Any:
-        if value is None or (isinstance(value, Tensor) and value.dim() == 0):
-            return value
-        return value[order] if isinstance(value, Tensor) else [value[i] for i in order]
-
-    return {name: permuted(value) for name, value in batch.items()}
-
-
 @contextlib.contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     """TRL looks the function up in its module when it calls it, and offers no other way in."""
@@ -460,30 +388,3 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def _causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _pairs(
-    input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Prompt and completion of each padded row, without the padding."""
-    pairs = []
-    split = input_ids.shape[1] - logits_to_keep
-    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
-        prompt = tuple(t for t, m in zip(ids[:split], mask[:split], strict=True) if m)
-        completion = tuple(t for t, m in zip(ids[split:], mask[split:], strict=True) if m)
-        if not prompt:
-            raise ModelError("A prompt without tokens has nothing to predict from.")
-        pairs.append((prompt, completion))
-    return pairs
-
-
-def _padded(parts: list[tuple[list[int], Tensor]], kept: Tensor, pairs: Sequence[Any]) -> Tensor:
-    """``[B, T]``: the values of each row's completion where ``kept`` is true, else 0."""
-    sizes = [len(completion) for _, completion in pairs]
-    pieces: list[Tensor] = [parts[0][1].new_zeros(0)] * len(pairs)
-    for rows, values in parts:
-        own = values.split([sizes[i] for i in rows])
-        for i, piece in zip(rows, own, strict=True):
-            pieces[i] = piece
-    flat = torch.cat(pieces)
-    return flat.new_zeros(kept.shape).masked_scatter(kept, flat)

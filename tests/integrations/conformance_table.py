@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_runs import LORA_RUN, ONLY_TRLS_LOSS, RLOO_RUNS, RUNS, TOLERANCE
 
 from fusedgrpo.integrations import trl_rollouts
-from fusedgrpo.integrations.trl import TESTED
+from fusedgrpo.integrations.trl_version import TESTED
 
 # What the axes have besides options of TRL.
 IN_THE_BATCH = {

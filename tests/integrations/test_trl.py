@@ -21,7 +21,9 @@ from trl_runs import assert_same_runs, make, trained  # noqa: E402
 
 from fusedgrpo.errors import ConfigError, ModelError  # noqa: E402
 from fusedgrpo.integrations import trl as integration  # noqa: E402
-from fusedgrpo.integrations.trl import FusedGRPOTrainer, shuffle_groups  # noqa: E402
+from fusedgrpo.integrations import trl_version  # noqa: E402
+from fusedgrpo.integrations.trl import FusedGRPOTrainer  # noqa: E402
+from fusedgrpo.integrations.trl_batches import shuffle_groups  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +100,15 @@ def test_prompts_are_shared_within_a_micro_batch(tmp_path, monkeypatch):
 def test_bad_arguments_and_other_versions_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="shared_prompt='yes'"):
         make(FusedGRPOTrainer, tmp_path, shared_prompt="yes")
-    monkeypatch.setattr(integration.host, "package_version", lambda name: "1.17.0")
+    monkeypatch.setattr(trl_version.host, "package_version", lambda name: "1.17.0")
     with pytest.raises(ImportError, match=r"tested with TRL 1.16, this is 1.17.0.*pip install"):
-        integration._import_trl()
+        trl_version.import_trl()
 
 
 def test_a_changed_signature_is_refused(monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, inputs: None)
     with pytest.raises(ImportError, match=r"GRPOTrainer._compute_loss takes \(inputs\)"):
-        integration._import_trl()
+        trl_version.import_trl()
 
 
 @pytest.mark.parametrize("fused_loss", [False, True])
