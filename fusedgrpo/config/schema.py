@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fusedgrpo.config.aliases import ALIASES, Alias
 from fusedgrpo.config.foreign import REFUSED
+from fusedgrpo.config.parsers import ParsedFields, parsed_annotations
 from fusedgrpo.config.reading import Problem, label_of, left_out, plain, raise_all, resolve
 from fusedgrpo.config.redaction import redacted, remember
 from fusedgrpo.config.rules import broken_rules, one_of
@@ -272,17 +273,33 @@ class GRPOConfig(TrainingArgumentsSurface):
     if not TYPE_CHECKING:  # type checkers and editors see the generated signature
 
         def __init__(self, /, *output_dir: Any, **given: Any):
+            ParsedFields.of(type(self))
             if len(output_dir) > 1 or (output_dir and "output_dir" in given):
                 raise ConfigError("Options are given by name, and output_dir once.")
             if output_dir:
                 given["output_dir"] = output_dir[0]
+            derived = [spec for spec in fields(self) if spec.name not in _HINTS]
+            own = {spec.name: given.pop(spec.name) for spec in derived if spec.name in given}
             values, problems = resolve(given, _HINTS, _LIMITS)
             for spec in fields(self):
-                object.__setattr__(self, spec.name, values.get(spec.name, spec.default))
+                value = {**own, **values}.get(spec.name, MISSING)
+                if value is MISSING:
+                    made = spec.default_factory
+                    value = spec.default if made is MISSING else made()
+                if value is MISSING:
+                    problems.append((spec.name, f"{spec.name}: is missing and has no default."))
+                object.__setattr__(self, spec.name, value)
             remember(values)
             problems += left_out(values)
             problems += broken_rules(self, skip={name for name, _ in problems})
             raise_all(problems)
+            if derived and hasattr(self, "__post_init__"):
+                self.__post_init__()
+
+        def __init_subclass__(cls) -> None:
+            # ``dataclass`` leaves an ``__init__`` alone that a class has itself.
+            if "__init__" not in vars(cls):
+                cls.__init__ = GRPOConfig.__init__
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name.startswith("_") or (name not in _HINTS and name in _own_fields(self)):
@@ -357,10 +374,13 @@ def _own_fields(config: GRPOConfig) -> set[str]:
 
 
 _HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
+# After the hints are taken: from here on the annotations are what argparse reads.
+GRPOConfig.__annotations__ |= parsed_annotations(_HINTS)
 # The annotation leaves out bool, as in transformers: HfArgumentParser refuses a union of text and
 # bool.
 _HINTS["resume_from_checkpoint"] = str | bool | None
 _LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
+ParsedFields.of(GRPOConfig)
 
 
 def free_to_change() -> set[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo import host
+from fusedgrpo.config.from_trl import given_options, is_foreign
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.advantages import Estimator, find_estimator
@@ -45,6 +46,7 @@ from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.errors import ConfigError, PlanError
 from fusedgrpo.models.activation_offload import OffloadActivations
+from fusedgrpo.models.adapters.attached import has_adapters
 from fusedgrpo.models.adapters.files import planned_options
 from fusedgrpo.models.finite import check_loaded
 from fusedgrpo.models.kinds import accepted
@@ -98,7 +100,7 @@ def build_parts(
 ) -> Parts:
     """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
     RewardError, ModelError or OutputDirError."""
-    args = own_options(args, model, quantization_config)
+    args = own_options(args, model, quantization_config, peft_config)
     processes = Processes.start(args.use_cpu)
     processes.run_on_main(lambda: RunDir.probe(args.output_dir))
     for text in doubtful(args):
@@ -321,18 +323,23 @@ def describe(policy: Policy, plan: BatchPlan, processes: Processes) -> str:
     return line + (f"; {processes.size} processes" if processes.size > 1 else "")
 
 
-def own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
+def own_options(
+    args: Any, model: Any, quantization_config: Any, peft_config: Any = None
+) -> GRPOConfig:
     """A copy of the configuration with the name of the model that was passed, for the record, and
-    with what ``quantization_config`` describes."""
+    with what ``quantization_config`` describes. TRL's and transformers' arguments are translated,
+    option by option."""
+    by_name = isinstance(model, (str, os.PathLike))
+    if is_foreign(args):
+        args = _translated(args, model, by_name, peft_config)
     if args is not None and not isinstance(args, GRPOConfig):
         raise ConfigError(
-            f"args: expected a fusedgrpo.GRPOConfig, got {type(args).__module__}."
-            f"{type(args).__qualname__}. from fusedgrpo import GRPOConfig: the names are TRL's."
+            f"args: expected a fusedgrpo.GRPOConfig or a trl.GRPOConfig, got "
+            f"{type(args).__module__}.{type(args).__qualname__}."
         )
     args = args or GRPOConfig()
     object.__setattr__(args, "_used", True)
     config = getattr(model, "config", None)
-    by_name = isinstance(model, (str, os.PathLike))
     name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
     own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
     if quantization_config is not None:
@@ -345,6 +352,20 @@ def own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
         own.model_init_kwargs = given
     object.__setattr__(own, "_used", True)
     return own
+
+
+def _translated(args: Any, model: Any, by_name: bool, peft_config: Any) -> GRPOConfig:
+    """Another trainer's arguments as options. There, what trains without a ``peft_config`` is the
+    model itself, unless it has an adapter."""
+    given = given_options(args)
+    if by_name:
+        adapter = (Path(model).expanduser() / "adapter_config.json").exists()
+    else:
+        adapter = model is not None and has_adapters(model)
+    if peft_config is None and not adapter:
+        given["finetuning_type"] = "full"
+        log.info("args are TRL's and there is no peft_config: all weights are trained, as in TRL.")
+    return GRPOConfig.from_dict(given)
 
 
 def _bits(model: Any) -> str:
