@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import Field
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 from fusedgrpo.config.values import same_option
@@ -57,12 +58,14 @@ def _with_init(spec: Field[Any], init: bool) -> Field[Any]:
 
 def parsed_annotations(hints: Mapping[str, Any]) -> dict[str, Any]:
     """The annotations that argparse can carry out, where they are not those of ``hints``: a mapping
-    is typed as JSON, a tuple of names with commas between them."""
+    is typed as JSON, a tuple of names with commas between them, a number as such."""
     found: dict[str, Any] = {}
     for name, hint in hints.items():
         origins = {get_origin(member) or member for member in (hint, *get_args(hint))}
         if dict in origins:
             found[name] = dict[str, Any] | str | None
+        elif {int, float} <= origins:
+            found[name] = float | None if NoneType in origins else float
         elif tuple in origins:
             found[name] = str | None
     return found

@@ -88,6 +88,8 @@ def _tidy(name: str, value: Any) -> Any:
         return _reward_funcs(value)
     if name == "dtype" and type(value).__module__ == "torch":
         return str(value).removeprefix("torch.")
+    if name in ("logging_steps", "save_steps", "eval_steps") and isinstance(value, float):
+        return int(value) if value.is_integer() else value  # parsers of a command line: 10.0
     if not isinstance(value, (str, bool, list, tuple, NoneType)):  # == may be anything: an array's
         return value
     if name in ("lora_target_modules", "report_to") and isinstance(value, str):

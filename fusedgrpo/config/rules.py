@@ -106,6 +106,14 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             ("val_size", "eval_dataset"),
             "val_size and eval_dataset both name the rows to evaluate on; give one.",
         )
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        if not _share_or_count(getattr(c, name) or 1):
+            yield (
+                (name,),
+                f"{name}: expected a share of the run < 1 or a whole number of steps, got "
+                f"{getattr(c, name)}.",
+            )
+    yield from _best(c)
     if not _share_or_count(c.val_size):
         yield (
             ("val_size",),
@@ -127,6 +135,24 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     if unknown := [name for name in c.allow_change if name not in vars(c)]:
         texts = [f"{brief(name)} is no option.{did_you_mean(name, vars(c))}" for name in unknown]
         yield ("allow_change",), ", ".join(f"allow_change: {text}" for text in texts)
+
+
+def _best(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The best of the evaluations: there have to be some, and its weights."""
+    if c.eval_strategy == "no":
+        for name, asked in (
+            ("load_best_model_at_end", c.load_best_model_at_end),
+            ("save_strategy", c.save_strategy == "best"),
+        ):
+            if asked:
+                text = f"{name}: the best of no evaluation; set eval_strategy: steps or epoch."
+                yield (name, "eval_strategy"), text
+    if c.load_best_model_at_end and c.save_strategy == "no":
+        yield (
+            ("load_best_model_at_end", "save_strategy"),
+            "load_best_model_at_end: the weights come from a checkpoint; set save_strategy: best, "
+            "steps or epoch.",
+        )
 
 
 def _rollout_size(config: Any) -> int:

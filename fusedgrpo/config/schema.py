@@ -251,13 +251,41 @@ class GRPOConfig(TrainingArgumentsSurface):
         False, "delete a previous run there instead of moving it", free=True
     )
     seed: int = option(42, "seed of every random choice", low=0)
-    logging_steps: int = option(10, "show a line every so many steps", low=1, free=True)
-    save_strategy: Literal["no", "steps"] = option("steps", "when to checkpoint", free=True)
-    save_steps: int = option(500, "optimizer steps between checkpoints", low=1, free=True)
-    save_total_limit: int | None = option(None, "checkpoints to keep; null: all", low=1, free=True)
-    eval_strategy: Literal["no", "steps"] = option("no", "when to evaluate", free=True)
-    eval_steps: int | None = option(
-        None, "steps between evaluations; null: logging_steps", low=1, free=True
+    logging_strategy: Literal["no", "steps", "epoch"] = option(
+        "steps", "when to show a line; metrics.jsonl has every step", free=True
+    )
+    logging_steps: int | float = option(
+        10, "show a line every so many steps, or that share of the run if < 1", above=0, free=True
+    )
+    logging_first_step: bool = option(False, "count the first step as logged", free=True)
+    save_strategy: Literal["no", "steps", "epoch", "best"] = option(
+        "steps", "when to checkpoint; best: after each best evaluation", free=True
+    )
+    save_steps: int | float = option(
+        500, "steps between checkpoints, or a share of the run if < 1", above=0, free=True
+    )
+    save_total_limit: int | None = option(
+        None, "checkpoints to keep beside the best; null: all", low=1, free=True
+    )
+    save_only_model: bool = option(
+        False, "checkpoints of the weights alone, which no run goes on from", free=True
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = option("no", "when to evaluate", free=True)
+    eval_steps: int | float | None = option(
+        None,
+        "steps between evaluations, or a share of the run if < 1; null: logging_steps",
+        above=0,
+        free=True,
+    )
+    eval_on_start: bool = option(False, "evaluate before the first step, too", free=True)
+    load_best_model_at_end: bool = option(
+        False, "end with the weights of the best evaluation, each of which is saved", free=True
+    )
+    metric_for_best_model: str | None = option(
+        None, "what of an evaluation is compared; null: the reward", free=True
+    )
+    greater_is_better: bool | None = option(
+        None, "whether more of it is better; null: unless its name ends in loss", free=True
     )
     resume_from_checkpoint: str | None = option(None, "a path; true or auto: the newest", free=True)
     allow_change: tuple[str, ...] = option(

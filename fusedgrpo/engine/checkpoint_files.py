@@ -33,13 +33,18 @@ FORMAT = 1
 NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
+def of_step(directory: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
+    return directory / f"step-{step:06d}"
+
+
 def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Let ``write(dir)`` fill a new checkpoint of ``step`` under ``directory``; returns its path.
 
     If anything fails, what it left is removed and the checkpoints that were there stay as they are.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"step-{step:06d}"
+    final = of_step(directory, step)
     unfinished = directory / f".{final.name}.tmp"
     replaced = directory / f"{final.name}.old"
     for left_by_a_killed_run in directory.glob(".step-*.tmp"):
@@ -148,11 +153,11 @@ def newest_valid(
     return None
 
 
-def prune(directory: Path, keep: int, written: Path | None = None) -> None:
-    """Delete all but the newest ``keep``. What was just ``written`` and the newest that verifies
-    always stay, and so do checkpoints that were put elsewhere and left as a link."""
+def prune(directory: Path, keep: int, *kept: Path | None) -> None:
+    """Delete all but the newest ``keep``. What is ``kept`` and the newest that verifies always
+    stay, and so do checkpoints that were put elsewhere and left as a link."""
     all_of_them = [path for path in checkpoints(directory) if not path.is_symlink()]
-    doomed = [path for path in all_of_them[: max(len(all_of_them) - keep, 0)] if path != written]
+    doomed = [path for path in all_of_them[: max(len(all_of_them) - keep, 0)] if path not in kept]
     if doomed and newest_valid(directory) not in doomed:
         for path in doomed:
             shutil.rmtree(path)

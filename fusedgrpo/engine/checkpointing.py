@@ -60,12 +60,22 @@ def load_weights(policy: Policy, directory: Path) -> None:
         raise CheckpointError(f"{directory} is of a run that had diverged: {problem}.")
 
 
-def save(directory: Path, saved: Mapping[str, Any], write_weights: Callable[[Path], Any]) -> Path:
+def save(
+    directory: Path,
+    saved: Mapping[str, Any],
+    write_weights: Callable[[Path], Any],
+    *,
+    only_model: bool = False,
+) -> Path:
     """Write ``saved``, a trainer's ``state_dict``, and its weights as a checkpoint under
-    ``directory``; returns its path."""
+    ``directory``; returns its path. only_model: the weights and what says which they are."""
 
     def write(path: Path) -> None:
         write_weights(path)
+        if only_model:
+            facts = {k: v for k, v in saved["state"].items() if k not in ("optimizer", "unwritten")}
+            checkpoint.write_json(path / "state.json", facts)
+            return
         checkpoint.write_tensors(path / "optimizer.safetensors", saved["optimizer"])
         checkpoint.write_json(path / "state.json", saved["state"])
         if saved["window"] is not None:
@@ -124,9 +134,10 @@ def find(resume: str | bool | None, directory: Path) -> Path | None:
 
 def missing_file(names: Collection[str]) -> str | None:
     """The first thing that a checkpoint with files of these names lacks; None for nothing."""
-    for needed in ("state.json", "optimizer.safetensors"):
-        if needed not in names:
-            return f"no {needed}"
+    if "state.json" not in names:
+        return "no state.json"
+    if "optimizer.safetensors" not in names:
+        return "no optimizer.safetensors (save_only_model: weights to use, not to go on from)"
     if not any(n.startswith(("adapter/", "model/")) and n.endswith(".safetensors") for n in names):
         return "no weights in adapter/ or model/"
     if ("window.json" in names) != ("window.safetensors" in names):

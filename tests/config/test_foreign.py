@@ -39,7 +39,7 @@ def test_options_of_other_trainers_are_refused_by_name(
         ("deepspeed", None),
         ("plot_loss", True),
         ("overwrite_cache", True),
-        ("save_only_model", False),
+        ("save_on_each_node", False),
         ("dataloader_num_workers", 0),
         ("gradient_checkpointing_kwargs", {"use_reentrant": False}),
     ],

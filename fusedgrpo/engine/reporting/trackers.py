@@ -126,6 +126,11 @@ class Trackers(Callback):
             except Exception as error:  # noqa: BLE001 - not logged in, no network, full disk, ...
                 self._drop(name, error)
 
+    def on_evaluate(self, step: int, metrics: Row) -> None:
+        """The evaluation before the first step; later ones are in their step's row."""
+        if step == 0:
+            self.on_step({"step": 0, **metrics})
+
     def on_step(self, row: Row) -> None:
         """Hand the finite numbers of one row of metrics to every tracker that still works."""
         values = {key: v for key in row if key != "step" and (v := finite(row[key])) is not None}
