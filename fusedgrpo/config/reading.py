@@ -10,6 +10,7 @@ from typing import Any
 from fusedgrpo.config.aliases import ALIASES
 from fusedgrpo.config.foreign import REFUSED
 from fusedgrpo.config.from_pretrained import settle
+from fusedgrpo.config.not_here import why_not
 from fusedgrpo.config.redaction import marks
 from fusedgrpo.config.values import check_text, read_value
 from fusedgrpo.errors import ConfigError, brief, did_you_mean
@@ -58,7 +59,7 @@ def resolve(
                 )
             value = read_value(value, hints[name], limits[name])
         except ValueError as error:
-            problems.append((name, f"{label}: {error}"))
+            problems.append((name, f"{label}: {why_not(name, value) or error}"))
             continue
         if name in values and values[name] != value:
             both = f"given as {brief(values[name])} and {brief(value)}"

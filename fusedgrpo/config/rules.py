@@ -114,6 +114,13 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
                 f"{getattr(c, name)}.",
             )
     yield from _best(c)
+    for pair in c.optim_args.split(",") if c.optim_args else ():
+        if not all(part.strip() for part in pair.partition("=")):
+            yield (
+                ("optim_args",),
+                f"optim_args: expected name=value,name=value, got {brief(c.optim_args)}.",
+            )
+            break
     if not _share_or_count(c.val_size):
         yield (
             ("val_size",),

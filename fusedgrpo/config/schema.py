@@ -28,22 +28,16 @@ from fusedgrpo.loss_options import ImportanceSamplingLevel, LossOptions
 log = logging.getLogger("fusedgrpo")
 
 Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "adamw_bnb_8bit",
-    "paged_adamw_32bit",
-    "paged_adamw_8bit",
-]
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit",
+    "paged_adamw_8bit", "adafactor", "sgd", "adagrad", "rmsprop", "ademamix", "ademamix_8bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit",
+    "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "stable_adamw",
+    "grokadamw", "adamw_anyprecision",
+]  # fmt: skip
 Scheduler = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-]
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
 # The defaults of the loss's options are written there.
 _LOSS = LossOptions()
 
@@ -220,8 +214,10 @@ class GRPOConfig(TrainingArgumentsSurface):
     adam_beta2: float = option(0.999, "AdamW's second beta", low=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "clip the gradient norm; 0: never", low=0)
-    optim: Optimizer = option("adamw_torch_fused", "the optimizer")
+    optim: Optimizer = option("adamw_torch_fused", "the optimizer, by its name in transformers")
+    optim_args: str | None = option(None, "more settings of it: name=value,name=value")
     lr_scheduler_type: Scheduler = option("linear", "the schedule of transformers")
+    lr_scheduler_kwargs: dict[str, Any] | None = option(None, "more settings of the schedule")
     warmup_steps: float = option(0.0, "steps, or a share of the run if < 1", low=0)
     num_train_epochs: float = option(3.0, "passes over the data", above=0)
     max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1)

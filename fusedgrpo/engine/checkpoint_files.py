@@ -249,8 +249,9 @@ def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
 ) -> None:
-    """Copy a saved state into the optimizer's own, which ``build_optimizer`` has made: nothing is
-    there twice, and paged state stays paged. Raises CheckpointError if it is of other parameters.
+    """Copy a saved state into the optimizer's own, where ``build_optimizer`` has made it: nothing
+    is there twice, and paged state stays paged. Raises CheckpointError if it is of other
+    parameters.
     """
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if saved["groups"] != sizes:
@@ -264,16 +265,22 @@ def load_optimizer_state(
         state.setdefault(int(index), {})[name] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in state.items():
-        first = entries.get("exp_avg", entries.get("state1"))
+        own = optimizer.state.get(parameters[index]) if index < len(parameters) else None
+        moment = "exp_avg" if "exp_avg" in entries else "state1"
         if index >= len(parameters) or (
-            first is not None and first.numel() != parameters[index].numel()
+            moment in entries
+            # AdEMAMix has two moments in one.
+            and entries[moment].numel() != (own or {}).get(moment, parameters[index]).numel()
         ):
             raise CheckpointError("The checkpoint's optimizer state fits other parameters.")
-        own = optimizer.state.get(parameters[index])
-        if own is None:
-            raise CheckpointError(
-                "The optimizer has no state of its own yet: expected one made by build_optimizer."
-            )
+        if own is None:  # an optimizer that makes its state in the first step
+            device = parameters[index].device
+            optimizer.state[parameters[index]] = {
+                # The count stays where torch has it, on the CPU.
+                name: value.to(device) if isinstance(value, Tensor) and name != "step" else value
+                for name, value in entries.items()
+            }
+            continue
         if own.keys() != entries.keys():
             raise CheckpointError(
                 f"The checkpoint's optimizer keeps {sorted(entries)}, this run's {sorted(own)}."

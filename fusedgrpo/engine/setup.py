@@ -35,7 +35,7 @@ from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
-from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
+from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler, check_options
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
 from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
@@ -108,6 +108,7 @@ def build_parts(
     # A launcher passes on the signal that the terminal has sent to everybody already.
     signals = StopSignals(echo_seconds=10.0 if processes.size > 1 else 0.0)
     tracker_classes(args.report_to)
+    check_options(args)
     folders = code_folders(search_paths)
     custom_loss = find_custom_loss(args.loss_type, folders)
     estimator = find_estimator(args, folders)

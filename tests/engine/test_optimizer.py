@@ -10,9 +10,13 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import nn
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
+from fusedgrpo.config import not_here
 from fusedgrpo.config.schema import GRPOConfig, Optimizer, Scheduler
-from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
+from fusedgrpo.engine.checkpoint_files import load_optimizer_state, optimizer_state
+from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler, check_options
 from fusedgrpo.errors import ConfigError
 
 
@@ -26,8 +30,10 @@ def config(**options: Any) -> GRPOConfig:
     return GRPOConfig(learning_rate=0.1, **options)
 
 
-def minimise(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> float:
-    for _ in range(30):
+def minimise(
+    optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]], steps: int = 30
+) -> float:
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = sum((p.square().sum() for _, p in named), torch.zeros(()))
         loss.backward()
@@ -35,17 +41,87 @@ def minimise(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Paramet
     return float(loss)
 
 
+NOT_INSTALLED = {
+    "stable_adamw": "pip install torch-optimi",
+    "grokadamw": "pip install grokadamw",
+    "adamw_anyprecision": "torchdistx",
+}
+
+
 @pytest.mark.parametrize("name", get_args(Optimizer))
-def test_every_optimizer_minimises_or_is_refused_by_name(name: str) -> None:
+def test_every_optimizer_minimises_and_goes_on_or_is_refused_by_name(name: str) -> None:
     named = parameters()
     start = sum(float(p.detach().square().sum()) for _, p in named)
+    rate = {"sgd": 0.05, "adagrad": 0.5}.get(name, 0.1)
+    settings = {"optim_args": "momentum=0.9, dampening=0.1"} if name == "sgd" else {}
+    chosen = GRPOConfig(learning_rate=rate, optim=name, **settings)
     try:
-        optimizer = build_optimizer(config(optim=name), named)
+        optimizer = build_optimizer(chosen, named)
     except ConfigError as error:
-        assert f"optim: {name} does not run on cpu" in str(error) and "adamw_torch" in str(error)
-        assert "8bit" in name or "paged" in name
+        needs = NOT_INSTALLED.get(name, f"optim: {name} does not run on cpu")
+        assert f"optim: {name} " in str(error) and needs in str(error)
+        assert "adamw_torch" in str(error)
         return
-    assert minimise(optimizer, named) < 0.1 * start
+    minimise(optimizer, named, steps=3)
+    # As a checkpoint holds it, into a new one.
+    tensors, values = optimizer_state(optimizer)
+    copies = [(n, nn.Parameter(p.detach().clone())) for n, p in named]
+    again = build_optimizer(chosen, copies)
+    load_optimizer_state(again, {k: v.clone() for k, v in tensors.items()}, values)
+    assert minimise(optimizer, named, steps=27) < 0.2 * start
+    minimise(again, copies, steps=27)
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(named, copies, strict=True))
+
+
+def test_the_names_are_those_of_transformers() -> None:
+    names = {name.value for name in OptimizerNames}
+    assert set(get_args(Optimizer)) | not_here._REASONS["optim"].keys() == names
+    assert not set(get_args(Optimizer)) & not_here._REASONS["optim"].keys()
+    schedules = {name.value for name in SchedulerType}
+    refused = not_here._REASONS["lr_scheduler_type"].keys()
+    assert set(get_args(Scheduler)) | refused == schedules
+    for option, value, why in (
+        ("optim", "lomo", "inside the backward pass"),
+        ("optim", OptimizerNames.GALORE_ADAMW, "whole weight matrices"),
+        ("lr_scheduler_type", SchedulerType.REDUCE_ON_PLATEAU, "depends on evaluations"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{option}: \w+ is not supported: .*{why}"):
+            GRPOConfig(**{option: value})
+
+
+def test_what_transformers_makes_has_its_settings() -> None:
+    arguments = {"optim": "sgd", "optim_args": "momentum=0.5, nesterov=true"}
+    optimizer = build_optimizer(config(weight_decay=0.3, **arguments), parameters())
+    assert type(optimizer) is torch.optim.SGD
+    (group, rest) = optimizer.param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.5, True)
+    assert (group["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"optim": "sgd", "optim_args": "momentm=0.9"}, "optim_args: sgd has no setting momentm"),
+        ({"optim_args": "eps=1e-3"}, "optim_args: adamw_torch_fused has no setting eps"),
+        ({"optim": "sgd", "optim_args": "weight_decay=1"}, "weight_decay is an option of its own"),
+        ({"optim": "sgd", "optim_args": "momentum=much"}, "optim: sgd cannot be made .*'much'"),
+        ({"lr_scheduler_kwargs": {"power": 2}}, "lr_scheduler_kwargs: linear cannot be made of"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cannot be made of no settings: .*min_lr"),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}},
+            "lr_scheduler_kwargs: lr_scheduler_type constant has no settings, got a",
+        ),
+    ],
+)
+def test_settings_that_nobody_reads_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_options(GRPOConfig(**options))
+
+
+def test_settings_that_are_read_pass() -> None:
+    check_options(GRPOConfig(optim="sgd", optim_args="momentum=0.9, nesterov=true"))
+    with pytest.raises(ConfigError, match="optim_args: expected name=value"):
+        GRPOConfig(optim_args="momentum")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +210,17 @@ def rates(options: dict[str, Any], total: int, done: int = 0) -> list[float]:
 @pytest.mark.parametrize("warmup", [0, 3, 0.25])
 @pytest.mark.parametrize("name", get_args(Scheduler))
 def test_a_resumed_schedule_equals_the_uninterrupted_one(name: str, warmup: float) -> None:
-    options = {"lr_scheduler_type": name, "warmup_steps": warmup}
+    settings = {
+        "cosine_with_min_lr": {"min_lr_rate": 0.1},
+        "cosine_warmup_with_min_lr": {"min_lr": 0.01, "warmup_lr_rate": 0.2},
+        "warmup_stable_decay": {"num_decay_steps": 4},
+        "cosine_with_restarts": {"num_cycles": 2},
+    }
+    options = {
+        "lr_scheduler_type": name,
+        "warmup_steps": warmup,
+        "lr_scheduler_kwargs": settings.get(name),
+    }
     whole = rates(options, 12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
