@@ -19,7 +19,7 @@ LAYERS = [
     ["engine.earlier_run", "engine.metric_names", "engine.callbacks"],
     ["engine.seeding", "engine.interrupts", "engine.batch_plan", "engine.checkpoint_files",
      "engine.optimizer", "engine.run_clock", "engine.columns"],
-    ["engine.distributed", "engine.run_control"],
+    ["engine.distributed", "engine.run_control", "engine.torch_settings"],
     # What sampling is, for all who sample, and for those who count its memory.
     ["engine.rollout.types"],
     ["engine.rollout.sampler"],

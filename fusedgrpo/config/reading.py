@@ -3,6 +3,8 @@ values to plain types again."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any
@@ -14,6 +16,8 @@ from fusedgrpo.config.not_here import why_not
 from fusedgrpo.config.redaction import marks
 from fusedgrpo.config.values import check_text, read_value
 from fusedgrpo.errors import ConfigError, brief, did_you_mean
+
+log = logging.getLogger("fusedgrpo")
 
 # The option (or unknown key) that is wrong, and the line to print.
 Problem = tuple[str, str]
@@ -47,6 +51,8 @@ def resolve(
         try:
             if key in REFUSED:
                 if REFUSED[key].accepts(value):
+                    if REFUSED[key].inert and value is not None:
+                        _say(f"{label} changes nothing: {REFUSED[key].remedy}.")
                     continue
                 raise ValueError(f"not supported: {REFUSED[key].remedy}.")
             if name not in hints:
@@ -67,6 +73,12 @@ def resolve(
         values[name] = value
         spelled[name] = label
     return values, problems
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Warn, once in a process."""
+    log.warning(text)
 
 
 def left_out(values: Mapping[str, Any]) -> list[Problem]:

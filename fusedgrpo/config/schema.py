@@ -239,6 +239,12 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "try the greatest lengths before step 1; null: on a GPU", free=True
     )
     use_cpu: bool = option(False, "stay on the CPU")
+    tf32: bool | None = option(
+        None, "float32 products of a GPU in TF32; null: as torch is set, which is not"
+    )
+    full_determinism: bool = option(
+        False, "have torch refuse every algorithm that is not deterministic", free=True
+    )
 
     # run
     do_train: bool = option(True, "this program only trains")
@@ -247,6 +253,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         False, "delete a previous run there instead of moving it", free=True
     )
     seed: int = option(42, "seed of every random choice", low=0)
+    data_seed: int | None = option(None, "seed of the order of the prompts; null: seed", low=0)
     logging_strategy: Literal["no", "steps", "epoch"] = option(
         "steps", "when to show a line; metrics.jsonl has every step", free=True
     )
@@ -288,7 +295,24 @@ class GRPOConfig(TrainingArgumentsSurface):
         (), "options that may differ from the checkpoint's", free=True
     )
     report_to: str | list[str] = option("none", "trackers beside metrics.jsonl", free=True)
-    run_name: str | None = option(None, "name of the run in the trackers", free=True)
+    project: str | None = option(
+        None,
+        "project or experiment in the trackers; null: that of their environment variables, such as "
+        "WANDB_PROJECT, or fusedgrpo",
+        free=True,
+    )
+    run_name: str | None = option(
+        None, "name of the run in the trackers; null: WANDB_NAME, or that of output_dir", free=True
+    )
+    logging_dir: str | None = option(
+        None, "where trackers write files; null: trackers in output_dir", free=True
+    )
+    disable_tqdm: bool | None = option(
+        None, "true: lines in place of the live panel in a terminal", free=True
+    )
+    dataloader_num_workers: int = option(
+        0, "taken and without effect: prompts are read once, by this process", low=0, free=True
+    )
     log_completions: bool = option(False, "show sample completions", free=True)
     num_completions_to_print: int | None = option(
         None, "how many of them; null: all", low=1, free=True

@@ -22,6 +22,7 @@ from fusedgrpo import host
 from fusedgrpo.config.from_trl import given_options, is_foreign
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine import torch_settings
 from fusedgrpo.engine.advantages import Estimator, find_estimator
 from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.custom_loss import CustomLoss, find_custom_loss
@@ -109,6 +110,7 @@ def build_parts(
     signals = StopSignals(echo_seconds=10.0 if processes.size > 1 else 0.0)
     tracker_classes(args.report_to)
     check_options(args)
+    torch_settings.apply(args)
     folders = code_folders(search_paths)
     custom_loss = find_custom_loss(args.loss_type, folders)
     estimator = find_estimator(args, folders)
@@ -175,7 +177,11 @@ def build_parts(
             policy=policy,
             eos_ids=ends,
             plan=plan,
-            stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
+            stream=PromptStream(
+                train,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                shuffle=args.shuffle_dataset,
+            ),
             estimate_advantages=estimator,
             learner=learner,
             run_sampler=run_sampler,

@@ -133,6 +133,7 @@ def test_a_resumed_run_may_differ_in_what_changes_no_result() -> None:
         ),
         *("num_generations_eval", "reward_timeout", "max_nonfinite_steps"),
         *("dataset", "dataset_dir"),  # the prompts themselves are compared
+        *("project", "logging_dir", "disable_tqdm", "dataloader_num_workers", "full_determinism"),
         *("rehearsal", "max_in_flight", "activation_offloading", "gpu_memory"),
     }
 

@@ -132,7 +132,9 @@ class RunLogger:
         self.trackers = Trackers(
             config.report_to,
             run_name=config.run_name or run.path.name,
-            directory=run.trackers,
+            named=config.run_name is not None,
+            project=config.project,
+            directory=Path(config.logging_dir).expanduser() if config.logging_dir else run.trackers,
             config=settings,
         )
         stack.callback(self.trackers.close)
@@ -142,6 +144,7 @@ class RunLogger:
                 plan_line=plan_line,
                 first_step=done,
                 shows=shows,
+                panel=not config.disable_tqdm,
             )
         )
         self.progress: Progress = rollout_progress(self.display)
