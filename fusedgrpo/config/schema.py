@@ -243,7 +243,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "float32 products of a GPU in TF32; null: as torch is set, which is not"
     )
     full_determinism: bool = option(
-        False, "have torch refuse every algorithm that is not deterministic", free=True
+        False, "torch's deterministic algorithms, with a warning where it has none", free=True
     )
 
     # run

@@ -127,11 +127,11 @@ class Trackers(Callback):
         }
         for name, tracker_class in classes.items():
             try:
-                arguments, named = _arguments(name, run_name, project, named)
+                arguments, keywords = _arguments(name, run_name, project, named)
                 if tracker_class.requires_logging_directory:
                     Path(directory).mkdir(parents=True, exist_ok=True)
                     arguments.append(str(directory))
-                tracker = tracker_class(*arguments, **named)
+                tracker = tracker_class(*arguments, **keywords)
                 self._trackers[name] = tracker
                 tracker.start()
                 tracker.store_init_configuration(settings)

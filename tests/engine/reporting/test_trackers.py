@@ -139,10 +139,9 @@ def test_a_run_is_a_run_of_a_project_and_no_way_out_of_its_directory(
     # What was given goes before; the run's name, where nobody gave one, comes after.
     monkeypatch.setenv(variable or "UNUSED", "another")
     monkeypatch.setenv("WANDB_NAME", "theirs")
-    again = {"run_name": "a/../b", "directory": tmp_path, "config": {}, "project": "mine"}
+    again: Any = {"run_name": "a/../b", "directory": tmp_path, "config": {}, "project": "mine"}
     Trackers(name, **again).close()
     Trackers(name, **again, named=False).close()
     assert calls[2] == given
-    assert calls[3] == eval(
-        repr(given).replace("a/../b", "theirs" if name == "wandb" else "a/../b")
-    )
+    run = "theirs" if name == "wandb" else "a/../b"
+    assert calls[3] == eval(repr(given).replace("a/../b", run))
