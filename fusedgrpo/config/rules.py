@@ -114,6 +114,12 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
                 f"{getattr(c, name)}.",
             )
     yield from _best(c)
+    yield from _tokens_left_out(c)
+    if c.sync_ref_model and not c.beta:
+        yield (
+            ("sync_ref_model", "beta"),
+            "sync_ref_model: without beta there is no reference to mix into; set beta above 0.",
+        )
     for pair in c.optim_args.split(",") if c.optim_args else ():
         if not all(part.strip() for part in pair.partition("=")):
             yield (
@@ -142,6 +148,24 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     if unknown := [name for name in c.allow_change if name not in vars(c)]:
         texts = [f"{brief(name)} is no option.{did_you_mean(name, vars(c))}" for name in unknown]
         yield ("allow_change",), ", ".join(f"allow_change: {text}" for text in texts)
+
+
+def _tokens_left_out(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A loss that weighs whole completions has no surrogate of a token to leave out."""
+    if c.loss_type == "vespo":
+        for name, asked in (
+            ("top_entropy_quantile", c.top_entropy_quantile < 1),
+            ("off_policy_mask_threshold", c.off_policy_mask_threshold is not None),
+        ):
+            if asked:
+                text = f"{name}: loss_type: vespo weighs whole completions; leave it out, or "
+                yield (name, "loss_type"), text + "choose another loss."
+    if c.entropy_coef_min > c.entropy_coef_max:
+        yield (
+            ("entropy_coef_min", "entropy_coef_max"),
+            f"entropy_coef_min: {c.entropy_coef_min} is above entropy_coef_max "
+            f"({c.entropy_coef_max}).",
+        )
 
 
 def _best(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:

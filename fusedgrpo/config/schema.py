@@ -177,7 +177,22 @@ class GRPOConfig(TrainingArgumentsSurface):
     vespo_k_neg: float = option(_LOSS.vespo_k_neg, "VESPO, negative advantages", low=0)
     vespo_lambda_neg: float = option(_LOSS.vespo_lambda_neg, "VESPO, negative advantages", low=0)
     mask_truncated_completions: bool = option(False, "leave cut completions out of the loss")
-    entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
+    top_entropy_quantile: float = option(
+        1.0, "share of tokens, those with the most entropy, that the policy learns from",
+        above=0, high=1,
+    )  # fmt: skip
+    off_policy_mask_threshold: float | None = option(
+        None, "leave out completions with a negative advantage this far off policy (mean log-ratio)"
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus; adaptive: to begin with", low=0)
+    use_adaptive_entropy: bool = option(False, "move entropy_coef towards entropy_target")
+    entropy_coef_min: float = option(0.0, "lowest adaptive entropy_coef", low=0)
+    entropy_coef_max: float = option(1.0, "highest adaptive entropy_coef", low=0)
+    entropy_coef_delta: float = option(0.005, "change of it in a step", low=0)
+    entropy_target: float = option(0.2, "mean entropy (nats) at and below which it acts", low=0)
+    sync_ref_model: bool = option(False, "mix the policy into the reference now and then")
+    ref_model_mixup_alpha: float = option(0.6, "share of the policy in that", low=0, high=1)
+    ref_model_sync_steps: int = option(512, "steps between", low=1)
     router_aux_loss_coef: float | None = option(
         None, "weight of a mixture of experts' load-balancing loss; null: the model's own", low=0
     )

@@ -15,6 +15,7 @@ from fusedgrpo.engine.checkpointing import (
     load_weights,
     missing_file,
     save,
+    save_reference,
     save_weights,
 )
 from fusedgrpo.engine.distributed import Processes
@@ -105,7 +106,7 @@ class Checkpointer:
         path = save(
             outputs.run.checkpoints,
             trainer.state_dict(outputs.unsynced_rows()),
-            lambda path: save_weights(trainer.policy, trainer.processing_class, path),
+            lambda path: self._write_weights(path, only_model),
             only_model=only_model,
         )
         self._overdue = False
@@ -114,6 +115,12 @@ class Checkpointer:
             best = trainer.run_control.best_model_checkpoint
             checkpoint.prune(outputs.run.checkpoints, trainer.args.save_total_limit, path, best)
         return path
+
+    def _write_weights(self, path: Path, only_model: bool) -> None:
+        trainer = self.trainer
+        save_weights(trainer.policy, trainer.processing_class, path)
+        if trainer.args.sync_ref_model and not only_model:
+            save_reference(trainer.policy, path)
 
     def save_if_due(self, outputs: RunLogger, due: bool, *, insist: bool = False) -> None:
         """Save if it is ``due``, or if the disk would not take it the last time."""

@@ -1,6 +1,7 @@
 """A trainer's checkpoint: what is in it, how it is written, and how it comes back.
 
 adapter/ or model/     the weights, loadable by peft or transformers as they are
+reference.safetensors  the reference's weights, where it follows the policy
 optimizer.safetensors  and the JSON part of its state in state.json
 window.safetensors     the unfinished rollout, if there is one; its rest in window.json
 state.json             counters, data cursor, configuration, start, fingerprints of the data, what
@@ -56,8 +57,33 @@ def load_weights(policy: Policy, directory: Path) -> None:
         full_weights.restore(policy.model, directory / "model")
     else:
         policy.adapters.restore(directory / "adapter")
+    load_reference(policy, directory)
     if problem := not_finite(policy.trainable()):
         raise CheckpointError(f"{directory} is of a run that had diverged: {problem}.")
+
+
+REFERENCE = "reference.safetensors"
+
+
+def save_reference(policy: Policy, directory: Path) -> None:
+    """Write the weights of a reference that follows the policy."""
+    weights = policy.reference_weights()
+    assert weights is not None, "sync_ref_model gives the reference weights of its own"
+    checkpoint.write_tensors(directory / REFERENCE, weights)
+
+
+def load_reference(policy: Policy, directory: Path) -> None:
+    """Put back what ``save_reference`` wrote, bit for bit, if anything; a checkpoint from before
+    ``sync_ref_model`` was set goes on with the reference of the run's beginning. Raises
+    CheckpointError."""
+    own = policy.reference_weights()
+    if own is None or not (directory / REFERENCE).exists():
+        return
+    saved = checkpoint.read_tensors(directory / REFERENCE)
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+        raise CheckpointError(f"{directory / REFERENCE} holds the weights of another model.")
+    for name, weight in own.items():
+        weight.copy_(saved[name])
 
 
 def save(

@@ -30,6 +30,7 @@ from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.entropy_bonus import EntropyBonus
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.learner import Learner
@@ -45,13 +46,14 @@ from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.scoring import loss_options
+from fusedgrpo.engine.token_choice import TokenChoice
 from fusedgrpo.errors import ConfigError, PlanError
 from fusedgrpo.models.activation_offload import OffloadActivations
 from fusedgrpo.models.adapters.attached import has_adapters
 from fusedgrpo.models.adapters.files import planned_options
 from fusedgrpo.models.finite import check_loaded
 from fusedgrpo.models.kinds import accepted
-from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.policy import Policy, ReferenceSync
 from fusedgrpo.models.settings import model_limits, model_settings
 from fusedgrpo.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer, text_tokenizer
 from fusedgrpo.named_code import code_folders
@@ -230,7 +232,22 @@ def _learner(
         max_grad_norm=args.max_grad_norm,
         execution=execution,
         custom_loss=custom_loss,
-        entropy_coef=args.entropy_coef,
+        bonus=EntropyBonus(
+            args.entropy_coef,
+            args.use_adaptive_entropy,
+            args.entropy_coef_min,
+            args.entropy_coef_max,
+            args.entropy_coef_delta,
+            args.entropy_target,
+        ),
+        choice=TokenChoice(
+            top_entropy=args.top_entropy_quantile,
+            off_policy=args.off_policy_mask_threshold,
+            by_sampler=args.sampler_correction,
+        ),
+        reference=ReferenceSync(
+            args.ref_model_sync_steps if args.sync_ref_model else 0, args.ref_model_mixup_alpha
+        ),
         seed=args.seed,
         offload=_offload(args, memory_plan, policy),
     )

@@ -22,5 +22,5 @@ def apply(config: GRPOConfig) -> None:
     if config.tf32 is not None:
         enable_tf32(config.tf32)
     if config.full_determinism:
-        # Where torch has no deterministic algorithm (a sum for top_p on a GPU) it says so and goes on.
+        # Where torch has no deterministic algorithm (a sum for top_p on a GPU) it says so.
         enable_full_determinism(config.seed, warn_only=True)

@@ -171,6 +171,7 @@ class GRPOTrainer(TRLSurface):
             "window": window is not None,
             "rollout_weights": self.run_sampler.weights,
             "best": self.run_control.to_record(),
+            "entropy_bonus": self.learner.bonus.state(),
             **self.identity.to_record(),
         }
         window_state = None if window is None else window.state()
@@ -187,6 +188,7 @@ class GRPOTrainer(TRLSurface):
             self.learner.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
             self.run_control.restore(state.get("best"))
+            self.learner.bonus.restore(state.get("entropy_bonus"))
             self.unwritten = Unwritten()
             if "unwritten" in state:  # else it is of version 0.1
                 self.unwritten = Unwritten.from_state(copy.deepcopy(state["unwritten"]))

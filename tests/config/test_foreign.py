@@ -15,7 +15,7 @@ from fusedgrpo.errors import ConfigError
     ("key", "value", "remedy"),
     [
         ("use_vllm", True, "sampled in this process"),
-        ("top_entropy_quantile", 0.2, "entropy_coef"),
+        ("neftune_noise_alpha", 5.0, "not part of the loss"),
         ("reward_model", "org/rm", "reward_funcs"),
         ("load_in_8bit", True, "load_in_4bit"),
         ("deepspeed", "ds.json", "accelerate launch"),
