@@ -4,6 +4,7 @@ values to plain types again."""
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Mapping
 from types import NoneType
@@ -12,6 +13,7 @@ from typing import Any
 from fusedgrpo.config.aliases import ALIASES
 from fusedgrpo.config.foreign import REFUSED
 from fusedgrpo.config.from_pretrained import settle
+from fusedgrpo.config.generation import settle_generation
 from fusedgrpo.config.not_here import why_not
 from fusedgrpo.config.redaction import marks
 from fusedgrpo.config.values import check_text, read_value
@@ -38,12 +40,15 @@ def resolve(
     spelled: dict[str, str] = {}
     problems: list[Problem] = []
     asked = [(label_of(key), key, value) for key, value in given.items()]
-    if isinstance(more := given.get("model_init_kwargs"), Mapping):
-        settled = settle(more)
+    for of, sort in (("model_init_kwargs", settle), ("generation_kwargs", settle_generation)):
+        more = _mapping(given.get(of))
+        if more is None:
+            continue
+        settled = sort(more)
         asked += settled.options
-        problems += [("model_init_kwargs", f"{name}: {text}") for name, text in settled.problems]
+        problems += [(of, f"{name}: {text}") for name, text in settled.problems]
         asked = [
-            (label, key, (settled.arguments or None) if key == "model_init_kwargs" else value)
+            (label, key, (settled.arguments or None) if key == of else value)
             for label, key, value in asked
         ]
     for label, key, value in asked:
@@ -73,6 +78,16 @@ def resolve(
         values[name] = value
         spelled[name] = label
     return values, problems
+
+
+def _mapping(value: Any) -> Mapping[str, Any] | None:
+    """A mapping, or one that is written as JSON, as on a command line."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None  # said where the option is read
+    return value if isinstance(value, Mapping) and all(isinstance(k, str) for k in value) else None
 
 
 @functools.cache
@@ -105,6 +120,8 @@ def _tidy(name: str, value: Any) -> Any:
         return int(value) if value.is_integer() else value  # parsers of a command line: 10.0
     if not isinstance(value, (str, bool, list, tuple, NoneType)):  # == may be anything: an array's
         return value
+    if name == "stop_strings" and isinstance(value, str):
+        return [value]  # with its commas and spaces
     if name in ("lora_target_modules", "report_to") and isinstance(value, str):
         value = [word.strip() for word in value.split(",") if word.strip()]
     if name == "lora_target_modules":

@@ -113,6 +113,8 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
                 f"{name}: expected a share of the run < 1 or a whole number of steps, got "
                 f"{getattr(c, name)}.",
             )
+    if not all(text for text in c.stop_strings or ()):
+        yield ("stop_strings",), "stop_strings: an empty text would end every completion."
     yield from _best(c)
     yield from _tokens_left_out(c)
     if c.sync_ref_model and not c.beta:

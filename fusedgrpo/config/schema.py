@@ -141,6 +141,12 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "minimum share of the best token's probability", low=0, high=1
     )
     repetition_penalty: float = option(1.0, "above 1 discourages repeated tokens", above=0)
+    stop_strings: list[str] | None = option(
+        None, "texts that end a completion, beside the EOS; they stay in it"
+    )
+    generation_kwargs: dict[str, Any] | None = option(
+        None, "more of the sampling options above, by their names in generate"
+    )
     skip_special_tokens: bool = option(
         True, "in the text of completions; false keeps all but the EOS at their end"
     )

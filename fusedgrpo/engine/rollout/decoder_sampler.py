@@ -18,6 +18,7 @@ from fusedgrpo.engine.rollout.decode_loop import How, Limits, Watcher, decode, h
 from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.scheduler import Live
+from fusedgrpo.engine.rollout.stop_texts import StopTexts
 from fusedgrpo.engine.rollout.types import Completion, Group
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.errors import ConfigError, ModelError
@@ -85,6 +86,7 @@ class DecoderSampler(Sampler):
         asked = [(i, sample) for i in range(len(prompt_ids)) for sample in range(n)]
         done: dict[tuple[int, int], Completion] = {}
         choose = NextToken(self.policy, params)
+        stops = StopTexts(self.text.tokenizer, params.stop_strings)
 
         def decode_rest() -> None:  # once more after running out of memory: what is done stays
             left: dict[int, list[int]] = {}
@@ -101,8 +103,9 @@ class DecoderSampler(Sampler):
                 self.eos_ids,
                 how=self.how,
                 watcher=watcher,
+                ended=stops.ended if stops else None,
             ):
-                completion = self._completion(live)
+                completion = self._completion(live, stops)
                 check_finite(completion, rows[live.asked.index])
                 done[live.asked.index, live.sample] = completion
 
@@ -135,11 +138,12 @@ class DecoderSampler(Sampler):
         oom_retry = self.execution.oom_retry
         return Limits(oom_retry.in_flight or asked, oom_retry.tokens, params.max_new_tokens)
 
-    def _completion(self, live: Live) -> Completion:
+    def _completion(self, live: Live, stops: StopTexts) -> Completion:
         ids = tuple(live.ids)
         ended = ids[-1] in self.eos_ids
         text = self.text(ids, ended=ended)
-        return Completion(ids, text, "stop" if ended else "length", torch.tensor(live.logp))
+        stopped = ended or (bool(stops) and stops.ended(ids))
+        return Completion(ids, text, "stop" if stopped else "length", torch.tensor(live.logp))
 
 
 def _weights(policy: Policy, option: str) -> RolloutWeights | None:
