@@ -16,7 +16,7 @@ LAYERS = [
     ["config"],
     ["kernels"],
     ["models"],
-    ["engine.earlier_run", "engine.metric_names", "engine.callbacks"],
+    ["engine.earlier_run", "engine.metric_names", "engine.callbacks", "engine.metric_schedule"],
     ["engine.seeding", "engine.interrupts", "engine.batch_plan", "engine.checkpoint_files",
      "engine.optimizer", "engine.run_clock", "engine.columns",
      "engine.entropy_bonus"],

@@ -19,10 +19,6 @@ _TWO_WEIGHTS = (
 _OWN_TENSORS = (
     "its state is in tensors of torchao's own kind, which a checkpoint cannot hold. Use adamw_8bit"
 )
-_METRICS = (
-    "its rate depends on evaluations, and here it is a function of the step, so that a resumed run "
-    "has the same. Use cosine_with_min_lr or warmup_stable_decay"
-)
 
 _REASONS: dict[str, dict[str, str]] = {
     "optim": {
@@ -40,7 +36,6 @@ _REASONS: dict[str, dict[str, str]] = {
         "adamw_torch_xla": "it is for TPUs. Use adamw_torch",
         "adamw_torch_npu_fused": "it is for NPUs. Use adamw_torch",
     },
-    "lr_scheduler_type": dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _METRICS),
 }  # fmt: skip
 
 

@@ -172,10 +172,17 @@ def _tokens_left_out(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _best(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """The best of the evaluations: there have to be some, and its weights."""
+    by_metric = c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    if by_metric and c.warmup_steps:
+        yield (
+            ("warmup_steps", "lr_scheduler_type"),
+            f"warmup_steps: lr_scheduler_type: {c.lr_scheduler_type} has no warm-up; leave it out.",
+        )
     if c.eval_strategy == "no":
         for name, asked in (
             ("load_best_model_at_end", c.load_best_model_at_end),
             ("save_strategy", c.save_strategy == "best"),
+            ("lr_scheduler_type", by_metric),
         ):
             if asked:
                 text = f"{name}: the best of no evaluation; set eval_strategy: steps or epoch."

@@ -37,6 +37,7 @@ Optimizer = Literal[
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    "reduce_lr_on_plateau", "greedy",
 ]  # fmt: skip
 # The defaults of the loss's options are written there.
 _LOSS = LossOptions()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fusedgrpo.engine.metric_schedule import BY_METRIC, MetricSchedule, greater_is_better
 from fusedgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -186,26 +187,38 @@ def _try_out(name: str, kind: Any, arguments: dict[str, Any], device: torch.devi
 
 
 def build_scheduler(
-    config: GRPOConfig, optimizer: torch.optim.Optimizer, total_steps: int, done: int = 0
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """transformers' schedule; the rate is a function of the step, ``done`` steps are behind.
-    Raises ConfigError."""
+    config: GRPOConfig,
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    done: int = 0,
+    before: Any = None,
+) -> Any:
+    """transformers' schedule; the rate is a function of the step, ``done`` steps are behind. One
+    that follows evaluations goes on as it is, if it is the one ``before``. Raises ConfigError."""
+    if isinstance(before, MetricSchedule):
+        return before
     from transformers import get_scheduler
 
     warmup = config.warmup_steps
+    settings = dict(config.lr_scheduler_kwargs or {})
+    by_metric = config.lr_scheduler_type in BY_METRIC
+    if by_metric:
+        settings.setdefault("mode", "max" if greater_is_better(config) else "min")
     try:
         scheduler = get_scheduler(
             config.lr_scheduler_type,
             optimizer,
             num_warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
             num_training_steps=total_steps,
-            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=settings,
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"lr_scheduler_kwargs: {config.lr_scheduler_type} cannot be made of "
             f"{config.lr_scheduler_kwargs or 'no settings'}: {error}."
         ) from error
+    if by_metric:
+        return MetricSchedule(scheduler, optimizer)
     for _ in range(done):
         optimizer._opt_called = True  # type: ignore[attr-defined]  # silences an order warning
         scheduler.step()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import checkpoint_files
+from fusedgrpo.engine import checkpoint_files, metric_schedule
 from fusedgrpo.engine.batch_plan import BatchPlan
 from fusedgrpo.errors import ConfigError
 
@@ -84,24 +84,19 @@ class RunControl:
     @property
     def metric_name(self) -> str | None:
         """The metric of evaluations that is compared, with its prefix."""
-        args = self.args
-        name = args.metric_for_best_model
-        if name is None and (args.load_best_model_at_end or args.save_strategy == "best"):
-            name = "reward"
-        return name and "eval_" + name.removeprefix("eval_")
+        return metric_schedule.metric_name(self.args)
 
     @property
     def greater_is_better(self) -> bool:
-        if self.args.greater_is_better is not None:
-            return self.args.greater_is_better
-        return not (self.metric_name or "").endswith("loss")
+        return metric_schedule.greater_is_better(self.args)
 
-    def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def observe(self, step: int, metrics: Mapping[str, Any]) -> float | None:
         """Compare the evaluation of ``step`` with the best so far; one that is as good is not
-        better. Raises ConfigError if it does not have the metric."""
+        better. Returns its metric; None if that is not finite, or none is compared. Raises
+        ConfigError if it does not have the metric."""
         name = self.metric_name
         if name is None:
-            return
+            return None
         if name not in metrics:
             raise ConfigError(
                 f"metric_for_best_model: evaluation gives no {name}; there are "
@@ -109,10 +104,11 @@ class RunControl:
             )
         value = metrics[name]
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            return
+            return None
         sign = 1 if self.greater_is_better else -1
         if self.best is None or sign * value > sign * self.best.metric:
             self.best = Best(step, float(value))
+        return float(value)
 
     def to_record(self) -> dict[str, Any] | None:
         """The best, for ``state.json``."""

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import checkpoint_files, checkpointing, nonfinite
+from fusedgrpo.engine import checkpoint_files, checkpointing, metric_schedule, nonfinite
 from fusedgrpo.engine.callbacks import check_callbacks
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
@@ -171,6 +171,7 @@ class GRPOTrainer(TRLSurface):
             "window": window is not None,
             "rollout_weights": self.run_sampler.weights,
             "best": self.run_control.to_record(),
+            "schedule": metric_schedule.state(self.learner.scheduler),
             "entropy_bonus": self.learner.bonus.state(),
             **self.identity.to_record(),
         }
@@ -188,6 +189,7 @@ class GRPOTrainer(TRLSurface):
             self.learner.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
             self.run_control.restore(state.get("best"))
+            metric_schedule.restore(self.learner.scheduler, state.get("schedule"))
             self.learner.bonus.restore(state.get("entropy_bonus"))
             self.unwritten = Unwritten()
             if "unwritten" in state:  # else it is of version 0.1
@@ -205,7 +207,11 @@ class GRPOTrainer(TRLSurface):
         """Prompts and learning rate go on from the last completed step."""
         self.stream.cursor = self.progress.cursor
         self.learner.scheduler = build_scheduler(
-            self.args, self.learner.optimizer, self.plan.total_steps, self.progress.step
+            self.args,
+            self.learner.optimizer,
+            self.plan.total_steps,
+            self.progress.step,
+            self.learner.scheduler,
         )
 
     def _restore(self, path: Path) -> None:
@@ -371,7 +377,8 @@ class GRPOTrainer(TRLSurface):
         if self.unwritten.evaluation_due:
             outputs.display.phase("evaluate")
             metrics = self.evaluate()
-            self.run_control.observe(self.progress.step, metrics)
+            compared = self.run_control.observe(self.progress.step, metrics)
+            metric_schedule.observe(self.learner.scheduler, compared)
             row |= metrics
             self.unwritten.evaluation_due = False
         outputs.write(self.unwritten, self.progress.step)

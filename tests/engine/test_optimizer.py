@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any, get_args
@@ -10,12 +11,14 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import nn
-from transformers import SchedulerType
+from transformers import SchedulerType, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from fusedgrpo.config import not_here
 from fusedgrpo.config.schema import GRPOConfig, Optimizer, Scheduler
+from fusedgrpo.engine import metric_schedule
 from fusedgrpo.engine.checkpoint_files import load_optimizer_state, optimizer_state
+from fusedgrpo.engine.metric_schedule import BY_METRIC
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler, check_options
 from fusedgrpo.errors import ConfigError
 
@@ -78,12 +81,11 @@ def test_the_names_are_those_of_transformers() -> None:
     assert set(get_args(Optimizer)) | not_here._REASONS["optim"].keys() == names
     assert not set(get_args(Optimizer)) & not_here._REASONS["optim"].keys()
     schedules = {name.value for name in SchedulerType}
-    refused = not_here._REASONS["lr_scheduler_type"].keys()
-    assert set(get_args(Scheduler)) | refused == schedules
+    assert set(get_args(Scheduler)) == schedules
     for option, value, why in (
         ("optim", "lomo", "inside the backward pass"),
         ("optim", OptimizerNames.GALORE_ADAMW, "whole weight matrices"),
-        ("lr_scheduler_type", SchedulerType.REDUCE_ON_PLATEAU, "depends on evaluations"),
+        ("optim", "schedule_free_adamw", "one set of weights for the gradients"),
     ):
         with pytest.raises(ConfigError, match=rf"^{option}: \w+ is not supported: .*{why}"):
             GRPOConfig(**{option: value})
@@ -208,7 +210,7 @@ def rates(options: dict[str, Any], total: int, done: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("warmup", [0, 3, 0.25])
-@pytest.mark.parametrize("name", get_args(Scheduler))
+@pytest.mark.parametrize("name", [s for s in get_args(Scheduler) if s not in BY_METRIC])
 def test_a_resumed_schedule_equals_the_uninterrupted_one(name: str, warmup: float) -> None:
     settings = {
         "cosine_with_min_lr": {"min_lr_rate": 0.1},
@@ -236,6 +238,36 @@ def test_a_resume_over_a_loaded_optimizer_gives_the_same_rates(done: int) -> Non
     build_scheduler(config(**options), optimizer, 12)
     build_scheduler(config(**options), optimizer, 12, done)
     assert optimizer.param_groups[0]["lr"] == rates(options, 12)[done]
+
+
+@pytest.mark.parametrize("name", BY_METRIC)
+def test_a_schedule_by_evaluations_is_transformers_and_goes_on(name: str) -> None:
+    settings = {"patience": 1, "factor": 0.5, "min_lr": 0.0}
+    given = config(lr_scheduler_type=name, lr_scheduler_kwargs=settings, eval_strategy="epoch")
+    optimizers = [build_optimizer(given, parameters()) for _ in range(3)]
+    ours = build_scheduler(given, optimizers[0], 8)
+    theirs: Any = get_scheduler(
+        name, optimizers[1], scheduler_specific_kwargs=settings | {"mode": "max"}
+    )
+    again = build_scheduler(given, optimizers[2], 8)
+    rates = set()
+    for number, reward in enumerate([0.1, 0.3, 0.5, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6]):
+        ours.step()  # that of an update
+        metric_schedule.observe(ours, reward)
+        theirs.step(reward)
+        if number == 4:
+            metric_schedule.restore(again, json.loads(json.dumps(metric_schedule.state(ours))))
+        elif number > 4:
+            metric_schedule.observe(again, reward)
+            assert again.get_last_lr() == ours.get_last_lr()
+        assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
+        rates.add(ours.get_last_lr()[0])
+    assert len(rates) > 1
+    assert build_scheduler(given, optimizers[0], 8, 3, ours) is ours
+    with pytest.raises(ConfigError, match="lr_scheduler_type: the best of no evaluation"):
+        config(lr_scheduler_type=name)
+    with pytest.raises(ConfigError, match=r"warmup_steps: lr_scheduler_type: \w+ has no warm-up"):
+        config(lr_scheduler_type=name, eval_strategy="epoch", warmup_steps=2)
 
 
 def test_warmup_is_a_count_or_a_share_of_the_run() -> None:

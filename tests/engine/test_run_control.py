@@ -194,3 +194,37 @@ def test_a_best_that_was_deleted_is_said(tmp_path: Path, caplog: pytest.LogCaptu
         run.train()
     assert "Its checkpoint is gone: the weights are the last ones" in caplog.text
     assert (RunDir(tmp_path).path / "adapter").is_dir()
+
+
+@pytest.mark.peer
+def test_a_run_of_trls_arguments(tmp_path: Path) -> None:
+    """And a learning rate that an evaluation moves, known to the run that goes on."""
+    trl = pytest.importorskip("trl")
+
+    def of_trl(**changes: Any) -> GRPOTrainer:
+        options = {
+            "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "max_steps": 4,
+            "num_generations": 2, "per_device_train_batch_size": 2, "report_to": "none",
+            "max_completion_length": 4, "per_device_eval_batch_size": 2, "optim": "sgd",
+            "eval_strategy": "steps", "eval_steps": 0.25, "save_steps": 0.5,
+            "optim_args": "momentum=0.9", "lr_scheduler_type": "reduce_lr_on_plateau",
+            "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}, "learning_rate": 1e-3,
+            "metric_for_best_model": "reward", "generation_kwargs": {"stop": "w9"},
+        } | changes  # fmt: skip
+        made = GRPOTrainer(
+            tiny.model(), even_ids, trl.GRPOConfig(**options), PROMPTS, PROMPTS[:1],
+            processing_class=tiny.tokenizer(),
+        )  # fmt: skip
+        made.evaluate = lambda: {"eval_reward": 0.5}
+        return made
+
+    whole = of_trl()
+    whole.train()
+    assert whole.policy.adapters is None and whole.sampling.stop_strings == ("w9",)
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rates == [1e-3, 1e-3, 5e-4, 2.5e-4]
+    after = weights(whole)
+    again = of_trl()
+    again.train(str(tmp_path / "checkpoints/step-000002"))
+    assert [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl")] == rates
+    assert torch.equal(weights(again), after) and again.state.best_global_step == 1

@@ -119,9 +119,10 @@ class _Decoding:
             self.watcher.progress(tokens, len(self.scheduler.live), self.scheduler.unstarted)
 
     def _has_ended(self, live: Live) -> bool:
-        if live.ids[-1] in self.ends or len(live.ids) == self.limits.most:
+        if live.ids[-1] in self.ends:
             return True
-        return self.ended is not None and self.ended(live.ids)
+        live.stopped = self.ended is not None and self.ended(live.ids)
+        return live.stopped or len(live.ids) == self.limits.most
 
 
 @torch.no_grad()

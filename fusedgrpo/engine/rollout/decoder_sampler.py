@@ -19,7 +19,7 @@ from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.scheduler import Live
 from fusedgrpo.engine.rollout.stop_texts import StopTexts
-from fusedgrpo.engine.rollout.types import Completion, Group
+from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.models.adapters.rollout_weights import (
@@ -105,7 +105,7 @@ class DecoderSampler(Sampler):
                 watcher=watcher,
                 ended=stops.ended if stops else None,
             ):
-                completion = self._completion(live, stops)
+                completion = self._completion(live)
                 check_finite(completion, rows[live.asked.index])
                 done[live.asked.index, live.sample] = completion
 
@@ -138,12 +138,12 @@ class DecoderSampler(Sampler):
         oom_retry = self.execution.oom_retry
         return Limits(oom_retry.in_flight or asked, oom_retry.tokens, params.max_new_tokens)
 
-    def _completion(self, live: Live, stops: StopTexts) -> Completion:
+    def _completion(self, live: Live) -> Completion:
         ids = tuple(live.ids)
         ended = ids[-1] in self.eos_ids
         text = self.text(ids, ended=ended)
-        stopped = ended or (bool(stops) and stops.ended(ids))
-        return Completion(ids, text, "stop" if stopped else "length", torch.tensor(live.logp))
+        reason: FinishReason = "stop" if ended or live.stopped else "length"
+        return Completion(ids, text, reason, torch.tensor(live.logp))
 
 
 def _weights(policy: Policy, option: str) -> RolloutWeights | None:
