@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +209,16 @@ def _share_or_count(value: float) -> bool:
     return value < 1 or value == int(value)
 
 
-def broken_rules(config: Any, skip: set[str]) -> list[tuple[str, str]]:
-    """``(option, message)`` of each broken rule that involves none of the options in ``skip``."""
-    broken = contradictions(config)
-    return [(names[0], text) for names, text in broken if not skip.intersection(names)]
+def broken_rules(
+    config: Any, skip: Collection[str] = (), of: Collection[str] | None = None
+) -> list[tuple[str, str]]:
+    """``(option, message)`` of each broken rule that involves none of the options in ``skip``, and
+    none but those in ``of``."""
+    return [
+        (names[0], text)
+        for names, text in contradictions(config)
+        if not set(skip).intersection(names) and (of is None or set(names) <= set(of))
+    ]
 
 
 def doubtful(config: Any) -> list[str]:

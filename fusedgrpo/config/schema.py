@@ -46,8 +46,8 @@ _LOSS = LossOptions()
 @dataclass(kw_only=True, repr=False)
 class GRPOConfig(TrainingArgumentsSurface):
     """The options of a run. ``dataclasses.replace(config, beta=0.04)`` makes another; an option
-    that is set is checked like one that is given, and a trainer that was made before says that it
-    keeps what it has.
+    that is set is checked like one that is given, with others when a trainer is made; one that was
+    made before says that it keeps what it has.
 
     Raises ConfigError with all violations at once: unknown names, names of options that other
     trainers have and this one has not, wrong types, values out of range, contradictions.
@@ -379,7 +379,8 @@ class GRPOConfig(TrainingArgumentsSurface):
             before = {option: getattr(self, option) for option in values}
             for option, read in values.items():
                 object.__setattr__(self, option, read)
-            problems += broken_rules(self, skip={option for option, _ in problems})
+            # Rules between options are for the end: a script sets one after the other.
+            problems += broken_rules(self, of=values)
             if problems:
                 for option, read in before.items():
                     object.__setattr__(self, option, read)

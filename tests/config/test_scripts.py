@@ -38,6 +38,19 @@ def test_what_dataclasses_are_made_for(kind: type[GRPOConfig]) -> None:
         dataclasses.replace(first, beta=-1)
 
 
+def test_options_that_are_set_are_checked_together_when_a_trainer_is_made() -> None:
+    args = GRPOConfig()
+    args.load_best_model_at_end = True
+    args.max_length = 8
+    with pytest.raises(ConfigError) as caught:
+        own_options(args, "some/model", None)
+    assert "load_best_model_at_end: the best of no evaluation" in str(caught.value)
+    assert "max_length: 8 leaves no room" in str(caught.value)
+    args.eval_strategy = "epoch"
+    args.max_completion_length = 4
+    assert own_options(args, "some/model", None).load_best_model_at_end
+
+
 def test_mappings_and_lists_are_typed_on_a_command_line() -> None:
     words = ["--output_dir", "x", "--chat_template_kwargs"]
     words += ['{"a": 1}', "--reward_weights", "1", "2", "--report_to", "wandb", "tensorboard"]

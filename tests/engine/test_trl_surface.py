@@ -127,7 +127,6 @@ def test_an_option_that_is_set_is_checked_like_one_that_is_given(tmp_path):
         ("nosuch", 1, "nosuch: unknown option"),
         ("use_vllm", True, "use_vllm: not supported"),
         ("max_steps", 0, "max_steps: 0 trains nothing"),
-        ("max_length", 3, "leaves no room"),
         ("model_init_kwargs", {"device_map": "auto"}, "device_map: not supported"),
     ):
         before = args.to_dict()
