@@ -30,7 +30,7 @@ LAYERS = [
     ["engine.rollout"],
     ["engine.reporting"],
     ["engine.custom_loss", "engine.advantages", "engine.step_metrics",
-     "engine.token_choice"],
+     "engine.token_choice", "engine.step_passes"],
     ["engine.learner", "engine.scoring"],
     ["engine.evaluation", "engine.warmup", "engine.checkpointing", "engine.same_run"],
     ["engine.collector", "engine.nonfinite", "engine.run_sampler"],

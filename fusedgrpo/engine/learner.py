@@ -24,12 +24,12 @@ from fusedgrpo.engine.rollout.training_sample import (
 )
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.engine.step_metrics import MicroBatch, merge_metrics
+from fusedgrpo.engine.step_passes import StepPasses
 from fusedgrpo.engine.token_choice import TokenChoice
 from fusedgrpo.kernels import LossOptions, PolicyLoss, policy_loss
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.finite import largest
-from fusedgrpo.models.micro_batches import forwarded_tokens, longest, micro_batches, shares
-from fusedgrpo.models.packed_batch import PackedBatch
+from fusedgrpo.models.micro_batches import forwarded_tokens, shares
 from fusedgrpo.models.policy import Policy, ReferenceSync
 from fusedgrpo.models.router import RouterSums
 
@@ -92,6 +92,7 @@ class Learner:
         self.max_grad_norm = max_grad_norm
         self.execution = execution
         self.processes = execution.processes
+        self.passes = StepPasses(policy, execution)
         self.bonus = bonus or EntropyBonus()
         self.choice = choice or TokenChoice()
         self.reference = reference or ReferenceSync()
@@ -162,8 +163,7 @@ class Learner:
         mine = live[own.start : own.stop]
         load = None
         if self.policy.router is not None and self.processes.size > 1:
-            nothing = self.policy.router.nothing("cpu")
-            load = sum(self.processes.run_everywhere(lambda: self._load_that_fits(mine)), nothing)
+            load = self.passes.router_load_of_all(mine)
         done = self.processes.run_everywhere(
             lambda: self._backward_that_fits(mine, num_items, len(samples), step, load, acting)
         )
@@ -186,58 +186,8 @@ class Learner:
         if self.choice.top_entropy == 1:
             return samples, num_items
         counted = [i for i, sample in enumerate(samples) if sample.loss_tokens]
-        own = shares([samples[i].pair for i in counted], self.processes.size)[self.processes.rank]
-        mine = [samples[i] for i in counted[own.start : own.stop]]
-        work = functools.partial(self._entropies, mine)
-        found = self.processes.run_everywhere(
-            lambda: self.execution.oom_retry.update(
-                work, lambda: self._longest(mine), "the entropies"
-            )
-        )
-        return self.choice.select(samples, counted, [part for parts in found for part in parts])
-
-    def _entropies(self, samples: Sequence[TrainingSample]) -> list[Tensor]:
-        """``[len(completion_ids)]`` for each sample, on the CPU."""
-        entropies: dict[int, Tensor] = {}
-        with self.policy.scoring():
-            for members in self._cut(samples):
-                self.execution.check_interrupt()
-                packed = self._packed([samples[i] for i in members])
-                entropy = self.policy.logprobs(packed, entropy="detached").entropy
-                assert entropy is not None
-                sizes = [len(samples[i].completion_ids) for i in members]
-                entropies |= zip(members, entropy.cpu().split(sizes), strict=True)
-        return [entropies[i] for i in range(len(samples))]
-
-    def _load_that_fits(self, samples: Sequence[TrainingSample]) -> RouterSums:
-        work = functools.partial(self._load, samples)
-        return self.execution.oom_retry.update(
-            work, lambda: self._longest(samples), "counting experts"
-        )
-
-    def _load(self, samples: Sequence[TrainingSample]) -> RouterSums:
-        """The router's sums over the tokens of ``samples``, without gradients, on the CPU."""
-        assert self.policy.router is not None
-        nothing = self.policy.router.nothing("cpu")
-        routed: list[RouterSums] = []
-        with self.policy.scoring(), self.policy.autocast():
-            for members in self._cut(samples):
-                self.execution.check_interrupt()
-                self.policy.hidden(self._packed([samples[i] for i in members]), routed=routed)
-        return sum((sums.to("cpu") for sums in routed), nothing)
-
-    def _cut(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        pairs = [sample.pair for sample in samples]
-        return micro_batches(
-            pairs, self.execution.oom_retry.tokens, self.policy.layout, whole=self.policy.whole
-        )
-
-    def _longest(self, samples: Sequence[TrainingSample]) -> int:
-        return longest([sample.pair for sample in samples], whole=self.policy.whole)
-
-    def _packed(self, batch: Sequence[TrainingSample]) -> PackedBatch:
-        # As in TRL, a completion that is out of the loss is out of the router's as well.
-        return self.policy.pack([s.pair for s in batch], counted=[s.in_loss for s in batch])
+        entropies = self.passes.entropies([samples[i] for i in counted])
+        return self.choice.select(samples, counted, entropies)
 
     def _backward_that_fits(
         self,
@@ -252,7 +202,9 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has left
             return self.backward(samples, num_items, num_sequences, step, load, acting)
 
-        return self.execution.oom_retry.update(work, lambda: self._longest(samples), "the update")
+        return self.execution.oom_retry.update(
+            work, lambda: self.passes.longest(samples), "the update"
+        )
 
     def backward(
         self,
@@ -269,9 +221,9 @@ class Learner:
         load: what the router does with all tokens of the step, where ``samples`` are not all.
         """
         layout, whole = self.policy.layout, self.policy.whole
-        cut = self._cut(samples)
+        cut = self.passes.cut(samples)
         if self.policy.router is not None and load is None and len(cut) > 1:
-            load = self._load(samples)
+            load = self.passes.router_load(samples)
         parts: list[MicroBatch] = []
         losses: list[Tensor] = []
         measured: list[Tensor] = []
@@ -325,7 +277,7 @@ class Learner:
         acting: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.policy.device
-        packed = self._packed(batch)
+        packed = self.passes.packed(batch)
         routed: list[RouterSums] = []
         with self.offload:
             logp, entropy = self.policy.logprobs(
