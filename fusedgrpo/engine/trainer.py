@@ -49,7 +49,7 @@ class GRPOTrainer(TRLSurface):
         for ``args.model_name_or_path``. An adapter that is there is trained further, else LoRA is
         added (``finetuning_type: full`` trains all weights). Frozen weights of one that is given
         keep their dtype. reward_funcs: names, callables, reward models, or a list of these; None
-        for ``args.reward_funcs``. args: a ``GRPOConfig``.
+        for ``args.reward_funcs``. args: a ``GRPOConfig``, or TRL's, which is translated.
     train_dataset, eval_dataset: a ``datasets.Dataset``, a list of dicts, or a name or path; None
         for those of ``args``. processing_class, or tokenizer: the tokenizer, or a Processor that
         has one, if not the model's.

@@ -95,7 +95,7 @@ class Trackers(Callback):
     run_name: name of the run; where it was not ``named`` by anybody, the tracker's environment
     variable goes before.
     project: that of the run; None for the one that the tracker's environment variable names, or
-    "fusedgrpo".
+    "fusedgrpo". MLFLOW_EXPERIMENT_NAME goes before either.
     directory: where trackers that write files put them.
     config: stored with the run as its hyper-parameters.
 

@@ -72,6 +72,16 @@ def test_a_tracker_gets_config_finite_values_and_the_end(tmp_path):
     ]
 
 
+def test_the_first_evaluation_is_a_row_of_its_own_and_later_ones_are_in_theirs(tmp_path):
+    trackers = open_trackers(tmp_path)
+    trackers.on_evaluate(0, {"eval_reward": 0.25})
+    trackers.on_evaluate(2, {"eval_reward": 0.5})
+    trackers.close()
+    assert [call for call in Recorder.calls if call[0] == "log"] == [
+        ("log", 0, {"eval_reward": 0.25})
+    ]
+
+
 @pytest.mark.parametrize("method", ["start", "config", "log", "finish"])
 def test_a_failing_tracker_gives_one_warning_and_is_dropped(tmp_path, caplog, method):
     Recorder.fails_in.add(method)
