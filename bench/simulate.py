@@ -34,6 +34,7 @@ from transformers import masking_utils
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.batch_plan import resolve_batch
+from fusedgrpo.engine.entropy_bonus import EntropyBonus
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
@@ -263,7 +264,7 @@ def update_peaks(
         loss_options(config),
         max_grad_norm=config.max_grad_norm,
         execution=Execution(OOMRetry(config.tokens_per_microbatch)),
-        entropy_coef=config.entropy_coef,
+        bonus=EntropyBonus(config.entropy_coef),
         seed=config.seed,
         offload=offload,
     )

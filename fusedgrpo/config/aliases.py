@@ -95,6 +95,7 @@ ALIASES: dict[str, Alias] = {
     "tokenizer_name": Alias("tokenizer_name_or_path"),
     "torch_dtype": Alias("dtype"),
     "bnb_4bit_use_double_quant": Alias("use_bnb_nested_quant"),
+    "activation_checkpointing": Alias("gradient_checkpointing"),
     "warmup_ratio": Alias("warmup_steps", _warmup_ratio),
     "no_cuda": Alias("use_cpu"),
     "lr_scheduler": Alias("lr_scheduler_type"),

@@ -13,14 +13,20 @@ from typing import Any, NamedTuple
 
 
 class Refused(NamedTuple):
-    """An option that does not exist here. ``harmless`` values of it change nothing."""
+    """An option that does not exist here. ``harmless`` values of it change nothing; if it is
+    ``inert``, no value does."""
 
     remedy: str
     harmless: tuple[Any, ...] = ()
+    inert: bool = False
 
     def accepts(self, value: Any) -> bool:
         """Whether the value asks for nothing (types count: 1 is not true)."""
-        return value is None or any(type(value) is type(v) and value == v for v in self.harmless)
+        return (
+            self.inert
+            or value is None
+            or any(type(value) is type(v) and value == v for v in self.harmless)
+        )
 
 
 def read_options(text: str) -> dict[str, Refused]:
@@ -28,12 +34,14 @@ def read_options(text: str) -> dict[str, Refused]:
     options: dict[str, Refused] = {}
     for group in tomllib.loads(text).values():
         named = [(name, "null") for name in group.get("unset", ())]
+        inert = group.get("inert", ())
+        named += [(name, "null") for name in inert]
         for name, value in named + list(group.get("harmless", {}).items()):
             if name in options:
                 raise ValueError(f"{name} is named twice.")
             values = value if isinstance(value, list) else [value]
             harmless = tuple(None if item == "null" else item for item in values)
-            options[name] = Refused(group["remedy"], harmless)
+            options[name] = Refused(group["remedy"], harmless, name in inert)
     return options
 
 

@@ -3,6 +3,9 @@ values to plain types again."""
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any
@@ -10,9 +13,13 @@ from typing import Any
 from fusedgrpo.config.aliases import ALIASES
 from fusedgrpo.config.foreign import REFUSED
 from fusedgrpo.config.from_pretrained import settle
+from fusedgrpo.config.generation import settle_generation
+from fusedgrpo.config.not_here import why_not
 from fusedgrpo.config.redaction import marks
 from fusedgrpo.config.values import check_text, read_value
 from fusedgrpo.errors import ConfigError, brief, did_you_mean
+
+log = logging.getLogger("fusedgrpo")
 
 # The option (or unknown key) that is wrong, and the line to print.
 Problem = tuple[str, str]
@@ -33,12 +40,15 @@ def resolve(
     spelled: dict[str, str] = {}
     problems: list[Problem] = []
     asked = [(label_of(key), key, value) for key, value in given.items()]
-    if isinstance(more := given.get("model_init_kwargs"), Mapping):
-        settled = settle(more)
+    for of, sort in (("model_init_kwargs", settle), ("generation_kwargs", settle_generation)):
+        more = _mapping(given.get(of))
+        if more is None:
+            continue
+        settled = sort(more)
         asked += settled.options
-        problems += [("model_init_kwargs", f"{name}: {text}") for name, text in settled.problems]
+        problems += [(of, f"{name}: {text}") for name, text in settled.problems]
         asked = [
-            (label, key, (settled.arguments or None) if key == "model_init_kwargs" else value)
+            (label, key, (settled.arguments or None) if key == of else value)
             for label, key, value in asked
         ]
     for label, key, value in asked:
@@ -46,6 +56,8 @@ def resolve(
         try:
             if key in REFUSED:
                 if REFUSED[key].accepts(value):
+                    if REFUSED[key].inert and value is not None:
+                        _say(f"{label} changes nothing: {REFUSED[key].remedy}.")
                     continue
                 raise ValueError(f"not supported: {REFUSED[key].remedy}.")
             if name not in hints:
@@ -58,7 +70,7 @@ def resolve(
                 )
             value = read_value(value, hints[name], limits[name])
         except ValueError as error:
-            problems.append((name, f"{label}: {error}"))
+            problems.append((name, f"{label}: {why_not(name, value) or error}"))
             continue
         if name in values and values[name] != value:
             both = f"given as {brief(values[name])} and {brief(value)}"
@@ -66,6 +78,22 @@ def resolve(
         values[name] = value
         spelled[name] = label
     return values, problems
+
+
+def _mapping(value: Any) -> Mapping[str, Any] | None:
+    """A mapping, or one that is written as JSON, as on a command line."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None  # said where the option is read
+    return value if isinstance(value, Mapping) and all(isinstance(k, str) for k in value) else None
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Warn, once in a process."""
+    log.warning(text)
 
 
 def left_out(values: Mapping[str, Any]) -> list[Problem]:
@@ -88,8 +116,12 @@ def _tidy(name: str, value: Any) -> Any:
         return _reward_funcs(value)
     if name == "dtype" and type(value).__module__ == "torch":
         return str(value).removeprefix("torch.")
+    if name in ("logging_steps", "save_steps", "eval_steps") and isinstance(value, float):
+        return int(value) if value.is_integer() else value  # parsers of a command line: 10.0
     if not isinstance(value, (str, bool, list, tuple, NoneType)):  # == may be anything: an array's
         return value
+    if name == "stop_strings" and isinstance(value, str):
+        return [value]  # with its commas and spaces
     if name in ("lora_target_modules", "report_to") and isinstance(value, str):
         value = [word.strip() for word in value.split(",") if word.strip()]
     if name == "lora_target_modules":

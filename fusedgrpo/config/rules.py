@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,29 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             ("val_size", "eval_dataset"),
             "val_size and eval_dataset both name the rows to evaluate on; give one.",
         )
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        if not _share_or_count(getattr(c, name) or 1):
+            yield (
+                (name,),
+                f"{name}: expected a share of the run < 1 or a whole number of steps, got "
+                f"{getattr(c, name)}.",
+            )
+    if not all(text for text in c.stop_strings or ()):
+        yield ("stop_strings",), "stop_strings: an empty text would end every completion."
+    yield from _best(c)
+    yield from _tokens_left_out(c)
+    if c.sync_ref_model and not c.beta:
+        yield (
+            ("sync_ref_model", "beta"),
+            "sync_ref_model: without beta there is no reference to mix into; set beta above 0.",
+        )
+    for pair in c.optim_args.split(",") if c.optim_args else ():
+        if not all(part.strip() for part in pair.partition("=")):
+            yield (
+                ("optim_args",),
+                f"optim_args: expected name=value,name=value, got {brief(c.optim_args)}.",
+            )
+            break
     if not _share_or_count(c.val_size):
         yield (
             ("val_size",),
@@ -129,6 +152,49 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("allow_change",), ", ".join(f"allow_change: {text}" for text in texts)
 
 
+def _tokens_left_out(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A loss that weighs whole completions has no surrogate of a token to leave out."""
+    if c.loss_type == "vespo":
+        for name, asked in (
+            ("top_entropy_quantile", c.top_entropy_quantile < 1),
+            ("off_policy_mask_threshold", c.off_policy_mask_threshold is not None),
+        ):
+            if asked:
+                text = f"{name}: loss_type: vespo weighs whole completions; leave it out, or "
+                yield (name, "loss_type"), text + "choose another loss."
+    if c.entropy_coef_min > c.entropy_coef_max:
+        yield (
+            ("entropy_coef_min", "entropy_coef_max"),
+            f"entropy_coef_min: {c.entropy_coef_min} is above entropy_coef_max "
+            f"({c.entropy_coef_max}).",
+        )
+
+
+def _best(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The best of the evaluations: there have to be some, and its weights."""
+    by_metric = c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    if by_metric and c.warmup_steps:
+        yield (
+            ("warmup_steps", "lr_scheduler_type"),
+            f"warmup_steps: lr_scheduler_type: {c.lr_scheduler_type} has no warm-up; leave it out.",
+        )
+    if c.eval_strategy == "no":
+        for name, asked in (
+            ("load_best_model_at_end", c.load_best_model_at_end),
+            ("save_strategy", c.save_strategy == "best"),
+            ("lr_scheduler_type", by_metric),
+        ):
+            if asked:
+                text = f"{name}: the best of no evaluation; set eval_strategy: steps or epoch."
+                yield (name, "eval_strategy"), text
+    if c.load_best_model_at_end and c.save_strategy == "no":
+        yield (
+            ("load_best_model_at_end", "save_strategy"),
+            "load_best_model_at_end: the weights come from a checkpoint; set save_strategy: best, "
+            "steps or epoch.",
+        )
+
+
 def _rollout_size(config: Any) -> int:
     """About how many completions one process samples at once."""
     micro_batch = config.per_device_train_batch_size
@@ -143,10 +209,16 @@ def _share_or_count(value: float) -> bool:
     return value < 1 or value == int(value)
 
 
-def broken_rules(config: Any, skip: set[str]) -> list[tuple[str, str]]:
-    """``(option, message)`` of each broken rule that involves none of the options in ``skip``."""
-    broken = contradictions(config)
-    return [(names[0], text) for names, text in broken if not skip.intersection(names)]
+def broken_rules(
+    config: Any, skip: Collection[str] = (), of: Collection[str] | None = None
+) -> list[tuple[str, str]]:
+    """``(option, message)`` of each broken rule that involves none of the options in ``skip``, and
+    none but those in ``of``."""
+    return [
+        (names[0], text)
+        for names, text in contradictions(config)
+        if not set(skip).intersection(names) and (of is None or set(names) <= set(of))
+    ]
 
 
 def doubtful(config: Any) -> list[str]:

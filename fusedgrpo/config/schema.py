@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fusedgrpo.config.aliases import ALIASES, Alias
 from fusedgrpo.config.foreign import REFUSED
+from fusedgrpo.config.parsers import ParsedFields, parsed_annotations
 from fusedgrpo.config.reading import Problem, label_of, left_out, plain, raise_all, resolve
 from fusedgrpo.config.redaction import redacted, remember
 from fusedgrpo.config.rules import broken_rules, one_of
@@ -27,22 +28,17 @@ from fusedgrpo.loss_options import ImportanceSamplingLevel, LossOptions
 log = logging.getLogger("fusedgrpo")
 
 Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "adamw_bnb_8bit",
-    "paged_adamw_32bit",
-    "paged_adamw_8bit",
-]
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit",
+    "paged_adamw_8bit", "adafactor", "sgd", "adagrad", "rmsprop", "ademamix", "ademamix_8bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit",
+    "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "stable_adamw",
+    "grokadamw", "adamw_anyprecision",
+]  # fmt: skip
 Scheduler = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-]
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    "reduce_lr_on_plateau", "greedy",
+]  # fmt: skip
 # The defaults of the loss's options are written there.
 _LOSS = LossOptions()
 
@@ -50,8 +46,8 @@ _LOSS = LossOptions()
 @dataclass(kw_only=True, repr=False)
 class GRPOConfig(TrainingArgumentsSurface):
     """The options of a run. ``dataclasses.replace(config, beta=0.04)`` makes another; an option
-    that is set is checked like one that is given, and a trainer that was made before says that it
-    keeps what it has.
+    that is set is checked like one that is given, with others when a trainer is made; one that was
+    made before says that it keeps what it has.
 
     Raises ConfigError with all violations at once: unknown names, names of options that other
     trainers have and this one has not, wrong types, values out of range, contradictions.
@@ -146,6 +142,12 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "minimum share of the best token's probability", low=0, high=1
     )
     repetition_penalty: float = option(1.0, "above 1 discourages repeated tokens", above=0)
+    stop_strings: list[str] | None = option(
+        None, "texts that end a completion, beside the EOS; they stay in it"
+    )
+    generation_kwargs: dict[str, Any] | None = option(
+        None, "more of the sampling options above, by their names in generate"
+    )
     skip_special_tokens: bool = option(
         True, "in the text of completions; false keeps all but the EOS at their end"
     )
@@ -182,7 +184,22 @@ class GRPOConfig(TrainingArgumentsSurface):
     vespo_k_neg: float = option(_LOSS.vespo_k_neg, "VESPO, negative advantages", low=0)
     vespo_lambda_neg: float = option(_LOSS.vespo_lambda_neg, "VESPO, negative advantages", low=0)
     mask_truncated_completions: bool = option(False, "leave cut completions out of the loss")
-    entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
+    top_entropy_quantile: float = option(
+        1.0, "share of tokens, those with the most entropy, that the policy learns from",
+        above=0, high=1,
+    )  # fmt: skip
+    off_policy_mask_threshold: float | None = option(
+        None, "leave out completions with a negative advantage this far off policy (mean log-ratio)"
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus; adaptive: to begin with", low=0)
+    use_adaptive_entropy: bool = option(False, "move entropy_coef towards entropy_target")
+    entropy_coef_min: float = option(0.0, "lowest adaptive entropy_coef", low=0)
+    entropy_coef_max: float = option(1.0, "highest adaptive entropy_coef", low=0)
+    entropy_coef_delta: float = option(0.005, "change of it in a step", low=0)
+    entropy_target: float = option(0.2, "mean entropy (nats) at and below which it acts", low=0)
+    sync_ref_model: bool = option(False, "mix the policy into the reference now and then")
+    ref_model_mixup_alpha: float = option(0.6, "share of the policy in that", low=0, high=1)
+    ref_model_sync_steps: int = option(512, "steps between", low=1)
     router_aux_loss_coef: float | None = option(
         None, "weight of a mixture of experts' load-balancing loss; null: the model's own", low=0
     )
@@ -219,8 +236,10 @@ class GRPOConfig(TrainingArgumentsSurface):
     adam_beta2: float = option(0.999, "AdamW's second beta", low=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "clip the gradient norm; 0: never", low=0)
-    optim: Optimizer = option("adamw_torch_fused", "the optimizer")
+    optim: Optimizer = option("adamw_torch_fused", "the optimizer, by its name in transformers")
+    optim_args: str | None = option(None, "more settings of it: name=value,name=value")
     lr_scheduler_type: Scheduler = option("linear", "the schedule of transformers")
+    lr_scheduler_kwargs: dict[str, Any] | None = option(None, "more settings of the schedule")
     warmup_steps: float = option(0.0, "steps, or a share of the run if < 1", low=0)
     num_train_epochs: float = option(3.0, "passes over the data", above=0)
     max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1)
@@ -242,6 +261,12 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "try the greatest lengths before step 1; null: on a GPU", free=True
     )
     use_cpu: bool = option(False, "stay on the CPU")
+    tf32: bool | None = option(
+        None, "float32 products of a GPU in TF32; null: as torch is set, which is not"
+    )
+    full_determinism: bool = option(
+        False, "torch's deterministic algorithms, with a warning where it has none", free=True
+    )
 
     # run
     do_train: bool = option(True, "this program only trains")
@@ -250,20 +275,66 @@ class GRPOConfig(TrainingArgumentsSurface):
         False, "delete a previous run there instead of moving it", free=True
     )
     seed: int = option(42, "seed of every random choice", low=0)
-    logging_steps: int = option(10, "show a line every so many steps", low=1, free=True)
-    save_strategy: Literal["no", "steps"] = option("steps", "when to checkpoint", free=True)
-    save_steps: int = option(500, "optimizer steps between checkpoints", low=1, free=True)
-    save_total_limit: int | None = option(None, "checkpoints to keep; null: all", low=1, free=True)
-    eval_strategy: Literal["no", "steps"] = option("no", "when to evaluate", free=True)
-    eval_steps: int | None = option(
-        None, "steps between evaluations; null: logging_steps", low=1, free=True
+    data_seed: int | None = option(None, "seed of the order of the prompts; null: seed", low=0)
+    logging_strategy: Literal["no", "steps", "epoch"] = option(
+        "steps", "when to show a line; metrics.jsonl has every step", free=True
+    )
+    logging_steps: int | float = option(
+        10, "show a line every so many steps, or that share of the run if < 1", above=0, free=True
+    )
+    logging_first_step: bool = option(False, "count the first step as logged", free=True)
+    save_strategy: Literal["no", "steps", "epoch", "best"] = option(
+        "steps", "when to checkpoint; best: after each best evaluation", free=True
+    )
+    save_steps: int | float = option(
+        500, "steps between checkpoints, or a share of the run if < 1", above=0, free=True
+    )
+    save_total_limit: int | None = option(
+        None, "checkpoints to keep beside the best; null: all", low=1, free=True
+    )
+    save_only_model: bool = option(
+        False, "checkpoints of the weights alone, which no run goes on from", free=True
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = option("no", "when to evaluate", free=True)
+    eval_steps: int | float | None = option(
+        None,
+        "steps between evaluations, or a share of the run if < 1; null: logging_steps",
+        above=0,
+        free=True,
+    )
+    eval_on_start: bool = option(False, "evaluate before the first step, too", free=True)
+    load_best_model_at_end: bool = option(
+        False, "end with the weights of the best evaluation, each of which is saved", free=True
+    )
+    metric_for_best_model: str | None = option(
+        None, "what of an evaluation is compared; null: the reward", free=True
+    )
+    greater_is_better: bool | None = option(
+        None, "whether more of it is better; null: unless its name ends in loss", free=True
     )
     resume_from_checkpoint: str | None = option(None, "a path; true or auto: the newest", free=True)
     allow_change: tuple[str, ...] = option(
         (), "options that may differ from the checkpoint's", free=True
     )
     report_to: str | list[str] = option("none", "trackers beside metrics.jsonl", free=True)
-    run_name: str | None = option(None, "name of the run in the trackers", free=True)
+    project: str | None = option(
+        None,
+        "project or experiment in the trackers; null: that of their environment variables, such as "
+        "WANDB_PROJECT, or fusedgrpo",
+        free=True,
+    )
+    run_name: str | None = option(
+        None, "name of the run in the trackers; null: WANDB_NAME, or that of output_dir", free=True
+    )
+    logging_dir: str | None = option(
+        None, "where trackers write files; null: trackers in output_dir", free=True
+    )
+    disable_tqdm: bool | None = option(
+        None, "true: lines in place of the live panel in a terminal", free=True
+    )
+    dataloader_num_workers: int = option(
+        0, "taken and without effect: prompts are read once, by this process", low=0, free=True
+    )
     log_completions: bool = option(False, "show sample completions", free=True)
     num_completions_to_print: int | None = option(
         None, "how many of them; null: all", low=1, free=True
@@ -272,17 +343,33 @@ class GRPOConfig(TrainingArgumentsSurface):
     if not TYPE_CHECKING:  # type checkers and editors see the generated signature
 
         def __init__(self, /, *output_dir: Any, **given: Any):
+            ParsedFields.of(type(self))
             if len(output_dir) > 1 or (output_dir and "output_dir" in given):
                 raise ConfigError("Options are given by name, and output_dir once.")
             if output_dir:
                 given["output_dir"] = output_dir[0]
+            derived = [spec for spec in fields(self) if spec.name not in _HINTS]
+            own = {spec.name: given.pop(spec.name) for spec in derived if spec.name in given}
             values, problems = resolve(given, _HINTS, _LIMITS)
             for spec in fields(self):
-                object.__setattr__(self, spec.name, values.get(spec.name, spec.default))
+                value = {**own, **values}.get(spec.name, MISSING)
+                if value is MISSING:
+                    made = spec.default_factory
+                    value = spec.default if made is MISSING else made()
+                if value is MISSING:
+                    problems.append((spec.name, f"{spec.name}: is missing and has no default."))
+                object.__setattr__(self, spec.name, value)
             remember(values)
             problems += left_out(values)
             problems += broken_rules(self, skip={name for name, _ in problems})
             raise_all(problems)
+            if derived and hasattr(self, "__post_init__"):
+                self.__post_init__()
+
+        def __init_subclass__(cls) -> None:
+            # ``dataclass`` leaves an ``__init__`` alone that a class has itself.
+            if "__init__" not in vars(cls):
+                cls.__init__ = GRPOConfig.__init__
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name.startswith("_") or (name not in _HINTS and name in _own_fields(self)):
@@ -292,7 +379,8 @@ class GRPOConfig(TrainingArgumentsSurface):
             before = {option: getattr(self, option) for option in values}
             for option, read in values.items():
                 object.__setattr__(self, option, read)
-            problems += broken_rules(self, skip={option for option, _ in problems})
+            # Rules between options are for the end: a script sets one after the other.
+            problems += broken_rules(self, of=values)
             if problems:
                 for option, read in before.items():
                     object.__setattr__(self, option, read)
@@ -357,10 +445,13 @@ def _own_fields(config: GRPOConfig) -> set[str]:
 
 
 _HINTS: dict[str, Any] = get_type_hints(GRPOConfig)
+# After the hints are taken: from here on the annotations are what argparse reads.
+GRPOConfig.__annotations__ |= parsed_annotations(_HINTS)
 # The annotation leaves out bool, as in transformers: HfArgumentParser refuses a union of text and
 # bool.
 _HINTS["resume_from_checkpoint"] = str | bool | None
 _LIMITS = {spec.name: limits_of(spec) for spec in fields(GRPOConfig)}
+ParsedFields.of(GRPOConfig)
 
 
 def free_to_change() -> set[str]:

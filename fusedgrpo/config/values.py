@@ -56,6 +56,14 @@ def option(
     return made
 
 
+def same_option(spec: Field[Any], copy: Field[Any]) -> None:
+    """Give the copy of an option's field its range."""
+    if spec in _LIMITS:
+        _LIMITS[copy] = _LIMITS[spec]
+    if spec in _FREE:
+        _FREE.add(copy)
+
+
 def limits_of(spec: Field[Any]) -> Mapping[str, float]:
     """The range of an option, as ``{sign: bound}``."""
     return _LIMITS[spec]

@@ -33,13 +33,18 @@ FORMAT = 1
 NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
+def of_step(directory: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
+    return directory / f"step-{step:06d}"
+
+
 def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Let ``write(dir)`` fill a new checkpoint of ``step`` under ``directory``; returns its path.
 
     If anything fails, what it left is removed and the checkpoints that were there stay as they are.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"step-{step:06d}"
+    final = of_step(directory, step)
     unfinished = directory / f".{final.name}.tmp"
     replaced = directory / f"{final.name}.old"
     for left_by_a_killed_run in directory.glob(".step-*.tmp"):
@@ -148,11 +153,11 @@ def newest_valid(
     return None
 
 
-def prune(directory: Path, keep: int, written: Path | None = None) -> None:
-    """Delete all but the newest ``keep``. What was just ``written`` and the newest that verifies
-    always stay, and so do checkpoints that were put elsewhere and left as a link."""
+def prune(directory: Path, keep: int, *kept: Path | None) -> None:
+    """Delete all but the newest ``keep``. What is ``kept`` and the newest that verifies always
+    stay, and so do checkpoints that were put elsewhere and left as a link."""
     all_of_them = [path for path in checkpoints(directory) if not path.is_symlink()]
-    doomed = [path for path in all_of_them[: max(len(all_of_them) - keep, 0)] if path != written]
+    doomed = [path for path in all_of_them[: max(len(all_of_them) - keep, 0)] if path not in kept]
     if doomed and newest_valid(directory) not in doomed:
         for path in doomed:
             shutil.rmtree(path)
@@ -244,8 +249,9 @@ def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
 ) -> None:
-    """Copy a saved state into the optimizer's own, which ``build_optimizer`` has made: nothing is
-    there twice, and paged state stays paged. Raises CheckpointError if it is of other parameters.
+    """Copy a saved state into the optimizer's own, where ``build_optimizer`` has made it: nothing
+    is there twice, and paged state stays paged. Raises CheckpointError if it is of other
+    parameters.
     """
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if saved["groups"] != sizes:
@@ -259,16 +265,22 @@ def load_optimizer_state(
         state.setdefault(int(index), {})[name] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in state.items():
-        first = entries.get("exp_avg", entries.get("state1"))
+        own = optimizer.state.get(parameters[index]) if index < len(parameters) else None
+        moment = "exp_avg" if "exp_avg" in entries else "state1"
         if index >= len(parameters) or (
-            first is not None and first.numel() != parameters[index].numel()
+            moment in entries
+            # AdEMAMix has two moments in one.
+            and entries[moment].numel() != (own or {}).get(moment, parameters[index]).numel()
         ):
             raise CheckpointError("The checkpoint's optimizer state fits other parameters.")
-        own = optimizer.state.get(parameters[index])
-        if own is None:
-            raise CheckpointError(
-                "The optimizer has no state of its own yet: expected one made by build_optimizer."
-            )
+        if own is None:  # an optimizer that makes its state in the first step
+            device = parameters[index].device
+            optimizer.state[parameters[index]] = {
+                # The count stays where torch has it, on the CPU.
+                name: value.to(device) if isinstance(value, Tensor) and name != "step" else value
+                for name, value in entries.items()
+            }
+            continue
         if own.keys() != entries.keys():
             raise CheckpointError(
                 f"The checkpoint's optimizer keeps {sorted(entries)}, this run's {sorted(own)}."

@@ -10,12 +10,21 @@ from typing import Any, Protocol
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine import checkpoint_files as checkpoint
-from fusedgrpo.engine.checkpointing import Progress, missing_file, save, save_weights
+from fusedgrpo.engine.checkpointing import (
+    Progress,
+    load_weights,
+    missing_file,
+    save,
+    save_reference,
+    save_weights,
+)
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.interrupts import Interrupted, StopSignals
 from fusedgrpo.engine.reporting.metrics_log import Row
 from fusedgrpo.engine.reporting.run_logger import RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
+from fusedgrpo.engine.rollout.sampler import Sampler
+from fusedgrpo.engine.run_control import RunControl
 from fusedgrpo.errors import CheckpointError, NonFiniteError, OutputDirError
 from fusedgrpo.models.finite import not_finite
 from fusedgrpo.models.policy import Policy
@@ -32,6 +41,8 @@ class Checkpointed(Protocol):
     processes: Processes
     signals: StopSignals
     progress: Progress
+    run_control: RunControl
+    sampler: Sampler
     unwritten: Unwritten
 
     def state_dict(self, unsynced: Sequence[Row] = ()) -> dict[str, Any]: ...
@@ -80,7 +91,9 @@ class Checkpointer:
                 "resume_from_checkpoint, or make a new trainer."
             )
 
-    def save(self, outputs: RunLogger, *, prune: bool = True) -> Path | None:
+    def save(
+        self, outputs: RunLogger, *, prune: bool = True, only_model: bool = False
+    ) -> Path | None:
         """Write a checkpoint of the last completed step. Raises what the disk says, CheckpointError
         and NonFiniteError."""
         trainer = self.trainer
@@ -93,13 +106,21 @@ class Checkpointer:
         path = save(
             outputs.run.checkpoints,
             trainer.state_dict(outputs.unsynced_rows()),
-            lambda path: save_weights(trainer.policy, trainer.processing_class, path),
+            lambda path: self._write_weights(path, only_model),
+            only_model=only_model,
         )
         self._overdue = False
         log.info("Checkpoint: %s", path)
         if prune and trainer.args.save_total_limit:
-            checkpoint.prune(outputs.run.checkpoints, trainer.args.save_total_limit, path)
+            best = trainer.run_control.best_model_checkpoint
+            checkpoint.prune(outputs.run.checkpoints, trainer.args.save_total_limit, path, best)
         return path
+
+    def _write_weights(self, path: Path, only_model: bool) -> None:
+        trainer = self.trainer
+        save_weights(trainer.policy, trainer.processing_class, path)
+        if trainer.args.sync_ref_model and not only_model:
+            save_reference(trainer.policy, path)
 
     def save_if_due(self, outputs: RunLogger, due: bool, *, insist: bool = False) -> None:
         """Save if it is ``due``, or if the disk would not take it the last time."""
@@ -108,7 +129,7 @@ class Checkpointer:
             outputs.writing(
                 "the checkpoint",
                 self.trainer.progress.step,
-                lambda: self.save(outputs),
+                lambda: self.save(outputs, only_model=self.trainer.args.save_only_model),
                 insist=insist,
             )
 
@@ -116,6 +137,40 @@ class Checkpointer:
         """The run is at its end: what the disk would not take before, it has to take now."""
         outputs.write(self.trainer.unwritten, self.trainer.progress.step, insist=True)
         self.save_if_due(outputs, False, insist=True)
+
+    def load_best(self, outputs: RunLogger) -> None:
+        """The run is at its end: with ``load_best_model_at_end`` the weights become those of the
+        best evaluation. Where its checkpoint is gone they stay the last ones, and that is said."""
+        trainer, control = self.trainer, self.trainer.run_control
+        if not trainer.args.load_best_model_at_end:
+            return
+        best = control.best
+        said = f"Best by {control.metric_name}"
+        if best is None:
+            log.warning("%s: no evaluation was finite. The weights are the last ones.", said)
+            return
+        said += f": {best.metric:.4g}, after step {best.step}"
+        if best.step == trainer.progress.step:
+            outputs.display.note(f"{said}, the last one.")
+            return
+        path = trainer.processes.run_on_main(self._best_checkpoint)
+        if path is None:
+            log.warning("%s. Its checkpoint is gone: the weights are the last ones.", said)
+            return
+        with self.loading(path):
+            load_weights(trainer.policy, path)
+        trainer.sampler.weights_changed()
+        outputs.display.note(f"{said}: the weights are those of {path}.")
+
+    def _best_checkpoint(self) -> Path | None:
+        path = self.trainer.run_control.best_model_checkpoint
+        try:
+            if path is not None:
+                checkpoint.verify(path)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            return None
+        return path
 
     @contextmanager
     def saved_if_it_ends(self, outputs: RunLogger) -> Iterator[None]:

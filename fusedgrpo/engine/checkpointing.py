@@ -1,6 +1,7 @@
 """A trainer's checkpoint: what is in it, how it is written, and how it comes back.
 
 adapter/ or model/     the weights, loadable by peft or transformers as they are
+reference.safetensors  the reference's weights, where it follows the policy
 optimizer.safetensors  and the JSON part of its state in state.json
 window.safetensors     the unfinished rollout, if there is one; its rest in window.json
 state.json             counters, data cursor, configuration, start, fingerprints of the data, what
@@ -56,16 +57,51 @@ def load_weights(policy: Policy, directory: Path) -> None:
         full_weights.restore(policy.model, directory / "model")
     else:
         policy.adapters.restore(directory / "adapter")
+    load_reference(policy, directory)
     if problem := not_finite(policy.trainable()):
         raise CheckpointError(f"{directory} is of a run that had diverged: {problem}.")
 
 
-def save(directory: Path, saved: Mapping[str, Any], write_weights: Callable[[Path], Any]) -> Path:
+REFERENCE = "reference.safetensors"
+
+
+def save_reference(policy: Policy, directory: Path) -> None:
+    """Write the weights of a reference that follows the policy."""
+    weights = policy.reference_weights()
+    assert weights is not None, "sync_ref_model gives the reference weights of its own"
+    checkpoint.write_tensors(directory / REFERENCE, weights)
+
+
+def load_reference(policy: Policy, directory: Path) -> None:
+    """Put back what ``save_reference`` wrote, bit for bit, if anything; a checkpoint from before
+    ``sync_ref_model`` was set goes on with the reference of the run's beginning. Raises
+    CheckpointError."""
+    own = policy.reference_weights()
+    if own is None or not (directory / REFERENCE).exists():
+        return
+    saved = checkpoint.read_tensors(directory / REFERENCE)
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+        raise CheckpointError(f"{directory / REFERENCE} holds the weights of another model.")
+    for name, weight in own.items():
+        weight.copy_(saved[name])
+
+
+def save(
+    directory: Path,
+    saved: Mapping[str, Any],
+    write_weights: Callable[[Path], Any],
+    *,
+    only_model: bool = False,
+) -> Path:
     """Write ``saved``, a trainer's ``state_dict``, and its weights as a checkpoint under
-    ``directory``; returns its path."""
+    ``directory``; returns its path. only_model: the weights and what says which they are."""
 
     def write(path: Path) -> None:
         write_weights(path)
+        if only_model:
+            facts = {k: v for k, v in saved["state"].items() if k not in ("optimizer", "unwritten")}
+            checkpoint.write_json(path / "state.json", facts)
+            return
         checkpoint.write_tensors(path / "optimizer.safetensors", saved["optimizer"])
         checkpoint.write_json(path / "state.json", saved["state"])
         if saved["window"] is not None:
@@ -124,9 +160,10 @@ def find(resume: str | bool | None, directory: Path) -> Path | None:
 
 def missing_file(names: Collection[str]) -> str | None:
     """The first thing that a checkpoint with files of these names lacks; None for nothing."""
-    for needed in ("state.json", "optimizer.safetensors"):
-        if needed not in names:
-            return f"no {needed}"
+    if "state.json" not in names:
+        return "no state.json"
+    if "optimizer.safetensors" not in names:
+        return "no optimizer.safetensors (save_only_model: weights to use, not to go on from)"
     if not any(n.startswith(("adapter/", "model/")) and n.endswith(".safetensors") for n in names):
         return "no weights in adapter/ or model/"
     if ("window.json" in names) != ("window.safetensors" in names):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.engine.custom_loss import CustomLoss
+from fusedgrpo.engine.entropy_bonus import EntropyBonus
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.metric_names import MISMATCH_MAX, MISMATCH_MEAN
 from fusedgrpo.engine.rollout.training_sample import (
@@ -23,12 +24,13 @@ from fusedgrpo.engine.rollout.training_sample import (
 )
 from fusedgrpo.engine.seeding import seeded
 from fusedgrpo.engine.step_metrics import MicroBatch, merge_metrics
+from fusedgrpo.engine.step_passes import StepPasses
+from fusedgrpo.engine.token_choice import TokenChoice
 from fusedgrpo.kernels import LossOptions, PolicyLoss, policy_loss
 from fusedgrpo.models import missing_backward
 from fusedgrpo.models.finite import largest
-from fusedgrpo.models.micro_batches import forwarded_tokens, longest, micro_batches, shares
-from fusedgrpo.models.packed_batch import PackedBatch
-from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.micro_batches import forwarded_tokens, shares
+from fusedgrpo.models.policy import Policy, ReferenceSync
 from fusedgrpo.models.router import RouterSums
 
 
@@ -54,9 +56,10 @@ class Learner:
     processes, a forward pass without gradients counts first.
 
     execution: signals are looked for between micro-batches; each process forwards its share of the
-    samples, and gradients are summed. custom_loss: in place of the one in ``options``. offload:
-    entered around the forward pass. changing: called before anything of weights or optimizer
-    changes.
+    samples, and gradients are summed. bonus, choice: of entropy, and of the tokens that the policy
+    learns from. reference: when the reference follows the policy. custom_loss: in place of the one
+    in ``options``. offload: entered around the forward pass. changing: called before anything of
+    weights or optimizer changes.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class Learner:
         max_grad_norm: float,
         execution: Execution,
         custom_loss: CustomLoss | None = None,
-        entropy_coef: float = 0.0,
+        bonus: EntropyBonus | None = None,
+        choice: TokenChoice | None = None,
+        reference: ReferenceSync | None = None,
         seed: int = 0,
         offload: AbstractContextManager[Any] | None = None,
         changing: Callable[[], None] = lambda: None,
@@ -87,7 +92,10 @@ class Learner:
         self.max_grad_norm = max_grad_norm
         self.execution = execution
         self.processes = execution.processes
-        self.entropy_coef = entropy_coef
+        self.passes = StepPasses(policy, execution)
+        self.bonus = bonus or EntropyBonus()
+        self.choice = choice or TokenChoice()
+        self.reference = reference or ReferenceSync()
         self.seed = seed
         self.offload = offload or nullcontext()
         self.changing = changing
@@ -126,6 +134,13 @@ class Learner:
             self.scaler.update()
             # A skipped update still is a step of the schedule, which is a function of the step.
             self.scheduler.step()
+            if self.bonus.on:
+                self.bonus.update(self._entropy)
+                result.metrics["entropy_coef"] = self.bonus.coef
+            if self.reference.is_due(step + 1):
+                if not result.applied:
+                    self.changing()
+                self.policy.mix_into_reference(self.reference.alpha)
             result.largest_weight = largest(parameters)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -141,58 +156,38 @@ class Learner:
     ) -> tuple[float, dict[str, float]]:
         """This process's share of the gradients in ``.grad``; loss and metrics of all samples."""
         num_items = sum(sample.loss_tokens for sample in samples)
+        samples, acting = self._chosen(samples, num_items)
         skipped = [sample for sample in samples if not self._has_gradient(sample)]
         live = [sample for sample in samples if self._has_gradient(sample)]
         own = shares([s.pair for s in live], self.processes.size)[self.processes.rank]
         mine = live[own.start : own.stop]
         load = None
         if self.policy.router is not None and self.processes.size > 1:
-            nothing = self.policy.router.nothing("cpu")
-            load = sum(self.processes.run_everywhere(lambda: self._load_that_fits(mine)), nothing)
+            load = self.passes.router_load_of_all(mine)
         done = self.processes.run_everywhere(
-            lambda: self._backward_that_fits(mine, num_items, len(samples), step, load)
+            lambda: self._backward_that_fits(mine, num_items, len(samples), step, load, acting)
         )
         parts = [part for of_process in done for part in of_process]
         merged = merge_metrics(parts, skipped, self.options)
         merged["frac_rows_skipped"] = len(skipped) / max(len(samples), 1)
         merged["num_forwarded_tokens"] = sum(part.forwarded for part in parts)
-        if self.entropy_coef:
-            merged["entropy_coef"] = self.entropy_coef
+        self._entropy = math.fsum(part.entropy_sum for part in parts) / max(acting, 1)
         if self.policy.router is not None:
             merged["aux_loss"] = math.fsum(part.aux_loss for part in parts)
         if "sampling/dropped_tokens" in merged:  # those of rows that were not forwarded, too
             merged["sampling/dropped_tokens"] += sum(sample.dropped_tokens for sample in skipped)
         return math.fsum(part.loss for part in parts), merged
 
-    def _load_that_fits(self, samples: Sequence[TrainingSample]) -> RouterSums:
-        work = functools.partial(self._load, samples)
-        return self.execution.oom_retry.update(
-            work, lambda: self._longest(samples), "counting experts"
-        )
-
-    def _load(self, samples: Sequence[TrainingSample]) -> RouterSums:
-        """The router's sums over the tokens of ``samples``, without gradients, on the CPU."""
-        assert self.policy.router is not None
-        nothing = self.policy.router.nothing("cpu")
-        routed: list[RouterSums] = []
-        with self.policy.scoring(), self.policy.autocast():
-            for members in self._cut(samples):
-                self.execution.check_interrupt()
-                self.policy.hidden(self._packed([samples[i] for i in members]), routed=routed)
-        return sum((sums.to("cpu") for sums in routed), nothing)
-
-    def _cut(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        pairs = [sample.pair for sample in samples]
-        return micro_batches(
-            pairs, self.execution.oom_retry.tokens, self.policy.layout, whole=self.policy.whole
-        )
-
-    def _longest(self, samples: Sequence[TrainingSample]) -> int:
-        return longest([sample.pair for sample in samples], whole=self.policy.whole)
-
-    def _packed(self, batch: Sequence[TrainingSample]) -> PackedBatch:
-        # As in TRL, a completion that is out of the loss is out of the router's as well.
-        return self.policy.pack([s.pair for s in batch], counted=[s.in_loss for s in batch])
+    def _chosen(
+        self, samples: Sequence[TrainingSample], num_items: int
+    ) -> tuple[Sequence[TrainingSample], int]:
+        """The samples with the tokens that the surrogate is of, and how many these are. That is
+        asked of all tokens of the step, before the update is cut into micro-batches."""
+        if self.choice.top_entropy == 1:
+            return samples, num_items
+        counted = [i for i, sample in enumerate(samples) if sample.loss_tokens]
+        entropies = self.passes.entropies([samples[i] for i in counted])
+        return self.choice.select(samples, counted, entropies)
 
     def _backward_that_fits(
         self,
@@ -201,12 +196,15 @@ class Learner:
         num_sequences: int,
         step: int,
         load: RouterSums | None,
+        acting: int,
     ) -> list[MicroBatch]:
         def work() -> list[MicroBatch]:
             self.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has left
-            return self.backward(samples, num_items, num_sequences, step, load)
+            return self.backward(samples, num_items, num_sequences, step, load, acting)
 
-        return self.execution.oom_retry.update(work, lambda: self._longest(samples), "the update")
+        return self.execution.oom_retry.update(
+            work, lambda: self.passes.longest(samples), "the update"
+        )
 
     def backward(
         self,
@@ -215,15 +213,17 @@ class Learner:
         num_sequences: int,
         step: int,
         load: RouterSums | None = None,
+        acting: int | None = None,
     ) -> list[MicroBatch]:
         """Forward and backward of ``samples``, micro-batch by micro-batch.
 
+        acting: the tokens of the step that the entropy bonus is over; None for ``num_items``.
         load: what the router does with all tokens of the step, where ``samples`` are not all.
         """
         layout, whole = self.policy.layout, self.policy.whole
-        cut = self._cut(samples)
+        cut = self.passes.cut(samples)
         if self.policy.router is not None and load is None and len(cut) > 1:
-            load = self._load(samples)
+            load = self.passes.router_load(samples)
         parts: list[MicroBatch] = []
         losses: list[Tensor] = []
         measured: list[Tensor] = []
@@ -236,7 +236,9 @@ class Learner:
                 seeded(self.processes.derive(self.seed, "update", step, index)),
                 self.policy.training(),  # as a whole: checkpointing forwards again in the backward
             ):
-                loss, metrics = self._loss(batch, num_items, num_sequences, load)
+                loss, metrics = self._loss(
+                    batch, num_items, num_sequences, load, num_items if acting is None else acting
+                )
                 with missing_backward.refused():
                     self.scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -255,6 +257,7 @@ class Learner:
             part.loss = loss.item()
             part.metrics = dict(zip(names, row.tolist(), strict=True))
             part.aux_loss = part.metrics.pop("aux_loss", 0.0)
+            part.entropy_sum = part.metrics.pop("entropy_sum", 0.0)
         return parts
 
     def _norm(self, parameters: Sequence[Tensor]) -> Tensor:
@@ -263,9 +266,7 @@ class Learner:
     def _has_gradient(self, sample: TrainingSample) -> bool:
         # The router's loss has a gradient in all of them.
         custom = self.custom_loss is not None
-        return self.policy.whole or has_gradient(
-            sample, self.options, self.entropy_coef, custom=custom
-        )
+        return self.policy.whole or has_gradient(sample, self.options, self.bonus.on, custom=custom)
 
     def _loss(
         self,
@@ -273,28 +274,32 @@ class Learner:
         num_items: int,
         num_sequences: int,
         load: RouterSums | None,
+        acting: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.policy.device
-        packed = self._packed(batch)
+        packed = self.passes.packed(batch)
         routed: list[RouterSums] = []
         with self.offload:
             logp, entropy = self.policy.logprobs(
                 packed,
-                entropy=True if self.entropy_coef else "detached",
+                entropy=True if self.bonus.weight else "detached",
                 **({} if self.policy.router is None else {"routed": routed}),
             )
         assert entropy is not None
         mask = loss_mask(batch, device)
         weight = concatenated(batch, "sampler_weight", device)
         old_logp = concatenated(batch, "old_logp", device)
+        advantages = torch.tensor([s.advantage for s in batch], device=device)
         loss, metrics = self.policy_loss(
             logp,
-            torch.tensor([s.advantage for s in batch], device=device),
+            advantages,
             packed.cu_completions,
             old_logp=old_logp,
             ref_logp=concatenated(batch, "ref_logp", device),
             mask=mask,
-            sampler_ratio=weight,
+            sampler_ratio=self.choice.weights(
+                batch, weight, logp.detach(), old_logp, advantages, packed.cu_completions
+            ),
             entropy=entropy,
             num_items=num_items,
             num_sequences=num_sequences,
@@ -305,11 +310,17 @@ class Learner:
             gap = torch.where(sampled.isfinite(), (logp.detach() - sampled).abs(), 0.0)
             metrics[MISMATCH_MEAN] = gap.sum() / sampled.isfinite().sum().clamp(min=1)
             metrics[MISMATCH_MAX] = gap.max() if len(gap) else gap.sum()
-        if self.entropy_coef:
+        if weight is None:
+            metrics.pop("sampling/dropped_tokens", None)  # our own weights drop none
+        if self.bonus.on:
             metrics["policy_loss"] = loss.detach()
-            acting = mask if weight is None else mask & weight.isfinite()
-            bonus = torch.where(acting, entropy, 0.0).sum() / max(num_items, 1)
-            loss = loss - self.entropy_coef * bonus
+            acts = mask if weight is None else mask & weight.isfinite()
+            selected = concatenated(batch, "selected", device)
+            acts = acts if selected is None else acts & selected
+            total = torch.where(acts, entropy, 0.0).sum()
+            metrics["entropy_sum"] = total.detach()
+            if self.bonus.weight:
+                loss = loss - self.bonus.weight * (total / max(acting, 1))
         if self.policy.router is not None:
             balance = self.policy.router.loss(routed[0], load).to(loss.device)
             metrics["aux_loss"] = balance.detach()

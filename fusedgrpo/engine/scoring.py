@@ -173,10 +173,11 @@ def make_buffer(
     )
     buffer = RolloutBuffer(rollout, advantages, steps, config.num_iterations, metrics=metrics)
     options, truncated = loss_options(config), config.mask_truncated_completions
+    bonus = config.entropy_coef or config.use_adaptive_entropy
     custom = config.loss_type not in LOSS_TYPES
 
     def trains(sample: TrainingSample) -> bool:
-        return policy.whole or has_gradient(sample, options, config.entropy_coef, custom=custom)
+        return policy.whole or has_gradient(sample, options, bonus, custom=custom)
 
     def logprobs(needs: Callable[[TrainingSample], bool] = trains) -> Tensor:
         return rollout_logprobs(

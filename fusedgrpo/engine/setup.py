@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo import host
+from fusedgrpo.config.from_trl import given_options, is_foreign
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine import torch_settings
 from fusedgrpo.engine.advantages import Estimator, find_estimator
 from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.custom_loss import CustomLoss, find_custom_loss
@@ -28,13 +30,14 @@ from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.entropy_bonus import EntropyBonus
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
-from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
+from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler, check_options
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
 from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
@@ -43,12 +46,14 @@ from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.scoring import loss_options
+from fusedgrpo.engine.token_choice import TokenChoice
 from fusedgrpo.errors import ConfigError, PlanError
 from fusedgrpo.models.activation_offload import OffloadActivations
+from fusedgrpo.models.adapters.attached import has_adapters
 from fusedgrpo.models.adapters.files import planned_options
 from fusedgrpo.models.finite import check_loaded
 from fusedgrpo.models.kinds import accepted
-from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.policy import Policy, ReferenceSync
 from fusedgrpo.models.settings import model_limits, model_settings
 from fusedgrpo.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer, text_tokenizer
 from fusedgrpo.named_code import code_folders
@@ -98,7 +103,7 @@ def build_parts(
 ) -> Parts:
     """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
     RewardError, ModelError or OutputDirError."""
-    args = own_options(args, model, quantization_config)
+    args = own_options(args, model, quantization_config, peft_config)
     processes = Processes.start(args.use_cpu)
     processes.run_on_main(lambda: RunDir.probe(args.output_dir))
     for text in doubtful(args):
@@ -106,6 +111,8 @@ def build_parts(
     # A launcher passes on the signal that the terminal has sent to everybody already.
     signals = StopSignals(echo_seconds=10.0 if processes.size > 1 else 0.0)
     tracker_classes(args.report_to)
+    check_options(args)
+    torch_settings.apply(args)
     folders = code_folders(search_paths)
     custom_loss = find_custom_loss(args.loss_type, folders)
     estimator = find_estimator(args, folders)
@@ -172,7 +179,11 @@ def build_parts(
             policy=policy,
             eos_ids=ends,
             plan=plan,
-            stream=PromptStream(train, seed=args.seed, shuffle=args.shuffle_dataset),
+            stream=PromptStream(
+                train,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                shuffle=args.shuffle_dataset,
+            ),
             estimate_advantages=estimator,
             learner=learner,
             run_sampler=run_sampler,
@@ -221,7 +232,22 @@ def _learner(
         max_grad_norm=args.max_grad_norm,
         execution=execution,
         custom_loss=custom_loss,
-        entropy_coef=args.entropy_coef,
+        bonus=EntropyBonus(
+            args.entropy_coef,
+            args.use_adaptive_entropy,
+            args.entropy_coef_min,
+            args.entropy_coef_max,
+            args.entropy_coef_delta,
+            args.entropy_target,
+        ),
+        choice=TokenChoice(
+            top_entropy=args.top_entropy_quantile,
+            off_policy=args.off_policy_mask_threshold,
+            by_sampler=args.sampler_correction,
+        ),
+        reference=ReferenceSync(
+            args.ref_model_sync_steps if args.sync_ref_model else 0, args.ref_model_mixup_alpha
+        ),
         seed=args.seed,
         offload=_offload(args, memory_plan, policy),
     )
@@ -321,18 +347,23 @@ def describe(policy: Policy, plan: BatchPlan, processes: Processes) -> str:
     return line + (f"; {processes.size} processes" if processes.size > 1 else "")
 
 
-def own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
+def own_options(
+    args: Any, model: Any, quantization_config: Any, peft_config: Any = None
+) -> GRPOConfig:
     """A copy of the configuration with the name of the model that was passed, for the record, and
-    with what ``quantization_config`` describes."""
+    with what ``quantization_config`` describes. TRL's and transformers' arguments are translated,
+    option by option."""
+    by_name = isinstance(model, (str, os.PathLike))
+    if is_foreign(args):
+        args = _translated(args, model, by_name, peft_config)
     if args is not None and not isinstance(args, GRPOConfig):
         raise ConfigError(
-            f"args: expected a fusedgrpo.GRPOConfig, got {type(args).__module__}."
-            f"{type(args).__qualname__}. from fusedgrpo import GRPOConfig: the names are TRL's."
+            f"args: expected a fusedgrpo.GRPOConfig or a trl.GRPOConfig, got "
+            f"{type(args).__module__}.{type(args).__qualname__}."
         )
     args = args or GRPOConfig()
     object.__setattr__(args, "_used", True)
     config = getattr(model, "config", None)
-    by_name = isinstance(model, (str, os.PathLike))
     name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
     own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
     if quantization_config is not None:
@@ -345,6 +376,20 @@ def own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
         own.model_init_kwargs = given
     object.__setattr__(own, "_used", True)
     return own
+
+
+def _translated(args: Any, model: Any, by_name: bool, peft_config: Any) -> GRPOConfig:
+    """Another trainer's arguments as options. There, what trains without a ``peft_config`` is the
+    model itself, unless it has an adapter."""
+    given = given_options(args)
+    if by_name:
+        adapter = (Path(model).expanduser() / "adapter_config.json").exists()
+    else:
+        adapter = model is not None and has_adapters(model)
+    if peft_config is None and not adapter:
+        given["finetuning_type"] = "full"
+        log.info("args are TRL's and there is no peft_config: all weights are trained, as in TRL.")
+    return GRPOConfig.from_dict(given)
 
 
 def _bits(model: Any) -> str:

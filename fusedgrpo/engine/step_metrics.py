@@ -24,6 +24,7 @@ class MicroBatch:
     loss: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     aux_loss: float = 0.0
+    entropy_sum: float = 0.0
 
 
 def merge_metrics(

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import checkpoint_files, checkpointing, nonfinite
+from fusedgrpo.engine import checkpoint_files, checkpointing, metric_schedule, nonfinite
 from fusedgrpo.engine.callbacks import check_callbacks
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
@@ -30,6 +30,7 @@ from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
+from fusedgrpo.engine.run_control import RunControl
 from fusedgrpo.engine.same_run import RunIdentity
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.setup import all_examples, build_parts, describe, follow_plan
@@ -48,7 +49,7 @@ class GRPOTrainer(TRLSurface):
         for ``args.model_name_or_path``. An adapter that is there is trained further, else LoRA is
         added (``finetuning_type: full`` trains all weights). Frozen weights of one that is given
         keep their dtype. reward_funcs: names, callables, reward models, or a list of these; None
-        for ``args.reward_funcs``. args: a ``GRPOConfig``.
+        for ``args.reward_funcs``. args: a ``GRPOConfig``, or TRL's, which is translated.
     train_dataset, eval_dataset: a ``datasets.Dataset``, a list of dicts, or a name or path; None
         for those of ``args``. processing_class, or tokenizer: the tokenizer, or a Processor that
         has one, if not the model's.
@@ -130,6 +131,7 @@ class GRPOTrainer(TRLSurface):
         self.buffer: RolloutBuffer | None = None
         self.memory_peaks: dict[str, float] = {}
         self.collector = Collector(self)
+        self.run_control = RunControl(parts.args, parts.plan)
         self.checkpointer = Checkpointer(self)
         self.learner.changing = self.checkpointer.begins
 
@@ -168,6 +170,9 @@ class GRPOTrainer(TRLSurface):
             "unwritten": self.unwritten.state(unsynced),
             "window": window is not None,
             "rollout_weights": self.run_sampler.weights,
+            "best": self.run_control.to_record(),
+            "schedule": metric_schedule.state(self.learner.scheduler),
+            "entropy_bonus": self.learner.bonus.state(),
             **self.identity.to_record(),
         }
         window_state = None if window is None else window.state()
@@ -183,6 +188,9 @@ class GRPOTrainer(TRLSurface):
             )
             self.learner.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
+            self.run_control.restore(state.get("best"))
+            metric_schedule.restore(self.learner.scheduler, state.get("schedule"))
+            self.learner.bonus.restore(state.get("entropy_bonus"))
             self.unwritten = Unwritten()
             if "unwritten" in state:  # else it is of version 0.1
                 self.unwritten = Unwritten.from_state(copy.deepcopy(state["unwritten"]))
@@ -199,7 +207,11 @@ class GRPOTrainer(TRLSurface):
         """Prompts and learning rate go on from the last completed step."""
         self.stream.cursor = self.progress.cursor
         self.learner.scheduler = build_scheduler(
-            self.args, self.learner.optimizer, self.plan.total_steps, self.progress.step
+            self.args,
+            self.learner.optimizer,
+            self.plan.total_steps,
+            self.progress.step,
+            self.learner.scheduler,
         )
 
     def _restore(self, path: Path) -> None:
@@ -253,6 +265,7 @@ class GRPOTrainer(TRLSurface):
                     branch=found is not None,
                     sampled_ahead=self.buffer is not None and self.buffer.done == 0,
                     callbacks=self.callbacks,
+                    shows=self.run_control.shows,
                 )
             )
             stack.enter_context(self.execution.watched(outputs.progress))
@@ -271,9 +284,12 @@ class GRPOTrainer(TRLSurface):
                 elif found is not None and found.resolve().parent != checkpoints.resolve():
                     # The run's own checkpoints are of another run, if there are any.
                     self.checkpointer.save_if_due(outputs, args.save_strategy != "no")
+                if self.run_control.evaluates_first(self.progress.step):
+                    outputs.evaluated_first(self.evaluate())
                 while self.progress.step < self.plan.total_steps:
                     row = self.step(outputs)
                 self.checkpointer.settle(outputs)
+            self.checkpointer.load_best(outputs)
             measured = measured_phases(self.memory_peaks)
             if self.memory_plan is not None and measured:
                 table = plan_table(self.memory_plan, measured)
@@ -335,7 +351,7 @@ class GRPOTrainer(TRLSurface):
             self.processes.run_everywhere(self.sampler.weights_changed)
         self._measure(self.unwritten.rows[-1])
         row = self._finish_row(outputs)
-        due = outputs.writes and self._is_due(self.args.save_strategy, self.args.save_steps)
+        due = outputs.writes and self.run_control.saves(self.progress.step)
         self.checkpointer.save_if_due(outputs, due)
         self.processes.run_everywhere(self.execution.check_interrupt)
         return row
@@ -361,6 +377,8 @@ class GRPOTrainer(TRLSurface):
         if self.unwritten.evaluation_due:
             outputs.display.phase("evaluate")
             metrics = self.evaluate()
+            compared = self.run_control.observe(self.progress.step, metrics)
+            metric_schedule.observe(self.learner.scheduler, compared)
             row |= metrics
             self.unwritten.evaluation_due = False
         outputs.write(self.unwritten, self.progress.step)
@@ -433,9 +451,7 @@ class GRPOTrainer(TRLSurface):
                 **timer.metrics(tokens),
             }
             self.unwritten.rows.append(merged(row, self.buffer.metrics))
-            self.unwritten.evaluation_due = self._is_due(
-                self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps
-            )
+            self.unwritten.evaluation_due = self.run_control.evaluates(self.progress.step)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -503,6 +519,3 @@ class GRPOTrainer(TRLSurface):
         self.checkpointer.check_whole()
         if problem := not_finite(self.policy.trainable()):
             raise NonFiniteError(f"The weights are not saved: {problem}.")
-
-    def _is_due(self, strategy: str, every: int) -> bool:
-        return strategy == "steps" and self.progress.step % every == 0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fusedgrpo.engine.checkpointing import Progress
     from fusedgrpo.engine.distributed import Processes
     from fusedgrpo.engine.learner import Learner
+    from fusedgrpo.engine.run_control import RunControl
     from fusedgrpo.models.policy import Policy
 
 _CALLBACKS = (
@@ -97,6 +98,7 @@ class TRLSurface:
     learner: Learner
     processes: Processes
     progress: Progress
+    run_control: RunControl
     plan: Any
     stream: Any
 
@@ -131,15 +133,19 @@ class TRLSurface:
         from transformers import TrainerState
 
         metrics = Path(self.args.output_dir).expanduser() / "metrics.jsonl"
+        best = self.run_control.best_model_checkpoint
         rows = read_metrics(metrics) if self.progress.step and metrics.exists() else []
         return TrainerState(
             global_step=self.progress.step,
             max_steps=self.plan.total_steps,
             epoch=self.stream.epoch,
             num_train_epochs=math.ceil(self.args.num_train_epochs),
-            logging_steps=self.args.logging_steps,
-            save_steps=self.args.save_steps,
-            eval_steps=self.args.eval_steps or self.args.logging_steps,
+            logging_steps=self.run_control.logging_steps,
+            save_steps=self.run_control.save_steps,
+            eval_steps=self.run_control.eval_steps,
+            best_metric=self.run_control.best_metric,
+            best_global_step=self.run_control.best_global_step,
+            best_model_checkpoint=None if best is None else str(best),
             num_input_tokens_seen=self.progress.num_tokens,
             log_history=[dict(row) for row in rows],
             is_world_process_zero=self.processes.is_main,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusedgrpo.errors import ConfigError
 from fusedgrpo.kernels import LossOptions, policy_loss
+from fusedgrpo.kernels.loss.selection import near_policy
 
 # Options that ``compute_loss`` does not cover: does a trainer use them?
 _UNCOVERED: dict[str, Callable[[Any], bool]] = {
@@ -137,15 +138,14 @@ def _surrogate_weights(
     if trainer.off_policy_mask_threshold is not None:
         old = inputs.get("old_per_token_logps")
         factors.append(
-            trainer.get_off_policy_mask(
-                advantages=inputs["advantages"].unsqueeze(1),
-                per_token_logps=logps,
-                sampling_per_token_logps=inputs.get(
-                    "sampling_per_token_logps", logps if old is None else old
-                ),
-                mask=mask.to(logps),
-                off_policy_threshold=trainer.off_policy_mask_threshold,
-            )
+            near_policy(
+                logps[mask],
+                inputs.get("sampling_per_token_logps", logps if old is None else old)[mask],
+                inputs["advantages"],
+                mask[mask],
+                torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)),
+                trainer.off_policy_mask_threshold,
+            )[:, None]
         )
     return math.prod(factors[1:], start=factors[0].to(logps)) if factors else None
 

@@ -124,11 +124,13 @@ def decode(
     config: Any,
     processors: Any,
     skipped: int = 0,
+    stopping: Any = None,
 ) -> Tensor:
     """``[len(prompt_of), new]``: tokens that generate appends to ``prompts[i]`` for each i of
     ``prompt_of``. Prompts have one length unless ``route.padded``; there is one if ``route.alone``.
 
     skipped: positions that are taken and hold nothing, as if so many tokens had been decoded.
+    stopping: generate's criteria, which say of each row whether it has ended.
     """
     model, device = policy.causal_lm, policy.device
     with policy.scoring(), policy.autocast(), _own_generation_config(model):
@@ -142,6 +144,7 @@ def decode(
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
                 logits_processor=processors,
+                stopping_criteria=stopping,
             )
             return output[:, ids.shape[1] :]
         ids, attention_mask = left_padded(prompts, device)
@@ -160,6 +163,7 @@ def decode(
             attention_mask=attention_mask,
             generation_config=config,
             logits_processor=processors,
+            stopping_criteria=stopping,
             **{name: cache},
         )
     return output[:, ids.shape[1] :]

@@ -94,8 +94,9 @@ def policy_parts(
         keep = "adapter"  # whatever it was trained to do is part of the reference
     elif config.finetuning_type == "lora":
         model = add_lora(model, config, peft_config)
-        # Only of the adapters that we make ourselves is it known that they start as nothing.
-        keep = None if peft_config is None else "adapter"
+        # Only of the adapters that we make ourselves is it known that they start as nothing. A
+        # reference that is to move needs weights of its own.
+        keep = None if peft_config is None and not config.sync_ref_model else "adapter"
     else:
         _prepare_full(model, given)
         keep = "model"

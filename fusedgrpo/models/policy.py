@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +28,18 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("fusedgrpo")
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceSync:
+    """Every so many steps the share ``alpha`` of the policy goes into the reference; ``every`` 0:
+    never."""
+
+    every: int = 0
+    alpha: float = 0.0
+
+    def is_due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
 
 
 class Policy:
@@ -263,6 +276,25 @@ class Policy:
                 self.model = policy
         else:
             raise RuntimeError("This policy was made without keep_reference and has no adapter.")
+
+    def reference_weights(self) -> dict[str, Tensor] | None:
+        """The reference's own weights, by name; None where it is the model without its adapter."""
+        if self._reference_adapter is not None:
+            names = (name for name, _ in self.trainable())
+            return dict(zip(names, self._reference_adapter, strict=True))
+        if self._reference_model is not None:
+            return {name: p.data for name, p in self._reference_model.named_parameters()}
+        return None
+
+    def mix_into_reference(self, alpha: float) -> None:
+        """``reference = (1 - alpha) reference + alpha policy``, weight by weight: of an adapter,
+        those of its two factors. RuntimeError where the reference has no weights of its own."""
+        reference = self.reference_weights()
+        if reference is None:
+            raise RuntimeError("This policy was made without keep_reference.")
+        own = dict(self.model.named_parameters())
+        for name, weight in reference.items():
+            weight.mul_(1 - alpha).add_(own[name].data, alpha=alpha)
 
     @contextlib.contextmanager
     def _swapped(self, weights: list[Tensor]) -> Iterator[None]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedgrpo.config import foreign
+from fusedgrpo.config import foreign, reading
 from fusedgrpo.config.foreign import REFUSED, read_options
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ConfigError
@@ -15,12 +15,12 @@ from fusedgrpo.errors import ConfigError
     ("key", "value", "remedy"),
     [
         ("use_vllm", True, "sampled in this process"),
-        ("top_entropy_quantile", 0.2, "entropy_coef"),
+        ("neftune_noise_alpha", 5.0, "not part of the loss"),
         ("reward_model", "org/rm", "reward_funcs"),
         ("load_in_8bit", True, "load_in_4bit"),
         ("deepspeed", "ds.json", "accelerate launch"),
         ("plot_loss", False, "plots are always written"),
-        ("preprocessing_num_workers", 16, "remove it"),
+        ("tools", "x", "no tools"),
         ("create_new_adapter", True, "is trained further"),
         ("pissa_init", True, "starting from zero"),
     ],
@@ -39,8 +39,9 @@ def test_options_of_other_trainers_are_refused_by_name(
         ("deepspeed", None),
         ("plot_loss", True),
         ("overwrite_cache", True),
-        ("save_only_model", False),
-        ("dataloader_num_workers", 0),
+        ("save_on_each_node", False),
+        ("dataloader_drop_last", False),
+        ("cast_lm_head_to_fp32", True),
         ("gradient_checkpointing_kwargs", {"use_reentrant": False}),
     ],
 )
@@ -48,8 +49,16 @@ def test_values_that_ask_for_what_happens_anyway_are_taken(key: str, value: obje
     assert GRPOConfig(**{key: value}) == GRPOConfig()
 
 
+def test_inert_options_are_taken_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    reading._say.cache_clear()
+    for _ in range(2):
+        assert GRPOConfig(dataset_num_proc=16, dataloader_pin_memory=False) == GRPOConfig()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and said[0].startswith("dataset_num_proc changes nothing: prompts are")
+
+
 def test_harmless_values_are_compared_with_their_type() -> None:
-    assert not REFUSED["dataloader_num_workers"].accepts(False)
+    assert not REFUSED["lora_task_type"].accepts(False)
     assert not REFUSED["use_vllm"].accepts(0)
 
 

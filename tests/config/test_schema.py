@@ -121,10 +121,19 @@ def test_a_resumed_run_may_differ_in_what_changes_no_result() -> None:
     assert free_to_change() == {
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_change"),
         *("logging_steps", "log_completions", "num_completions_to_print", "report_to", "run_name"),
-        *("save_strategy", "save_steps", "save_total_limit"),
-        *("eval_strategy", "eval_steps", "eval_dataset", "per_device_eval_batch_size"),
+        *("logging_strategy", "logging_first_step"),
+        *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        *(
+            "eval_on_start",
+            "eval_strategy",
+            "eval_steps",
+            "eval_dataset",
+            "per_device_eval_batch_size",
+        ),
         *("num_generations_eval", "reward_timeout", "max_nonfinite_steps"),
         *("dataset", "dataset_dir"),  # the prompts themselves are compared
+        *("project", "logging_dir", "disable_tqdm", "dataloader_num_workers", "full_determinism"),
         *("rehearsal", "max_in_flight", "activation_offloading", "gpu_memory"),
     }
 

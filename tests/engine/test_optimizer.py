@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any, get_args
@@ -10,9 +11,15 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import nn
+from transformers import SchedulerType, get_scheduler
+from transformers.training_args import OptimizerNames
 
+from fusedgrpo.config import not_here
 from fusedgrpo.config.schema import GRPOConfig, Optimizer, Scheduler
-from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler
+from fusedgrpo.engine import metric_schedule
+from fusedgrpo.engine.checkpoint_files import load_optimizer_state, optimizer_state
+from fusedgrpo.engine.metric_schedule import BY_METRIC
+from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler, check_options
 from fusedgrpo.errors import ConfigError
 
 
@@ -26,8 +33,10 @@ def config(**options: Any) -> GRPOConfig:
     return GRPOConfig(learning_rate=0.1, **options)
 
 
-def minimise(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> float:
-    for _ in range(30):
+def minimise(
+    optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]], steps: int = 30
+) -> float:
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = sum((p.square().sum() for _, p in named), torch.zeros(()))
         loss.backward()
@@ -35,17 +44,86 @@ def minimise(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Paramet
     return float(loss)
 
 
+NOT_INSTALLED = {
+    "stable_adamw": "pip install torch-optimi",
+    "grokadamw": "pip install grokadamw",
+    "adamw_anyprecision": "torchdistx",
+}
+
+
 @pytest.mark.parametrize("name", get_args(Optimizer))
-def test_every_optimizer_minimises_or_is_refused_by_name(name: str) -> None:
+def test_every_optimizer_minimises_and_goes_on_or_is_refused_by_name(name: str) -> None:
     named = parameters()
     start = sum(float(p.detach().square().sum()) for _, p in named)
+    rate = {"sgd": 0.05, "adagrad": 0.5}.get(name, 0.1)
+    settings = {"optim_args": "momentum=0.9, dampening=0.1"} if name == "sgd" else {}
+    chosen = GRPOConfig(learning_rate=rate, optim=name, **settings)
     try:
-        optimizer = build_optimizer(config(optim=name), named)
+        optimizer = build_optimizer(chosen, named)
     except ConfigError as error:
-        assert f"optim: {name} does not run on cpu" in str(error) and "adamw_torch" in str(error)
-        assert "8bit" in name or "paged" in name
+        needs = NOT_INSTALLED.get(name, f"optim: {name} does not run on cpu")
+        assert f"optim: {name} " in str(error) and needs in str(error)
+        assert "adamw_torch" in str(error)
         return
-    assert minimise(optimizer, named) < 0.1 * start
+    minimise(optimizer, named, steps=3)
+    # As a checkpoint holds it, into a new one.
+    tensors, values = optimizer_state(optimizer)
+    copies = [(n, nn.Parameter(p.detach().clone())) for n, p in named]
+    again = build_optimizer(chosen, copies)
+    load_optimizer_state(again, {k: v.clone() for k, v in tensors.items()}, values)
+    assert minimise(optimizer, named, steps=27) < 0.2 * start
+    minimise(again, copies, steps=27)
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(named, copies, strict=True))
+
+
+def test_the_names_are_those_of_transformers() -> None:
+    names = {name.value for name in OptimizerNames}
+    assert set(get_args(Optimizer)) | not_here._REASONS["optim"].keys() == names
+    assert not set(get_args(Optimizer)) & not_here._REASONS["optim"].keys()
+    schedules = {name.value for name in SchedulerType}
+    assert set(get_args(Scheduler)) == schedules
+    for option, value, why in (
+        ("optim", "lomo", "inside the backward pass"),
+        ("optim", OptimizerNames.GALORE_ADAMW, "whole weight matrices"),
+        ("optim", "schedule_free_adamw", "one set of weights for the gradients"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{option}: \w+ is not supported: .*{why}"):
+            GRPOConfig(**{option: value})
+
+
+def test_what_transformers_makes_has_its_settings() -> None:
+    arguments = {"optim": "sgd", "optim_args": "momentum=0.5, nesterov=true"}
+    optimizer = build_optimizer(config(weight_decay=0.3, **arguments), parameters())
+    assert type(optimizer) is torch.optim.SGD
+    (group, rest) = optimizer.param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.5, True)
+    assert (group["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"optim": "sgd", "optim_args": "momentm=0.9"}, "optim_args: sgd has no setting momentm"),
+        ({"optim_args": "eps=1e-3"}, "optim_args: adamw_torch_fused has no setting eps"),
+        ({"optim": "sgd", "optim_args": "weight_decay=1"}, "weight_decay is an option of its own"),
+        ({"optim": "sgd", "optim_args": "momentum=much"}, "optim: sgd cannot be made .*'much'"),
+        ({"lr_scheduler_kwargs": {"power": 2}}, "lr_scheduler_kwargs: linear cannot be made of"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cannot be made of no settings: .*min_lr"),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}},
+            "lr_scheduler_kwargs: lr_scheduler_type constant has no settings, got a",
+        ),
+    ],
+)
+def test_settings_that_nobody_reads_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_options(GRPOConfig(**options))
+
+
+def test_settings_that_are_read_pass() -> None:
+    check_options(GRPOConfig(optim="sgd", optim_args="momentum=0.9, nesterov=true"))
+    with pytest.raises(ConfigError, match="optim_args: expected name=value"):
+        GRPOConfig(optim_args="momentum")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +210,19 @@ def rates(options: dict[str, Any], total: int, done: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("warmup", [0, 3, 0.25])
-@pytest.mark.parametrize("name", get_args(Scheduler))
+@pytest.mark.parametrize("name", [s for s in get_args(Scheduler) if s not in BY_METRIC])
 def test_a_resumed_schedule_equals_the_uninterrupted_one(name: str, warmup: float) -> None:
-    options = {"lr_scheduler_type": name, "warmup_steps": warmup}
+    settings = {
+        "cosine_with_min_lr": {"min_lr_rate": 0.1},
+        "cosine_warmup_with_min_lr": {"min_lr": 0.01, "warmup_lr_rate": 0.2},
+        "warmup_stable_decay": {"num_decay_steps": 4},
+        "cosine_with_restarts": {"num_cycles": 2},
+    }
+    options = {
+        "lr_scheduler_type": name,
+        "warmup_steps": warmup,
+        "lr_scheduler_kwargs": settings.get(name),
+    }
     whole = rates(options, 12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -150,6 +238,36 @@ def test_a_resume_over_a_loaded_optimizer_gives_the_same_rates(done: int) -> Non
     build_scheduler(config(**options), optimizer, 12)
     build_scheduler(config(**options), optimizer, 12, done)
     assert optimizer.param_groups[0]["lr"] == rates(options, 12)[done]
+
+
+@pytest.mark.parametrize("name", BY_METRIC)
+def test_a_schedule_by_evaluations_is_transformers_and_goes_on(name: str) -> None:
+    settings = {"patience": 1, "factor": 0.5, "min_lr": 0.0}
+    given = config(lr_scheduler_type=name, lr_scheduler_kwargs=settings, eval_strategy="epoch")
+    optimizers = [build_optimizer(given, parameters()) for _ in range(3)]
+    ours = build_scheduler(given, optimizers[0], 8)
+    theirs: Any = get_scheduler(
+        name, optimizers[1], scheduler_specific_kwargs=settings | {"mode": "max"}
+    )
+    again = build_scheduler(given, optimizers[2], 8)
+    rates = set()
+    for number, reward in enumerate([0.1, 0.3, 0.5, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6]):
+        ours.step()  # that of an update
+        metric_schedule.observe(ours, reward)
+        theirs.step(reward)
+        if number == 4:
+            metric_schedule.restore(again, json.loads(json.dumps(metric_schedule.state(ours))))
+        elif number > 4:
+            metric_schedule.observe(again, reward)
+            assert again.get_last_lr() == ours.get_last_lr()
+        assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
+        rates.add(ours.get_last_lr()[0])
+    assert len(rates) > 1
+    assert build_scheduler(given, optimizers[0], 8, 3, ours) is ours
+    with pytest.raises(ConfigError, match="lr_scheduler_type: the best of no evaluation"):
+        config(lr_scheduler_type=name)
+    with pytest.raises(ConfigError, match=r"warmup_steps: lr_scheduler_type: \w+ has no warm-up"):
+        config(lr_scheduler_type=name, eval_strategy="epoch", warmup_steps=2)
 
 
 def test_warmup_is_a_count_or_a_share_of_the_run() -> None:

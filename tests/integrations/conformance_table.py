@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import conformance
 from conformance import DRAWS
+from test_trl_native_loss import CASES as NATIVE
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl_runs import LORA_RUN, ONLY_TRLS_LOSS, RLOO_RUNS, RUNS, TOLERANCE
@@ -211,6 +212,17 @@ def document():
         paragraph(f"""
             The last one is also resumed from its own checkpoint and from TRL's, and its logged
             completions are the same. `FusedRLOOTrainer` against `RLOOTrainer`: {rloo}."""),
+        "## The native trainer",
+        paragraph("""
+            `fusedgrpo.GRPOTrainer` has a loop of its own. Its update of a step, whole and cut into
+            micro-batches, against one call of stock `_compute_loss` on the same rows: the loss and
+            the gradient are the same to 1e-05, and so is what the entropy controller makes of it
+            (`tests/integrations/test_trl_native_loss.py`). transformers makes its schedules, and
+            the optimizers that are not AdamW; the steps at which it logs, evaluates and saves are
+            compared with transformers' (`tests/engine/test_run_control.py`). Other than there, a
+            quantile of entropies is of all tokens of a step, and `sync_ref_model` works with an
+            adapter as well."""),
+        table(["case", "options"], ([name, listed(options)] for name, options in NATIVE.items())),
         "## Not compared",
         bullets(f"`{name}`: {why}." for name, why in NOT_COMPARED.items()),
         "## Untouched",

@@ -221,11 +221,14 @@ class Sizes:
 
 
 def optimizer_state(config: GRPOConfig, trained: tuple[int, ...]) -> int:
-    """Two moments of each parameter: float32; with 8 bits a byte, and a float32 for each 256, from
-    4,096 elements on (bitsandbytes)."""
+    """Two moments of each parameter, which no other optimizer but AdEMAMix with its three exceeds:
+    float32; with 8 bits a byte, and a float32 for each 256, from 4,096 elements on (bitsandbytes).
+    """
+    moments = 3 if "ademamix" in config.optim else 2
     if "8bit" not in config.optim:
-        return 8 * sum(trained)
-    return sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in trained)
+        return 4 * moments * sum(trained)
+    sizes = (n + 4 * -(-n // 256) if n >= 4096 else 4 * n for n in trained)
+    return moments * sum(sizes)
 
 
 def _model_key(config: GRPOConfig) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from types import TracebackType
@@ -62,6 +62,9 @@ class Display(Callback):
     logging_steps: without a terminal, the first, the last and every such step give a line, with
         each value averaged over the steps since the line before (the panel shows every step).
     first_step: steps already done when a run is resumed.
+    shows: told a step, and whether it would be the first line, it says whether that is one; in
+        place of logging_steps.
+    panel: False for lines in a terminal as well.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Display(Callback):
         plan_line: str,
         logging_steps: int = 10,
         first_step: int = 0,
+        shows: Callable[[int, bool], bool] | None = None,
+        panel: bool = True,
         console: Console | None = None,
     ):
         self.console = console or Console(
@@ -78,13 +83,15 @@ class Display(Callback):
         )
         self.total_steps = total_steps
         self.plan_line = plan_line
-        self.logging_steps = logging_steps
+        self._shows = shows or (
+            lambda step, first: first or step == total_steps or step % logging_steps == 0
+        )
         self.step = first_step
         self._ascii = not self.console.encoding.startswith("utf")
         if self._ascii and hasattr(self.console.file, "reconfigure"):
             # A completion may hold any character, and none of them may end the run.
             self.console.file.reconfigure(errors="replace")
-        self.is_live = overwrites(self.console)
+        self.is_live = panel and overwrites(self.console)
         self._live: Live | None = None
         self._lock = threading.Lock()  # rich draws the panel from a thread of its own
         self._row: Row = {}
@@ -151,8 +158,7 @@ class Display(Callback):
         if self.is_live:
             return
         self._unprinted.append(row)
-        is_first = len(self._recent) == 1
-        if is_first or step == self.total_steps or step % self.logging_steps == 0:
+        if self._shows(step, len(self._recent) == 1):
             self._print(self._line(mean_row(self._unprinted)))
             self._unprinted.clear()
 

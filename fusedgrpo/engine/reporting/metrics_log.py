@@ -139,7 +139,8 @@ class MetricsLog:
         """
         said = []
         rows, dropped, torn = self._sorted_out()
-        later: list[Row] = [row for row in rows if not 0 < row["step"] <= step]
+        # Step 0 is the evaluation before the first step.
+        later: list[Row] = [row for row in rows if not 0 <= row["step"] <= step]
         if later:
             said.append(
                 f"{self.path.name} had {len(later)} rows of steps after step {step}: they are in "
@@ -156,7 +157,7 @@ class MetricsLog:
             if row["step"] in kept:
                 dropped.append(kept[row["step"]])
                 repeated.append(row["step"])
-            if 0 < row["step"] <= step:
+            if 0 <= row["step"] <= step:
                 kept[row["step"]] = row
         if repeated:
             said.append(

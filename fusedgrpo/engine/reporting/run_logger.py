@@ -100,10 +100,12 @@ class RunLogger:
         branch: bool,
         sampled_ahead: bool,
         callbacks: Sequence[Callback] = (),
+        shows: Callable[[int, bool], bool] | None = None,
     ):
         """done: steps behind a run that goes on; branch: from a checkpoint; sampled_ahead: the
         completions of the next step are there already. unwritten: of its rows, those that wait for
-        nothing are in the file after this. callbacks: the user's, called after our own."""
+        nothing are in the file after this. callbacks: the user's, called after our own.
+        shows: as ``Display``."""
         self.config = config
         self.run = run
         settings = config.to_record()
@@ -130,7 +132,9 @@ class RunLogger:
         self.trackers = Trackers(
             config.report_to,
             run_name=config.run_name or run.path.name,
-            directory=run.trackers,
+            named=config.run_name is not None,
+            project=config.project,
+            directory=Path(config.logging_dir).expanduser() if config.logging_dir else run.trackers,
             config=settings,
         )
         stack.callback(self.trackers.close)
@@ -138,8 +142,9 @@ class RunLogger:
             Display(
                 total_steps,
                 plan_line=plan_line,
-                logging_steps=config.logging_steps,
                 first_step=done,
+                shows=shows,
+                panel=not config.disable_tqdm,
             )
         )
         self.progress: Progress = rollout_progress(self.display)
@@ -243,6 +248,15 @@ class RunLogger:
             for event, *arguments in events:
                 getattr(callback, event)(*copy.deepcopy(arguments))
 
+    def evaluated_first(self, metrics: Mapping[str, Any]) -> None:
+        """Keep the evaluation before the first step, as the row of step 0."""
+        row = {"step": 0, **metrics}
+        self.writing("the first evaluation", 0, lambda: self.metrics.append(row), insist=True)
+        reward = metrics.get("eval_reward")
+        shown = f"{reward:.4g}" if isinstance(reward, float) else str(reward)
+        self.display.note(f"Before the first step: eval_reward {shown}.")
+        self.tell(("on_evaluate", 0, metrics))
+
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """List the data rows that were left out, beside the metrics."""
         if rows:
@@ -292,6 +306,7 @@ class NoLogger(RunLogger):
         self, what: str, step: int, work: Callable[[], T], *, insist: bool = False
     ) -> T | None: ...
     def tell(self, *events: tuple[Any, ...]) -> None: ...
+    def evaluated_first(self, metrics: Mapping[str, Any]) -> None: ...
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
     def finish(self, save_model: Callable[[Path], Path]) -> None: ...
 

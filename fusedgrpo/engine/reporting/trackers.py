@@ -31,6 +31,8 @@ _PROJECTS = {
     "mlflow": ("MLFLOW_EXPERIMENT_NAME", "run_name"),
     "comet_ml": ("COMET_PROJECT_NAME", ""),
 }
+# The variable that names the run, where the tracker does not read it itself.
+_RUN_NAMES = {"wandb": "WANDB_NAME"}
 
 
 def tracker_classes(report_to: str | Iterable[str] | None) -> dict[str, type[GeneralTracker]]:
@@ -69,13 +71,19 @@ def tracker_classes(report_to: str | Iterable[str] | None) -> dict[str, type[Gen
     return {name: LOGGER_TYPE_TO_CLASS[name] for name in names}
 
 
-def _arguments(name: str, run_name: str) -> tuple[list[str], dict[str, str]]:
-    """How the project and the run are said to a tracker class of accelerate."""
+def _arguments(
+    name: str, run_name: str, project: str | None = None, named: bool = True
+) -> tuple[list[str], dict[str, str]]:
+    """How the project and the run are said to a tracker class of accelerate: as they were given,
+    else as its environment variables say."""
+    if not named:
+        run_name = os.environ.get(_RUN_NAMES.get(name, ""), run_name)
     if name in _PROJECTS:
         variable, run = _PROJECTS[name]
-        return [os.environ.get(variable, PROJECT)], ({run: run_name} if run else {})
+        return [project or os.environ.get(variable, PROJECT)], ({run: run_name} if run else {})
     if name == "clearml":
-        return [run_name], {"project_name": os.environ.get("CLEARML_PROJECT", PROJECT)}
+        project = project or os.environ.get("CLEARML_PROJECT", PROJECT)
+        return [run_name], {"project_name": project}
     # The name of a directory under ours, and not the way to another.
     return [re.sub(r"[/\\]", "-", run_name)[:200].strip(". ") or "run"], {}
 
@@ -84,8 +92,10 @@ class Trackers(Callback):
     """The trackers of one run. One that fails is dropped with one warning.
 
     report_to: see :func:`tracker_classes`.
-    run_name: name of the run, in the project "fusedgrpo" or the one that the tracker's own
-    environment variable names.
+    run_name: name of the run; where it was not ``named`` by anybody, the tracker's environment
+    variable goes before.
+    project: that of the run; None for the one that the tracker's environment variable names, or
+    "fusedgrpo". MLFLOW_EXPERIMENT_NAME goes before either.
     directory: where trackers that write files put them.
     config: stored with the run as its hyper-parameters.
 
@@ -100,6 +110,8 @@ class Trackers(Callback):
         run_name: str,
         directory: str | Path,
         config: Mapping[str, Any],
+        project: str | None = None,
+        named: bool = True,
     ):
         classes = tracker_classes(report_to)
         self._trackers: dict[str, GeneralTracker] = {}
@@ -115,16 +127,21 @@ class Trackers(Callback):
         }
         for name, tracker_class in classes.items():
             try:
-                arguments, named = _arguments(name, run_name)
+                arguments, keywords = _arguments(name, run_name, project, named)
                 if tracker_class.requires_logging_directory:
                     Path(directory).mkdir(parents=True, exist_ok=True)
                     arguments.append(str(directory))
-                tracker = tracker_class(*arguments, **named)
+                tracker = tracker_class(*arguments, **keywords)
                 self._trackers[name] = tracker
                 tracker.start()
                 tracker.store_init_configuration(settings)
             except Exception as error:  # noqa: BLE001 - not logged in, no network, full disk, ...
                 self._drop(name, error)
+
+    def on_evaluate(self, step: int, metrics: Row) -> None:
+        """The evaluation before the first step; later ones are in their step's row."""
+        if step == 0:
+            self.on_step({"step": 0, **metrics})
 
     def on_step(self, row: Row) -> None:
         """Hand the finite numbers of one row of metrics to every tracker that still works."""

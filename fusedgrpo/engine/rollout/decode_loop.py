@@ -70,6 +70,7 @@ class _Decoding:
         ends: frozenset[int],
         how: How,
         watcher: Watcher,
+        ended: Callable[[Sequence[int]], bool] | None = None,
     ):
         lengths = [len(group.ids) for group in asked]
         rows = min(limits.rows, sum(len(group.samples) for group in asked))
@@ -80,6 +81,7 @@ class _Decoding:
         self.limits = limits
         self.ends = ends
         self.watcher = watcher
+        self.ended = ended
         self.launched: deque[tuple[list[Live], Said]] = deque()
 
     def admit(self) -> bool:
@@ -110,11 +112,17 @@ class _Decoding:
                 live.ids.append(token)
                 live.logp.append(logp)
                 tokens += 1
-                if token in self.ends or len(live.ids) == self.limits.most:
+                if self._has_ended(live):
                     self.scheduler.finish(live)
                     ended.append(live)
             yield from ended
             self.watcher.progress(tokens, len(self.scheduler.live), self.scheduler.unstarted)
+
+    def _has_ended(self, live: Live) -> bool:
+        if live.ids[-1] in self.ends:
+            return True
+        live.stopped = self.ended is not None and self.ended(live.ids)
+        return live.stopped or len(live.ids) == self.limits.most
 
 
 @torch.no_grad()
@@ -129,8 +137,10 @@ def decode(
     *,
     how: How | None = None,
     watcher: Watcher | None = None,
+    ended: Callable[[Sequence[int]], bool] | None = None,
 ) -> Iterator[Live]:
-    """Yields each completion as it ends: with a token of ``ends``, or ``limits.most`` tokens.
+    """Yields each completion as it ends: with a token of ``ends``, ``limits.most`` tokens, or where
+    ``ended`` says so of its tokens.
 
     samples: for some of the ``prompts``, by their place, which completions. seed_of: the seed of a
     completion's noise.
@@ -141,7 +151,7 @@ def decode(
     if not asked:
         return
     with policy.scoring(), policy.autocast(), how.weights():
-        loop = _Decoding(policy, asked, limits, choose, seed_of, ends, how, watcher)
+        loop = _Decoding(policy, asked, limits, choose, seed_of, ends, how, watcher, ended)
         while loop.scheduler.busy:
             watcher.check_interrupt()
             launched = loop.admit()

@@ -18,7 +18,8 @@ from fusedgrpo.engine.rollout.decode_loop import How, Limits, Watcher, decode, h
 from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.scheduler import Live
-from fusedgrpo.engine.rollout.types import Completion, Group
+from fusedgrpo.engine.rollout.stop_texts import StopTexts
+from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.models.adapters.merged_weights import MergedWeights
@@ -82,6 +83,7 @@ class DecoderSampler(Sampler):
         asked = [(i, sample) for i in range(len(prompt_ids)) for sample in range(n)]
         done: dict[tuple[int, int], Completion] = {}
         choose = NextToken(self.policy, params)
+        stops = StopTexts(self.text.tokenizer, params.stop_strings)
 
         def decode_rest() -> None:  # once more after running out of memory: what is done stays
             left: dict[int, list[int]] = {}
@@ -98,6 +100,7 @@ class DecoderSampler(Sampler):
                 self.eos_ids,
                 how=self.how,
                 watcher=watcher,
+                ended=stops.ended if stops else None,
             ):
                 completion = self._completion(live)
                 check_finite(completion, rows[live.asked.index])
@@ -136,7 +139,8 @@ class DecoderSampler(Sampler):
         ids = tuple(live.ids)
         ended = ids[-1] in self.eos_ids
         text = self.text(ids, ended=ended)
-        return Completion(ids, text, "stop" if ended else "length", torch.tensor(live.logp))
+        reason: FinishReason = "stop" if ended or live.stopped else "length"
+        return Completion(ids, text, reason, torch.tensor(live.logp))
 
 
 def _weights(policy: Policy, option: str) -> RolloutWeights | None:

@@ -20,6 +20,7 @@ from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.rollout.checks import check_finite
 from fusedgrpo.engine.rollout.completion_text import CompletionText
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.stop_texts import StopTexts
 from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
 from fusedgrpo.engine.rollout.warpers import warpers
 from fusedgrpo.engine.seeding import derive
@@ -149,6 +150,14 @@ class GenerateSampler(Sampler):
             progress=progress,
             ends=self.eos_ids,
         )
+        stops = StopTexts(self.tokenizer, params.stop_strings)
+
+        def stopped(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            said = input_ids[:, -chooser.step :].tolist()
+            return torch.tensor(
+                [stops.cut(ids) is not None for ids in said], device=input_ids.device
+            )
+
         chain = warpers(params)
         chain.append(chooser)
         tokens = decoding.decode(
@@ -159,8 +168,9 @@ class GenerateSampler(Sampler):
             self._generation_config(params),
             chain,
             skipped,
+            [stopped] if stops else None,
         )
-        return self._cut(tokens, torch.stack(chooser.logp, 1).cpu())
+        return self._cut(tokens, torch.stack(chooser.logp, 1).cpu(), stops)
 
     def _generation_config(self, params: SamplingParams) -> Any:
         from transformers import GenerationConfig
@@ -175,13 +185,14 @@ class GenerateSampler(Sampler):
             use_cache=True,
         )
 
-    def _cut(self, tokens: Tensor, logp: Tensor) -> list[Completion]:
-        """Each row up to and with its first EOS."""
+    def _cut(self, tokens: Tensor, logp: Tensor, stops: StopTexts) -> list[Completion]:
+        """Each row up to and with its first EOS, or the token that completes a text to stop at."""
         completions = []
         for row, row_logp in zip(tokens.tolist(), logp, strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in self.eos_ids), None)
+            eos = next((i + 1 for i, token in enumerate(row) if token in self.eos_ids), None)
+            end = stops.cut(row[:eos]) or eos
             ids = tuple(row[:end])
-            text = self.text(ids, ended=end is not None)
+            text = self.text(ids, ended=ids[-1] in self.eos_ids)
             reason: FinishReason = "length" if end is None else "stop"
             completions.append(Completion(ids, text, reason, row_logp[: len(ids)].clone()))
         return completions

@@ -16,6 +16,7 @@ class SamplingParams:
     """How to sample; names and meaning as in transformers. ``max_new_tokens`` is per completion.
 
     ``greedy`` takes the most likely token instead and ignores temperature, top_p, top_k, min_p.
+    ``stop_strings`` end a completion with the token that completes one in its text.
     """
 
     max_new_tokens: int
@@ -25,6 +26,7 @@ class SamplingParams:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     greedy: bool = False
+    stop_strings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: GRPOConfig) -> SamplingParams:
@@ -36,6 +38,7 @@ class SamplingParams:
             top_k=config.top_k,
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
+            stop_strings=tuple(config.stop_strings or ()),
         )
 
     @property

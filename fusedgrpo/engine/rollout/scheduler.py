@@ -29,7 +29,8 @@ class Asked:
 
 @dataclass(eq=False, slots=True)
 class Live:
-    """A completion in flight. ids, logp: of what it has said, as far as it was read."""
+    """A completion in flight. ids, logp: of what it has said, as far as it was read. stopped: by a
+    text that it has said."""
 
     asked: Asked
     sample: int
@@ -37,6 +38,7 @@ class Live:
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     finished: bool = False
+    stopped: bool = False
 
 
 def pages_needed(lengths: Sequence[int], rows: int, most: int) -> int:

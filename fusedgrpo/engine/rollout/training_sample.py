@@ -18,7 +18,7 @@ class TrainingSample:
     in_loss: False leaves its tokens out of the loss and of the token count, as
     ``mask_truncated_completions`` does; it still counts as a sequence. old_logp, ref_logp,
     sampler_logp, sampler_weight: float32 ``[len(completion_ids)]`` on the CPU, or None where not
-    needed.
+    needed. selected: bool, the tokens that the surrogate is of, or None for all.
     """
 
     prompt_ids: tuple[int, ...]
@@ -29,6 +29,7 @@ class TrainingSample:
     ref_logp: Tensor | None = None
     sampler_logp: Tensor | None = None
     sampler_weight: Tensor | None = None
+    selected: Tensor | None = None
 
     @property
     def pair(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -50,13 +51,14 @@ class TrainingSample:
 
 
 def has_gradient(
-    sample: TrainingSample, options: LossOptions, entropy_coef: float, *, custom: bool = False
+    sample: TrainingSample, options: LossOptions, bonus: float, *, custom: bool = False
 ) -> bool:
     """False for a completion whose gradient is exactly 0: it need not be forwarded, and still
-    counts in the denominators. custom: nothing is known of the loss."""
+    counts in the denominators. bonus: not 0 if entropy is in the loss. custom: nothing is known of
+    it."""
     if not sample.loss_tokens:
         return False
-    return custom or bool(sample.advantage or options.beta or entropy_coef)
+    return custom or bool(sample.advantage or options.beta or bonus)
 
 
 def concatenated(

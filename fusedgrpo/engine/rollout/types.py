@@ -17,7 +17,8 @@ class Completion:
 
     ids: the sampled tokens, the EOS that ended it included.
     text: ``ids`` decoded, without special tokens unless ``skip_special_tokens`` is false.
-    finish_reason: ``"stop"`` if an EOS id was sampled, ``"length"`` only if the limit cut it.
+    finish_reason: ``"stop"`` if an EOS id was sampled, or a stop text was said, ``"length"`` only
+        if the limit cut it.
     logp: float32 ``[len(ids)]``, log-probability under the distribution that was sampled from
         (temperature, top-k, ... applied), or None where the sampler does not know it.
     """

@@ -212,10 +212,10 @@ def test_below_the_floor_the_run_ends_with_its_state_saved(tmp_path):
     run = small_run(tmp_path / "run", generation_batch_size=4)
     backward = run.learner.backward
 
-    def second_step_fails(samples, items, sequences, step, load=None):
+    def second_step_fails(samples, items, sequences, step, *more):
         if step == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return backward(samples, items, sequences, step, load)
+        return backward(samples, items, sequences, step, *more)
 
     run.learner.backward = second_step_fails
     with pytest.raises(MemoryExhaustedError, match=r"the update.*Tried to allocate 2.00 GiB"):

@@ -72,6 +72,16 @@ def test_a_tracker_gets_config_finite_values_and_the_end(tmp_path):
     ]
 
 
+def test_the_first_evaluation_is_a_row_of_its_own_and_later_ones_are_in_theirs(tmp_path):
+    trackers = open_trackers(tmp_path)
+    trackers.on_evaluate(0, {"eval_reward": 0.25})
+    trackers.on_evaluate(2, {"eval_reward": 0.5})
+    trackers.close()
+    assert [call for call in Recorder.calls if call[0] == "log"] == [
+        ("log", 0, {"eval_reward": 0.25})
+    ]
+
+
 @pytest.mark.parametrize("method", ["start", "config", "log", "finish"])
 def test_a_failing_tracker_gives_one_warning_and_is_dropped(tmp_path, caplog, method):
     Recorder.fails_in.add(method)
@@ -136,3 +146,12 @@ def test_a_run_is_a_run_of_a_project_and_no_way_out_of_its_directory(
         Trackers(name, run_name="a/../b", directory=tmp_path, config={}).close()
     assert calls[0] == given
     assert calls[1] == eval(repr(given).replace("mine", "fusedgrpo"))
+    # What was given goes before; the run's name, where nobody gave one, comes after.
+    monkeypatch.setenv(variable or "UNUSED", "another")
+    monkeypatch.setenv("WANDB_NAME", "theirs")
+    again: Any = {"run_name": "a/../b", "directory": tmp_path, "config": {}, "project": "mine"}
+    Trackers(name, **again).close()
+    Trackers(name, **again, named=False).close()
+    assert calls[2] == given
+    run = "theirs" if name == "wandb" else "a/../b"
+    assert calls[3] == eval(repr(given).replace("a/../b", run))

@@ -1,0 +1,126 @@
+"""The configuration as scripts for TRL use it: on a command line, copied, changed, and TRL's own in
+its place."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from fusedgrpo.config.from_trl import given_options, is_foreign
+from fusedgrpo.config.parsers import ELSEWHERE
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.setup import own_options
+from fusedgrpo.errors import ConfigError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Derived(GRPOConfig):
+    mine: str = "own"
+
+
+@pytest.mark.parametrize("kind", [GRPOConfig, Derived])
+def test_what_dataclasses_are_made_for(kind: type[GRPOConfig]) -> None:
+    first = kind(lora_r=4, beta=0.1, reward_kwargs={"f": {"a": [1]}})
+    for second in (copy.copy(first), copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert second == first and type(second) is kind
+        second.learning_rate = 1e-3
+        assert second != first and first.learning_rate == 1e-6
+    other = dataclasses.replace(first, lora_r=8, save_steps=7)
+    assert (other.lora_r, other.save_steps, other.beta) == (8, 7, 0.1)
+    assert dataclasses.asdict(first)["lora_r"] == 4
+    with pytest.raises(ConfigError, match="beta"):
+        dataclasses.replace(first, beta=-1)
+
+
+def test_options_that_are_set_are_checked_together_when_a_trainer_is_made() -> None:
+    args = GRPOConfig()
+    args.load_best_model_at_end = True
+    args.max_length = 8
+    with pytest.raises(ConfigError) as caught:
+        own_options(args, "some/model", None)
+    assert "load_best_model_at_end: the best of no evaluation" in str(caught.value)
+    assert "max_length: 8 leaves no room" in str(caught.value)
+    args.eval_strategy = "epoch"
+    args.max_completion_length = 4
+    assert own_options(args, "some/model", None).load_best_model_at_end
+
+
+def test_mappings_and_lists_are_typed_on_a_command_line() -> None:
+    words = ["--output_dir", "x", "--chat_template_kwargs"]
+    words += ['{"a": 1}', "--reward_weights", "1", "2", "--report_to", "wandb", "tensorboard"]
+    words += ["--allow_change", "beta,seed", "--no_shuffle_dataset"]
+    (config,) = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(words)
+    assert config.chat_template_kwargs == {"a": 1} and config.reward_weights == [1.0, 2.0]
+    assert config.report_to == ["wandb", "tensorboard"] and not config.shuffle_dataset
+    assert config.allow_change == ("beta", "seed") and config.lora_r == GRPOConfig().lora_r
+
+
+@pytest.mark.peer
+def test_trls_parser_takes_it_beside_its_own_dataclasses(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-4\nmodel_name_or_path: a/b\nbeta: 0.25\n")
+    words = ["--config", str(tmp_path / "c.yaml"), "--beta", "0.5", "--use_peft", "true"]
+    words += ["--dataset_name", "d", "--reward_funcs", "think_format_reward"]
+    kinds = (GRPOScriptArguments, GRPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
+    script, config, model, _ = trl.TrlParser(kinds).parse_args_and_config(words)
+    assert (config.learning_rate, config.beta) == (1e-4, 0.5)
+    assert (model.model_name_or_path, model.use_peft) == ("a/b", True)
+    assert script.dataset_name == "d" and config.model_name_or_path is None
+    theirs = {spec.name for kind in kinds if kind is not GRPOConfig for spec in
+              dataclasses.fields(kind)}  # fmt: skip
+    assert theirs & {spec.name for spec in dataclasses.fields(GRPOConfig)} == set(ELSEWHERE)
+
+
+def trls(tmp_path: Path, **options: Any) -> Any:
+    trl = pytest.importorskip("trl")
+    return trl.GRPOConfig(output_dir=str(tmp_path), **{"use_cpu": True, "report_to": []} | options)
+
+
+@pytest.mark.peer
+def test_trls_arguments_are_translated_option_by_option(tmp_path: Path) -> None:
+    plain = trls(tmp_path)
+    assert is_foreign(plain) and not is_foreign(GRPOConfig())
+    assert given_options(plain) == {"output_dir": str(tmp_path), "use_cpu": True}
+    given = trls(
+        tmp_path, learning_rate=1e-4, bf16=False, beta=0.04, lr_scheduler_type="cosine",
+        gradient_checkpointing=False, gradient_accumulation_steps=4, steps_per_generation=8,
+        scale_rewards=False, eval_strategy="steps", per_device_eval_batch_size=16,
+        chat_template_kwargs={"a": 1}, disable_dropout=True,
+    )  # fmt: skip
+    own = own_options(given, "some/model", None)
+    assert own == GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, finetuning_type="full", learning_rate=1e-4,
+        bf16=False, beta=0.04, lr_scheduler_type="cosine", gradient_checkpointing=False,
+        gradient_accumulation_steps=4, steps_per_generation=8, scale_rewards="none",
+        eval_strategy="steps", eval_steps=10, per_device_eval_batch_size=16,
+        chat_template_kwargs={"a": 1}, model_name_or_path="some/model",
+    )  # fmt: skip
+    assert own_options(plain, "some/model", None, object()).finetuning_type == "lora"
+    batch = trls(tmp_path, generation_batch_size=32)
+    assert own_options(batch, "some/model", None).steps_per_generation == 4
+
+
+@pytest.mark.peer
+def test_what_of_trls_arguments_is_not_supported_is_refused_all_at_once(tmp_path: Path) -> None:
+    given = trls(tmp_path, use_vllm=True, hub_private_repo=True, dataloader_drop_last=True)
+    with pytest.raises(ConfigError) as caught:
+        own_options(given, "some/model", None)
+    for name in ("use_vllm", "hub_private_repo", "dataloader_drop_last"):
+        assert f"{name}: not supported" in str(caught.value)
+
+
+def test_the_arguments_of_transformers_and_of_a_class_derived_from_them(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Mine(TrainingArguments):
+        own: int = 3
+
+    args = Mine(str(tmp_path), use_cpu=True, report_to="none", own=4, seed=7)
+    assert given_options(args) == {"output_dir": str(tmp_path), "use_cpu": True, "seed": 7}
