@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# With 2 to 4 rows MKL takes 1.3 to 1.6 times as long for x W^T as for the transposed product of the
-# same operands (docs/measured.md); with 8 there is no difference.
-FEW = range(2, 7)
+# With 2 to 4 rows MKL takes 1.2 to 1.5 times as long for x W^T of a wide W as for the transposed
+# product of the same operands; with more rows, or fewer columns out than in, there is no gain
+# (docs/measured.md, bench/bench_decode.py).
+FEW = range(2, 5)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``[..., out]`` of ``x [..., in]`` and ``weight [out, in]``, both of one dtype."""
     rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or rows not in FEW or x.dtype.itemsize < torch.float32.itemsize:
+    gains = rows in FEW and weight.shape[0] >= weight.shape[1]
+    if x.device.type != "cpu" or not gains or x.dtype.itemsize < torch.float32.itemsize:
         return linear(x, weight, bias)
     found = torch.mm(weight, x.reshape(rows, -1).T).T.contiguous()
     if bias is not None:
