@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# With 2 to 4 rows MKL takes 1.2 to 1.5 times as long for x W^T of a wide W as for the transposed
+# With 2 to 4 rows MKL takes 1.3 times as long for x W^T of a wide W as for the transposed
 # product of the same operands; with more rows, or fewer columns out than in, there is no gain
 # (docs/measured.md, bench/bench_decode.py).
 FEW = range(2, 5)
