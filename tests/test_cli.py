@@ -1,23 +1,54 @@
+"""The command line: what it takes, what it says, and a run from its first file to its last use."""
+
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
+from typer.testing import CliRunner
 
-from fusedgrpo.cli import _overrides
+from fusedgrpo import __version__
+from fusedgrpo.cli import app
+from fusedgrpo.commands.given import read_words
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ConfigError
 
 
+def call(*words: Any) -> str:
+    """The output of a command that succeeds."""
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
 def test_options_are_read_in_both_spellings() -> None:
     words = ["--beta=0.1", "--learning-rate", "-1", "--bf16", "--run_name=a-b=c", "--use_cpu"]
-    assert _overrides(words) == {
-        "beta": "0.1",
-        "learning_rate": "-1",
-        "bf16": None,
-        "run_name": "a-b=c",
-        "use_cpu": None,
-    }
+    assert read_words(words) == (
+        None,
+        {
+            "beta": "0.1",
+            "learning_rate": "-1",
+            "bf16": None,
+            "run_name": "a-b=c",
+            "use_cpu": None,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "config"),
+    [(["c.yaml", "--beta", "1"], None), (["--beta", "1", "c.yaml"], None),
+     (["--beta", "1"], Path("c.yaml"))],
+)  # fmt: skip
+def test_the_file_may_stand_anywhere(words: list[str], config: Path | None) -> None:
+    assert read_words(words, config) == (Path("c.yaml"), {"beta": "1"})
 
 
 @pytest.mark.parametrize(
@@ -25,22 +56,93 @@ def test_options_are_read_in_both_spellings() -> None:
     [
         (["--beta=0.1", "--beta", "0.2"], "--beta is given twice"),
         (["--save-steps=1", "--save_steps=1"], "--save_steps is given twice"),
-        (["0.1"], "'0.1' on the command line belongs to no option"),
-        (["--bf16=true", "\x1b[31m"], r"'\\x1b\[31m' on the command line belongs to no option"),
+        (["c.yaml", "0.1"], "'0.1' on the command line belongs to no option"),
+        (["c.yaml", "--bf16=true", "\x1b[31m"], r"'\\x1b\[31m' on the command line belongs"),
     ],
 )
 def test_words_that_mean_nothing_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        _overrides(words)
+        read_words(words)
+    with pytest.raises(ConfigError, match=r"'d.yaml' on the command line belongs to no option"):
+        read_words(["d.yaml"], Path("c.yaml"))
 
 
 def test_only_a_truth_value_may_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("beta: 0\n")
-    words = ["--bf16", "--disable_shuffling", "--use_peft", "--resume_from_checkpoint"]
-    config = GRPOConfig.from_file(tmp_path / "c.yaml", _overrides(words))
+
+    def read(*words: str) -> GRPOConfig:
+        return read_words([str(tmp_path / "c.yaml"), *words]).options()
+
+    config = read("--bf16", "--disable_shuffling", "--use_peft", "--resume_from_checkpoint")
     assert config.bf16 and not config.shuffle_dataset and config.resume_from_checkpoint is True
     for words in (["--output_dir", "--beta=1"], ["--learning_rate"], ["--dataset"]):
         with pytest.raises(ConfigError, match="has no value on the command line"):
-            GRPOConfig.from_file(tmp_path / "c.yaml", _overrides(words))
+            read(*words)
     with pytest.raises(ConfigError, match="output_dir: expected text"):
-        GRPOConfig.from_file(tmp_path / "c.yaml", _overrides(["--output_dir="]))
+        read("--output_dir=")
+
+
+def test_help_and_completion_have_every_option() -> None:
+    assert call("--version") == f"fusedgrpo {__version__}\n"
+    assert "train" in call("-h")
+    page = call("train", "--help")
+    assert "Options of a run: loss" in page
+    assert all(f"--{name} " in page for name in GRPOConfig().to_dict())
+    asked = {"_FUSEDGRPO_COMPLETE": "complete_bash", "COMP_CWORD": "2",
+             "COMP_WORDS": "fusedgrpo train --lora_"}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedgrpo"], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [f"--lora_{x}" for x in ("r", "alpha", "dropout",
+                                                           "target_modules")]  # fmt: skip
+
+
+def test_an_option_is_found_by_any_of_its_names() -> None:
+    assert call("options", "lora-rank") == (
+        "lora_r\n  Rank of the adapter.\n  group: adapter\n  takes: an integer >= 1\n"
+        "  default: 16\n  also read as: lora_rank\n"
+    )
+    assert "  epsilon: Lower clip bound of the ratio. (a number >= 0; default 0.2)\n" in call(
+        "options"
+    )
+    for words, said in (
+        (["use_vllm"], "not supported"),
+        (["epsilonn"], "Did you mean 'epsilon'"),
+        (["beta", "--markdown"], "three questions"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            call("options", *words)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model, its data, and a run of two steps that the command line has made
+    without a file of options."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save(folder / "model", tiny.model("Llama"), template=True)
+    rows = [{"prompt": f"w{5 + i} w{9 + i}", "answer": f"w{5 + i}"} for i in range(4)]
+    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "reward.py").write_text(
+        "def short(completions, **kwargs):\n    return [-float(len(c)) for c in completions]\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("fusedgrpo.engine.reporting.plots.render", lambda name, rows: None)
+        call("train", *OPTIONS, "--output_dir", "run", "--max_steps", 2)
+        yield folder
+
+
+OPTIONS = [
+    "--model_name_or_path", "model", "--dataset", "data.jsonl", "--reward_funcs",
+    "reward.py:short", "--num_generations", "2", "--prompts_per_step", "2",
+    "--max_completion_length", "4", "--learning_rate", "0.1", "--use_cpu",
+    "--gradient_checkpointing", "false", "--save_strategy", "no",
+]  # fmt: skip
+
+
+def test_a_dry_run_says_what_would_run_and_trains_nothing(place: Path) -> None:
+    said = call("train", *OPTIONS, "--max_steps", 3, "--output_dir=dry", "--dry_run")
+    assert "2 prompts x 2 completions per step; 3 steps" in said
+    assert "data.jsonl: 4 prompts of 2 to 2 tokens" in said
+    assert "short x 1" in said and "with step 1" in said and "nothing was trained" in said
+    assert [path.name for path in (place / "dry").iterdir()] == []

@@ -35,7 +35,9 @@ LAYERS = [
     ["engine.checkpointer", "engine.setup", "engine.trl_surface"],
     ["engine.trainer"],
     ["doctor"],
+    ["commands"],
     ["cli"],
+    ["__main__"],
 ]  # fmt: skip
 # Other people's trainers: imported by nobody, and what they import. Of the engine that is what it
 # takes to make a rollout, so that their loop has our decoder itself and not a copy.
