@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from fusedgrpo import __version__
+from fusedgrpo.commands.init import init
 from fusedgrpo.commands.options import options
 from fusedgrpo.commands.plan import plan
 from fusedgrpo.commands.train import train
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (train, plan):
     app.command(cls=TrainingCommand, context_settings=ANY_WORDS)(command)
+app.command()(init)
 app.command()(options)
 
 

@@ -146,3 +146,41 @@ def test_a_dry_run_says_what_would_run_and_trains_nothing(place: Path) -> None:
     assert "data.jsonl: 4 prompts of 2 to 2 tokens" in said
     assert "short x 1" in said and "with step 1" in said and "nothing was trained" in said
     assert [path.name for path in (place / "dry").iterdir()] == []
+
+
+def test_init_writes_a_file_that_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedgrpo.commands.init import draft_for
+
+    monkeypatch.setattr("fusedgrpo.host.has_gpu", lambda: False)
+    said = call("init", "first.yaml", "--model", "model", "--dataset", "data.jsonl")
+    text = (place / "first.yaml").read_text()
+    assert "4 rows, columns prompt, answer" in said and "There is no GPU here" in text
+    assert "lora_r: 16  # Rank of the adapter.\n" in text
+    config = read_words(["first.yaml"]).options()
+    assert config.reward_funcs == ["accuracy"] and config.text_as_user_turn
+    with pytest.raises(ConfigError, match=r"first.yaml is there already"):
+        call("init", "first.yaml", "--model", "model", "--dataset", "data.jsonl")
+    assert (place / "first.yaml").read_text() == text
+    with pytest.raises(ConfigError, match="--dataset missing"):
+        call("init", "--model", "model")
+    # Neither the model nor the data can be read: what is assumed is said.
+    guessed = draft_for("./none/Other-70B", "./none.jsonl", "24GB")
+    assert guessed.options["load_in_4bit"] is True
+    assert ["not read" in note or "70 billion" in note for note in guessed.notes] == [True, True]
+    (place / "bare.jsonl").write_text('{"prompt": "w5"}\n')
+    own = draft_for("./none/small-1b", "bare.jsonl", "24GB")
+    assert own.options["reward_funcs"] == ["rewards.py:reward"]
+    assert "load_in_4bit" not in own.options
+
+
+@pytest.mark.slow  # a plan runs the model on tensors without storage, many times
+def test_init_plans_for_the_card(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedgrpo.commands.init import _SMALLER, draft_for
+
+    draft = draft_for("model", "data.jsonl", "24GB")
+    assert draft.notes[1].startswith("Planned for 24GB, with prompts of ")
+    assert draft.options["max_completion_length"] == 64  # half of the context
+    assert not draft.options.get("load_in_4bit")
+    monkeypatch.setattr("fusedgrpo.commands.init._SMALLER", _SMALLER[-1:])
+    none = draft_for("model", "data.jsonl", "0.5GB")  # less than the context of CUDA
+    assert "It does not fit 0.5GB" in none.notes[1] and none.options["load_in_4bit"] is True
