@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from fusedgrpo import __version__
+from fusedgrpo.commands.export import export
 from fusedgrpo.commands.init import init
 from fusedgrpo.commands.options import options
 from fusedgrpo.commands.plan import plan
@@ -32,6 +33,7 @@ for command in (train, plan):
     app.command(cls=TrainingCommand, context_settings=ANY_WORDS)(command)
 app.command()(init)
 app.command()(options)
+app.command()(export)
 
 
 def _say_version(asked: bool) -> None:

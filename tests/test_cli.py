@@ -184,3 +184,52 @@ def test_init_plans_for_the_card(place: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("fusedgrpo.commands.init._SMALLER", _SMALLER[-1:])
     none = draft_for("model", "data.jsonl", "0.5GB")  # less than the context of CUDA
     assert "It does not fit 0.5GB" in none.notes[1] and none.options["load_in_4bit"] is True
+
+
+def logits_of(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(4, 20)[None]).logits.float()
+
+
+def test_export_merges_as_peft_computes(place: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    said = call("export", "run", "--merge", "--output", "merged")
+    assert "Merging into" in said and "in bfloat16" in said
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")
+    assert {str(p.dtype) for p in merged.parameters()} == {"torch.bfloat16"}
+    base = AutoModelForCausalLM.from_pretrained("model", dtype="float32")
+    plain = logits_of(base)
+    wanted = logits_of(PeftModel.from_pretrained(base, "run/adapter"))
+    far, near = (wanted - plain).norm(), (wanted - logits_of(merged)).norm()
+    assert near < 0.03 * wanted.norm() < 0.3 * far, (near, far)
+    assert AutoTokenizer.from_pretrained("merged").chat_template
+    assert "Merged already" in call("export", "run/adapter", "--merge", "--output", "merged")
+    with pytest.raises(ConfigError, match="not empty, and is left as it is"):
+        call("export", "run", "--merge", "--output", "model")
+
+
+def test_export_says_how_others_take_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", str(place))
+    said = call("export", "run", "--vllm")
+    assert f"--max-lora-rank 16 --lora-modules run={place / 'run/adapter'}" in said
+    assert not (place / "run" / "merged").exists()
+    done = CliRunner().invoke(app, ["export", "run", "--gguf", "--ollama", "--output", "merged"])
+    assert done.exit_code == 1 and "git clone --depth 1" in done.output
+    assert (place / "merged" / "Modelfile").read_text() == "FROM .\nPARAMETER temperature 1\n"
+    (place / "convert_hf_to_gguf.py").write_text(
+        "import pathlib, sys\nassert sys.argv[2::2] == ['--outfile', '--outtype'], sys.argv\n"
+        "pathlib.Path(sys.argv[3]).write_text(sys.argv[1])\n"
+    )
+    monkeypatch.setenv("LLAMA_CPP", str(place))
+    said = call("export", "run", "--gguf", "--ollama", "--output", "merged")
+    assert (place / "merged" / "run.gguf").read_text() == "merged"
+    assert (place / "merged" / "Modelfile").read_text().startswith("FROM ./run.gguf\n")
+    with pytest.raises(ConfigError, match="Nothing to make"):
+        call("export", "run")
+    with pytest.raises(ConfigError, match="has no weights"):
+        call("export", ".", "--merge")
