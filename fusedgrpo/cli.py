@@ -16,10 +16,12 @@ from typing import Annotated
 import typer
 
 from fusedgrpo import __version__
+from fusedgrpo.commands.evaluate import evaluate
 from fusedgrpo.commands.export import export
 from fusedgrpo.commands.init import init
 from fusedgrpo.commands.options import options
 from fusedgrpo.commands.plan import plan
+from fusedgrpo.commands.push import push
 from fusedgrpo.commands.train import train
 from fusedgrpo.commands.training_command import ANY_WORDS, TrainingCommand
 
@@ -34,6 +36,8 @@ for command in (train, plan):
 app.command()(init)
 app.command()(options)
 app.command()(export)
+app.command("eval", cls=TrainingCommand, context_settings=ANY_WORDS)(evaluate)
+app.command()(push)
 
 
 def _say_version(asked: bool) -> None:

@@ -18,7 +18,7 @@ from fusedgrpo import __version__
 from fusedgrpo.cli import app
 from fusedgrpo.commands.given import read_words
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.errors import ConfigError
+from fusedgrpo.errors import ConfigError, FusedGRPOError
 
 
 def call(*words: Any) -> str:
@@ -233,3 +233,88 @@ def test_export_says_how_others_take_it(place: Path, monkeypatch: pytest.MonkeyP
         call("export", "run")
     with pytest.raises(ConfigError, match="has no weights"):
         call("export", ".", "--merge")
+
+
+def test_eval_compares_base_and_trained_on_the_same_prompts(place: Path) -> None:
+    said = call("eval", "run", "--dataset", "data.jsonl", "--n", 3, "--max_samples=3")
+    folder = place / "run" / "evaluations" / "001"
+    found = json.loads((folder / "results.json").read_text())
+    lines = {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("base", "trained")
+    }
+    assert [len(rows) for rows in lines.values()] == [3 + 9, 3 + 9]
+    assert f"Trained: {place / 'run/adapter'}" in said and "3 prompts" in said
+    for mode in ("greedy", "sampled"):
+        means = {}
+        for name, rows in lines.items():
+            own = [row for row in rows if row["mode"] == mode]
+            assert all(row["reward"] == row["rewards"]["short"] for row in own)
+            means[name] = sum(row["reward"] for row in own) / len(own)
+            got = found["results"][f"{mode} reward"][name]
+            assert got["mean"] == pytest.approx(means[name])
+            assert got["low"] <= got["mean"] <= got["high"]
+        change = found["results"][f"{mode} reward"]["difference"]
+        assert change["mean"] == pytest.approx(means["trained"] - means["base"])
+    texts = {
+        name: [row["completion"] for row in rows if row["mode"] == "greedy"]
+        for name, rows in lines.items()
+    }
+    assert texts["base"] != texts["trained"]  # the run was at learning rate 0.1
+    with pytest.raises(ConfigError, match="is not empty"):
+        call("eval", "run", "--output", folder)
+
+
+def test_intervals_are_over_prompts() -> None:
+    import torch
+
+    from fusedgrpo.engine.comparison import estimate, prompt_means
+
+    values = torch.tensor([1.0, 0.0, torch.nan, 0.5, torch.nan, torch.nan])
+    means = prompt_means(values, [0, 0, 0, 1, 2, 2])
+    assert means[:2].tolist() == [0.5, 0.5] and means[2].isnan()
+    assert estimate(means, 0) == (found := estimate(means, 1)) and found.prompts == 2
+    coin = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat(50)
+    found = estimate(coin, 0)
+    assert found.mean == 0.5
+    # 1.96 standard deviations of a mean of 100 coins.
+    assert found.low == pytest.approx(0.402, abs=0.02)
+    assert found.high == pytest.approx(0.598, abs=0.02)
+    assert estimate(torch.full((2,), torch.nan), 0).to_record()["mean"] is None
+
+
+def test_push_uploads_the_adapter_with_its_card(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    calls: list[Any] = []
+
+    class FakeApi:
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+            calls.append(("create_repo", repo_id, private, exist_ok))
+
+        def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+            calls.append(("create_branch", repo_id, branch, exist_ok))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, revision: str | None,
+                          commit_message: str, ignore_patterns: list[str]) -> str:  # fmt: skip
+            calls.append(("upload_folder", repo_id, folder_path, revision))
+            if revision == "locked":
+                raise LocalTokenNotFoundError("no token")
+            return f"https://huggingface.co/{repo_id}/tree/main/"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    said = call("push", "run", "--repo", "me/sums", "--private")
+    assert "Pushed: https://huggingface.co/me/sums" in said
+    adapter = place / "run" / "adapter"
+    assert calls == [
+        ("create_repo", "me/sums", True, True),
+        ("upload_folder", "me/sums", adapter, None),
+    ]
+    assert ("has no README.md" in said) != (adapter / "README.md").exists()
+    with pytest.raises(FusedGRPOError, match=r"no token.*HF_TOKEN"):
+        call("push", "run", "--repo", "me/sums", "--revision", "locked")
+    with pytest.raises(ConfigError, match="expected ORGANISATION/NAME"):
+        call("push", "run", "--repo", "sums")
