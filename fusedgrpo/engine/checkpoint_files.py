@@ -33,13 +33,18 @@ FORMAT = 1
 NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is, or would be."""
+    return directory / f"step-{step:06d}"
+
+
 def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Let ``write(dir)`` fill a new checkpoint of ``step`` under ``directory``; returns its path.
 
     If anything fails, what it left is removed and the checkpoints that were there stay as they are.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"step-{step:06d}"
+    final = path_of(directory, step)
     unfinished = directory / f".{final.name}.tmp"
     replaced = directory / f"{final.name}.old"
     for left_by_a_killed_run in directory.glob(".step-*.tmp"):

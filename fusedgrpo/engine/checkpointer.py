@@ -113,9 +113,13 @@ class Checkpointer:
             )
 
     def settle(self, outputs: RunLogger) -> None:
-        """The run is at its end: what the disk would not take before, it has to take now."""
-        outputs.write(self.trainer.unwritten, self.trainer.progress.step, insist=True)
-        self.save_if_due(outputs, False, insist=True)
+        """The run is at its end: what the disk would not take before, it has to take now. Its last
+        step has a checkpoint, so that it can be extended."""
+        step = self.trainer.progress.step
+        outputs.write(self.trainer.unwritten, step, insist=True)
+        wanted = outputs.writes and self.trainer.args.save_strategy != "no"
+        there = wanted and checkpoint.path_of(outputs.run.checkpoints, step).exists()
+        self.save_if_due(outputs, wanted and not there, insist=True)
 
     @contextmanager
     def saved_if_it_ends(self, outputs: RunLogger) -> Iterator[None]:
