@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from fusedgrpo import __version__
 from fusedgrpo.cli import app
 from fusedgrpo.commands.given import read_words
+from fusedgrpo.commands.runs import find_trained
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ConfigError, FusedGRPOError
 
@@ -263,6 +264,21 @@ def test_eval_compares_base_and_trained_on_the_same_prompts(place: Path) -> None
     assert texts["base"] != texts["trained"]  # the run was at learning rate 0.1
     with pytest.raises(ConfigError, match="is not empty"):
         call("eval", "run", "--output", folder)
+
+
+def test_a_run_that_trained_all_weights_is_a_model_already(place: Path) -> None:
+    full = ("--finetuning_type", "full", "--output_dir", "whole", "--max_steps", 1)
+    call("train", *OPTIONS, *full)
+    said = call("export", "whole", "--vllm")
+    model = place / "whole" / "model"
+    assert f"A model already: {model}" in said and f"vllm serve {model} " in said
+    said = call("eval", "whole", "--n=1", "--output", "compared")
+    assert f"Base: model. Trained: {model}. Data: data.jsonl" in said
+    change = json.loads((place / "compared/results.json").read_text())["results"]
+    assert change["greedy length"]["base"]["prompts"] == 4
+    assert find_trained(model).options_file == place / "whole" / "config.resolved.yaml"
+    alone = find_trained(place / "model")  # a model by itself
+    assert alone.full and alone.options_file is None
 
 
 def test_intervals_are_over_prompts() -> None:

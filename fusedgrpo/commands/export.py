@@ -187,8 +187,7 @@ def _vllm(model: Path, trained: Trained, as_adapter: bool) -> None:
         typer.echo(f"vLLM:\n  vllm serve {model} --served-model-name {trained.name}")
         return
     settings = _settings(trained)
-    ranks = [settings["r"], *(settings.get("rank_pattern") or {}).values()]
-    rank = next(rank for rank in _RANKS if rank >= max(ranks))
+    rank = next(rank for rank in _RANKS if rank >= _rank(settings))
     typer.echo(
         f"vLLM, the adapter as it is:\n  vllm serve {settings['base_model_name_or_path']} "
         f"--enable-lora --max-lora-rank {rank} --lora-modules {trained.name}={trained.weights}"
@@ -198,11 +197,18 @@ def _vllm(model: Path, trained: Trained, as_adapter: bool) -> None:
 
 
 def _plain_lora(trained: Trained) -> bool:
-    """Whether vLLM serves the adapter beside its base: LoRA without anything more."""
+    """Whether vLLM serves the adapter beside its base: LoRA without anything more, on a model that
+    is no GGUF file."""
     settings = _settings(trained)
     more = ("use_dora", "modules_to_save", "trainable_token_indices")
     plain = settings.get("peft_type") == "LORA" and not any(settings.get(name) for name in more)
-    return plain and max(settings["r"], 1) <= _RANKS[-1]
+    base = Path(settings.get("base_model_name_or_path") or "")
+    converted = base.is_dir() and not (base / "config.json").exists()
+    return plain and not converted and _rank(settings) <= _RANKS[-1]
+
+
+def _rank(settings: dict[str, Any]) -> int:
+    return max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 1)
 
 
 def _settings(trained: Trained) -> dict[str, Any]:
