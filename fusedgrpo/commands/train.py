@@ -44,7 +44,9 @@ def train(
     from fusedgrpo.commands.dry_run import said
 
     try:
-        typer.echo(said(trainer))
+        text = said(trainer)
+        if trainer.processes.is_main:
+            typer.echo(text)
     finally:
         trainer.reward_funcs.close()
 
