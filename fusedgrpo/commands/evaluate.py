@@ -73,7 +73,7 @@ def evaluate(
     typer.echo(f"Base: {_named(before)}. Trained: {_named(after)}. Data: {before.dataset}")
     folders = [home, Path.cwd()]
     policies = {"base": before, "trained": after}
-    answers = {name: _answers(options, n, folders) for name, options in policies.items()}
+    answers = {name: _answers(name, options, n, folders) for name, options in policies.items()}
     results = compared(answers["base"].means, answers["trained"].means, before.seed)
     _write(folder, answers, results, policies, n)
     typer.echo(table(results))
@@ -110,8 +110,8 @@ def _both(
     return base, GRPOConfig(**options | targets | {"adapter_name_or_path": str(trained.weights)})
 
 
-def _answers(options: GRPOConfig, n: int, folders: list[Path]) -> Answers:
-    """All that one policy says and gets, with the parts of a trainer that is then let go."""
+def _answers(name: str, options: GRPOConfig, n: int, folders: list[Path]) -> Answers:
+    """All that the policy of that name says and gets, with the parts of a trainer that is then let go."""
     from fusedgrpo.engine.comparison import prompt_means
     from fusedgrpo.engine.evaluation import sample_and_score
     from fusedgrpo.engine.memory.oom_retry import release
@@ -126,6 +126,7 @@ def _answers(options: GRPOConfig, n: int, folders: list[Path]) -> Answers:
     records: list[dict[str, Any]] = []
     try:
         for mode, count in (("greedy", 1), ("sampled", n)):
+            typer.echo(f"{name}: {len(data)} prompts, {mode} x {count} ...", err=True)
             rollout, scored = sample_and_score(
                 data,
                 trainer.sampler,
@@ -138,8 +139,8 @@ def _answers(options: GRPOConfig, n: int, folders: list[Path]) -> Answers:
                 processes=trainer.processes,
             )
             ids = rollout.group_ids
-            for name, values in _measured(rewards.names, rollout, scored).items():
-                means[f"{mode} {name}"] = prompt_means(values, ids)
+            for measure, values in _measured(rewards.names, rollout, scored).items():
+                means[f"{mode} {measure}"] = prompt_means(values, ids)
             made = completion_records(
                 rollout,
                 prompts=[example.prompt for example in per_completion(rollout, data.examples)],

@@ -39,6 +39,11 @@ def group(heading: str) -> None:
     _headings.append(heading)
 
 
+def group_of(spec: Field[Any]) -> str:
+    """The heading that an option is under."""
+    return _GROUPS[spec]
+
+
 def option(
     default: Any,
     help: str,
@@ -62,11 +67,6 @@ def option(
     if free:
         _FREE.add(made)
     return made
-
-
-def group_of(spec: Field[Any]) -> str:
-    """The heading that an option is under."""
-    return _GROUPS[spec]
 
 
 def limits_of(spec: Field[Any]) -> Mapping[str, float]:

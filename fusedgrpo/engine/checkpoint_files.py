@@ -33,8 +33,8 @@ FORMAT = 1
 NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
-def path_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is, or would be."""
+def of_step(directory: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
     return directory / f"step-{step:06d}"
 
 
@@ -44,7 +44,7 @@ def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) 
     If anything fails, what it left is removed and the checkpoints that were there stay as they are.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    final = path_of(directory, step)
+    final = of_step(directory, step)
     unfinished = directory / f".{final.name}.tmp"
     replaced = directory / f"{final.name}.old"
     for left_by_a_killed_run in directory.glob(".step-*.tmp"):

@@ -118,7 +118,7 @@ class Checkpointer:
         step = self.trainer.progress.step
         outputs.write(self.trainer.unwritten, step, insist=True)
         wanted = outputs.writes and self.trainer.args.save_strategy != "no"
-        there = wanted and checkpoint.path_of(outputs.run.checkpoints, step).exists()
+        there = wanted and checkpoint.of_step(outputs.run.checkpoints, step).exists()
         self.save_if_due(outputs, wanted and not there, insist=True)
 
     @contextmanager
