@@ -111,7 +111,7 @@ def _both(
 
 
 def _answers(name: str, options: GRPOConfig, n: int, folders: list[Path]) -> Answers:
-    """All that the policy of that name says and gets, with the parts of a trainer that is then let go."""
+    """All that the policy of that name says and gets. The trainer that it takes is let go after."""
     from fusedgrpo.engine.comparison import prompt_means
     from fusedgrpo.engine.evaluation import sample_and_score
     from fusedgrpo.engine.memory.oom_retry import release
