@@ -117,7 +117,7 @@ class Checkpointer:
         step has a checkpoint, so that it can be extended."""
         step = self.trainer.progress.step
         outputs.write(self.trainer.unwritten, step, insist=True)
-        wanted = outputs.writes and self.trainer.args.save_strategy != "no"
+        wanted = outputs.writes and self.trainer.args.save_strategy in ("steps", "epoch")
         there = wanted and checkpoint.of_step(outputs.run.checkpoints, step).exists()
         self.save_if_due(outputs, wanted and not there, insist=True)
 
