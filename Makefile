@@ -1,6 +1,7 @@
 # make demo   a real model learns to add, on the CPU, in minutes
 # make test   the tests, minutes; make test-all: the slow ones too (JOBS=N processes at once)
 # make check  lint, format, types
+# make options  docs/options.md and docs/config.schema.json, after a change to an option
 # make bench  the comparisons of bench/, at small sizes
 # make gpu    on a machine with a GPU: its tests, and the comparisons of the kernels to bench/results
 #             (gpu-test and gpu-bench apart); PY=python takes the packages that are there
@@ -18,7 +19,7 @@ PY ?= $(BIN)/python
 PEERS ?= trl,liger_kernel,cut_cross_entropy
 RESULTS := bench/results/$(shell date +%F)
 
-.PHONY: demo test test-slow test-all check format bench gpu gpu-test gpu-bench clean
+.PHONY: demo test test-slow test-all check format options bench gpu gpu-test gpu-bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/grpo_demo.py
@@ -39,6 +40,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+options: $(VENV)/.dev
+	$(BIN)/python -m fusedgrpo options --markdown > docs/options.md
+	$(BIN)/python -m fusedgrpo options --json-schema > docs/config.schema.json
 
 bench: $(VENV)/.dev
 	for script in bench/bench_*.py; do $(BIN)/python $$script --quick --peers trl || exit 1; done

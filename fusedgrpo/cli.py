@@ -1,4 +1,4 @@
-"""The command line: ``fusedgrpo train | plan | report | doctor``.
+"""The command line: ``fusedgrpo train | plan | report | doctor | ...``; see ``fusedgrpo --help``.
 
 Exit codes: 0 done; 1 the run failed; 2 configuration or data cannot be used; 130 and 143 stopped by
 SIGINT and SIGTERM, with a checkpoint saved.
@@ -15,72 +15,45 @@ from typing import Annotated
 
 import typer
 
+from fusedgrpo import __version__
+from fusedgrpo.commands.evaluate import evaluate
+from fusedgrpo.commands.export import export
+from fusedgrpo.commands.init import init
+from fusedgrpo.commands.options import options
+from fusedgrpo.commands.plan import plan
+from fusedgrpo.commands.push import push
+from fusedgrpo.commands.train import train
+from fusedgrpo.commands.training_command import ANY_WORDS, TrainingCommand
+
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="GRPO training of language models on one GPU.",
 )
+for command in (train, plan):
+    app.command(cls=TrainingCommand, context_settings=ANY_WORDS)(command)
+app.command()(init)
+app.command()(options)
+app.command()(export)
+app.command("eval", cls=TrainingCommand, context_settings=ANY_WORDS)(evaluate)
+app.command()(push)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="YAML or JSON file of options.")],
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fusedgrpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version."),
+    ] = False,
 ) -> None:
-    """Train as CONFIG says. Any option can be set after it: --learning_rate 1e-5 --beta=0.04"""
-    from fusedgrpo.config.schema import GRPOConfig
-    from fusedgrpo.engine.reporting.plain_log import make_plain
-    from fusedgrpo.engine.trainer import GRPOTrainer
-
-    make_plain("transformers", "datasets", "peft", "accelerate", "huggingface_hub")
-    options = GRPOConfig.from_file(config, overrides=_overrides(context.args))
-    trainer = GRPOTrainer(args=options, search_paths=[config.parent])
-    trainer.train()
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def plan(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="YAML or JSON file of options.")],
-    gpu: Annotated[
-        str | None, typer.Option(help="Memory of the card, such as 24GB; else this machine's.")
-    ] = None,
-) -> None:
-    """Say what a run of CONFIG needs of its GPU, before any weight is there. Exit code 1: it does
-    not fit. Options can be set after CONFIG, as for train."""
-    from fusedgrpo.config.schema import GRPOConfig
-    from fusedgrpo.engine.memory.plan import plan_table
-    from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
-    from fusedgrpo.engine.rollout.choice import choose_sampler
-    from fusedgrpo.errors import ConfigError
-    from fusedgrpo.models.adapters.files import planned_options
-    from fusedgrpo.models.settings import model_settings
-    from fusedgrpo.named_code import code_folders
-
-    overrides = _overrides(context.args) | ({"gpu_memory": gpu} if gpu else {})
-    options = GRPOConfig.from_file(config, overrides=overrides)
-    card = card_bytes(options)
-    if card is None:
-        raise ConfigError("There is no GPU here: name the card's memory with --gpu 24GB.")
-    settings = model_settings(options)
-    if settings is None:
-        raise ConfigError(
-            f"{options.model_name_or_path}: a GGUF file has no config.json to plan from. Plan with "
-            "the name of the model it was made of."
-        )
-    sampler = choose_sampler(options.sampler, None, code_folders([config.parent]))
-    found = plan_memory(
-        planned_options(options),
-        settings,
-        gpu_bytes=card,
-        activation_offloading=options.activation_offloading,
-        sampler_memory=sampler.memory,
-        decoder=sampler.decodes,
-    )
-    typer.echo(plan_table(found))
-    if not found.fits:
-        raise typer.Exit(1)
+    """GRPO training of language models on one GPU."""
 
 
 @app.command()
@@ -106,30 +79,6 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _overrides(words: list[str]) -> dict[str, str | None]:
-    """``--key value`` and ``--key=value`` as a mapping; ``--flag`` alone is None."""
-    from fusedgrpo.errors import ConfigError, brief
-
-    overrides: dict[str, str | None] = {}
-    pending: str | None = None
-    for word in words:
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")  # only the key's dashes are spelling
-            if key in overrides:
-                raise ConfigError(f"--{key} is given twice on the command line.")
-            overrides[key] = value if equals else None
-            pending = None if equals else key
-        elif pending is not None:
-            overrides[pending] = word
-            pending = None
-        else:
-            raise ConfigError(
-                f"{brief(word)} on the command line belongs to no option: --key value."
-            )
-    return overrides
-
-
 def main() -> None:
     """Run the command line; errors raised on purpose are one message, not a traceback."""
     from fusedgrpo.engine.interrupts import Interrupted, StopSignals
@@ -150,7 +99,7 @@ def main() -> None:
     try:
         # From here on: imports and loading may take minutes, in which there is nothing to save.
         with StopSignals() as signals, signals.at_once():
-            app()
+            app(prog_name="fusedgrpo")
     except Interrupted as stop:
         if not stop.said:
             say(f"stopped by {stop.signal_name}; nothing was begun.")

@@ -32,12 +32,15 @@ LAYERS = [
     ["engine.custom_loss", "engine.advantages", "engine.step_metrics",
      "engine.token_choice", "engine.step_passes"],
     ["engine.learner", "engine.scoring"],
-    ["engine.evaluation", "engine.warmup", "engine.checkpointing", "engine.same_run"],
+    ["engine.comparison", "engine.evaluation", "engine.warmup", "engine.checkpointing",
+     "engine.same_run"],
     ["engine.collector", "engine.nonfinite", "engine.run_sampler"],
     ["engine.checkpointer", "engine.setup", "engine.trl_surface"],
     ["engine.trainer"],
     ["doctor"],
+    ["commands"],
     ["cli"],
+    ["__main__"],
 ]  # fmt: skip
 # Other people's trainers: imported by nobody, and what they import. Of the engine that is what it
 # takes to make a rollout, so that their loop has our decoder itself and not a copy.

@@ -20,7 +20,7 @@ from fusedgrpo.config.reading import Problem, label_of, left_out, plain, raise_a
 from fusedgrpo.config.redaction import redacted, remember
 from fusedgrpo.config.rules import broken_rules, one_of
 from fusedgrpo.config.script_surface import TrainingArgumentsSurface
-from fusedgrpo.config.values import is_free, limits_of, option, takes_text, takes_truth
+from fusedgrpo.config.values import group, is_free, limits_of, option, takes_text, takes_truth
 from fusedgrpo.config.yaml_file import parse_override, read_config_file
 from fusedgrpo.errors import ConfigError, did_you_mean
 from fusedgrpo.loss_options import ImportanceSamplingLevel, LossOptions
@@ -53,7 +53,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     trainers have and this one has not, wrong types, values out of range, contradictions.
     """
 
-    # model
+    group("model")
     model_name_or_path: str | None = option(None, "model directory or Hub id")
     model_revision: str | None = option(None, "branch, tag or commit of a Hub model")
     tokenizer_name_or_path: str | None = option(None, "tokenizer, if not the model's own")
@@ -62,10 +62,10 @@ class GRPOConfig(TrainingArgumentsSurface):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of the frozen weights; auto: as stored, or as they compute"
     )
-    attn_implementation: str | None = option(None, "attention of transformers")
+    attn_implementation: str | None = option(None, "attention implementation of transformers")
     model_init_kwargs: dict[str, Any] | None = option(None, "more arguments of from_pretrained")
 
-    # adapter
+    group("adapter")
     stage: Literal["grpo"] = option("grpo", "the only training stage")
     finetuning_type: Literal["lora", "full"] = option("lora", "train a LoRA adapter or all weights")
     adapter_name_or_path: str | None = option(
@@ -81,14 +81,14 @@ class GRPOConfig(TrainingArgumentsSurface):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit number format")
     use_bnb_nested_quant: bool = option(True, "quantise the 4-bit scales too")
 
-    # data
+    group("data")
     dataset: str | None = option(
         None, "file, directory, name in dataset_dir or Hub name", free=True
     )
     dataset_dir: str = option("data", "where dataset_info.json and named data sets are", free=True)
     eval_dataset: str | None = option(None, "data set for evaluation", free=True)
     dataset_format: str = option(
-        "auto", f"{one_of('dataset_format')}: where the prompt is in a row"
+        "auto", f"where the prompt is in a row: {one_of('dataset_format')}"
     )
     val_size: float = option(
         0.0, "rows held out for evaluation: a share if < 1, else a count", low=0
@@ -108,7 +108,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     )
     chat_template_kwargs: dict[str, Any] | None = option(None, "variables of the chat template")
 
-    # batch
+    group("batch")
     num_generations: int = option(8, "completions per prompt: the group size", low=2, high=65536)
     num_generations_eval: int | None = option(
         None, "group size in evaluation; null: num_generations", low=1, high=65536, free=True
@@ -134,7 +134,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         "auto", "forward a prompt once for all its completions, if the model can"
     )
 
-    # sampling
+    group("sampling")
     temperature: float = option(1.0, "divides the logits, in sampling and in scoring", above=0)
     top_p: float = option(1.0, "nucleus sampling", above=0, high=1)
     top_k: int = option(0, "sample from the k most likely tokens; 0: from all", low=0)
@@ -149,9 +149,9 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "more of the sampling options above, by their names in generate"
     )
     skip_special_tokens: bool = option(
-        True, "in the text of completions; false keeps all but the EOS at their end"
+        True, "leave special tokens out of texts; false keeps all but the EOS at their end"
     )
-    sampler: str = option("auto", f"{one_of('sampler')}: what draws the completions")
+    sampler: str = option("auto", f"what draws the completions: {one_of('sampler')}")
     rollout_weights: Literal["adapter", "merged", "auto"] = option(
         "auto", "completions come from base and adapter, or from a merged copy, if it fits"
     )
@@ -159,30 +159,34 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "completions decoded together; null: what the plan says, or all", low=1, free=True
     )
 
-    # loss
+    group("loss")
     beta: float = option(_LOSS.beta, "weight of the KL to the reference; 0: no reference", low=0)
     epsilon: float = option(_LOSS.epsilon, "lower clip bound of the ratio", low=0)
     epsilon_high: float | None = option(
         _LOSS.epsilon_high, "upper clip bound; null: epsilon", low=0
     )
     delta: float | None = option(_LOSS.delta, "cap of the ratio for negative advantages", above=1)
-    loss_type: str = option(_LOSS.loss_type, f"{one_of('loss_type')}: the surrogate")
+    loss_type: str = option(_LOSS.loss_type, f"the surrogate: {one_of('loss_type')}")
     importance_sampling_level: ImportanceSamplingLevel = option(
-        _LOSS.importance_sampling_level, "level of the ratio"
+        _LOSS.importance_sampling_level, "what has a ratio of its own, a token or a sequence"
     )
     use_bias_correction_kl: bool = option(
         _LOSS.use_bias_correction_kl, "multiply the KL by the ratio"
     )
     sapo_temperature_pos: float = option(
-        _LOSS.sapo_temperature_pos, "SAPO, positive advantages", above=0
+        _LOSS.sapo_temperature_pos, "SAPO's temperature of positive advantages", above=0
     )
     sapo_temperature_neg: float = option(
-        _LOSS.sapo_temperature_neg, "SAPO, negative advantages", above=0
+        _LOSS.sapo_temperature_neg, "SAPO's temperature of negative advantages", above=0
     )
-    vespo_k_pos: float = option(_LOSS.vespo_k_pos, "VESPO, positive advantages", low=0)
-    vespo_lambda_pos: float = option(_LOSS.vespo_lambda_pos, "VESPO, positive advantages", low=0)
-    vespo_k_neg: float = option(_LOSS.vespo_k_neg, "VESPO, negative advantages", low=0)
-    vespo_lambda_neg: float = option(_LOSS.vespo_lambda_neg, "VESPO, negative advantages", low=0)
+    vespo_k_pos: float = option(_LOSS.vespo_k_pos, "VESPO's k of positive advantages", low=0)
+    vespo_lambda_pos: float = option(
+        _LOSS.vespo_lambda_pos, "VESPO's lambda of positive advantages", low=0
+    )
+    vespo_k_neg: float = option(_LOSS.vespo_k_neg, "VESPO's k of negative advantages", low=0)
+    vespo_lambda_neg: float = option(
+        _LOSS.vespo_lambda_neg, "VESPO's lambda of negative advantages", low=0
+    )
     mask_truncated_completions: bool = option(False, "leave cut completions out of the loss")
     top_entropy_quantile: float = option(
         1.0, "share of tokens, those with the most entropy, that the policy learns from",
@@ -204,32 +208,38 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "weight of a mixture of experts' load-balancing loss; null: the model's own", low=0
     )
     sampler_correction: bool = option(False, "weigh tokens by exp(old logp - sampler logp)")
-    sampler_correction_cap: float = option(3.0, "upper bound of that weight", above=0)
+    sampler_correction_cap: float = option(
+        3.0, "upper bound of the weight of sampler_correction", above=0
+    )
 
-    # rewards
-    reward_funcs: Any = option(None, "names, module:function, file.py:function, or callables")
+    group("rewards")
+    reward_funcs: Any = option(
+        None, "what rewards: names, module:function, file.py:function, or callables"
+    )
     reward_weights: list[float] | None = option(None, "one weight per reward function; null: 1")
-    reward_kwargs: dict[str, Any] | None = option(None, "{function name: {argument: value}}")
+    reward_kwargs: dict[str, Any] | None = option(
+        None, "arguments of reward functions: {function name: {argument: value}}"
+    )
     scale_rewards: Literal["group", "batch", "none"] = option(
-        "group", "divide advantages by the standard deviation of"
+        "group", "whose standard deviation advantages are divided by"
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize", "how several rewards become one advantage"
     )
     advantage_estimator: str = option(
-        "group", f"{one_of('advantage_estimator')}: from rewards to advantages"
+        "group", f"from rewards to advantages: {one_of('advantage_estimator')}"
     )
     on_reward_error: Literal["halt", "drop"] = option(
-        "halt", "a failing reward: stop, or no reward"
+        "halt", "when a reward function fails: stop, or no reward"
     )
     reward_timeout: float | None = option(
         300.0,
-        "seconds per batch, of reward functions in a worker process and of async ones",
+        "seconds that reward functions in a worker process and async ones have for a batch",
         above=0,
         free=True,
     )
 
-    # optimizer
+    group("optimizer")
     learning_rate: float = option(1e-6, "peak learning rate", low=0)
     weight_decay: float = option(0.0, "AdamW's weight decay", low=0)
     adam_beta1: float = option(0.9, "AdamW's first beta", low=0, below=1)
@@ -240,14 +250,14 @@ class GRPOConfig(TrainingArgumentsSurface):
     optim_args: str | None = option(None, "more settings of it: name=value,name=value")
     lr_scheduler_type: Scheduler = option("linear", "the schedule of transformers")
     lr_scheduler_kwargs: dict[str, Any] | None = option(None, "more settings of the schedule")
-    warmup_steps: float = option(0.0, "steps, or a share of the run if < 1", low=0)
+    warmup_steps: float = option(0.0, "steps of warm-up, or its share of the run if < 1", low=0)
     num_train_epochs: float = option(3.0, "passes over the data", above=0)
     max_steps: int = option(-1, "optimizer steps; -1: from num_train_epochs", low=-1)
     max_nonfinite_steps: int = option(
         0, "non-finite updates skipped in a row before a halt", low=0, free=True
     )
 
-    # precision and memory
+    group("precision and memory")
     bf16: bool | None = option(None, "compute in bfloat16; null: where the device has it")
     fp16: bool = option(False, "compute in float16")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
@@ -268,7 +278,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         False, "torch's deterministic algorithms, with a warning where it has none", free=True
     )
 
-    # run
+    group("run")
     do_train: bool = option(True, "this program only trains")
     output_dir: str = option("trainer_output", "everything a run writes", free=True)
     overwrite_output_dir: bool = option(
@@ -312,7 +322,9 @@ class GRPOConfig(TrainingArgumentsSurface):
     greater_is_better: bool | None = option(
         None, "whether more of it is better; null: unless its name ends in loss", free=True
     )
-    resume_from_checkpoint: str | None = option(None, "a path; true or auto: the newest", free=True)
+    resume_from_checkpoint: str | None = option(
+        None, "checkpoint to go on from: a path; true or auto: the newest", free=True
+    )
     allow_change: tuple[str, ...] = option(
         (), "options that may differ from the checkpoint's", free=True
     )
@@ -337,7 +349,7 @@ class GRPOConfig(TrainingArgumentsSurface):
     )
     log_completions: bool = option(False, "show sample completions", free=True)
     num_completions_to_print: int | None = option(
-        None, "how many of them; null: all", low=1, free=True
+        None, "sample completions to show at a time; null: all", low=1, free=True
     )
 
     if not TYPE_CHECKING:  # type checkers and editors see the generated signature
@@ -413,10 +425,10 @@ class GRPOConfig(TrainingArgumentsSurface):
 
     @classmethod
     def from_file(
-        cls, path: str | Path, overrides: Mapping[str, str | None] | None = None
+        cls, path: str | Path | None, overrides: Mapping[str, str | None] | None = None
     ) -> GRPOConfig:
-        """Read a YAML or JSON file. ``overrides`` win: text, as typed on a command line, or None
-        for an option without a value, which can only mean true."""
+        """Read a YAML or JSON file, or none. ``overrides`` win: text, as typed on a command line,
+        or None for an option without a value, which can only mean true."""
         typed: dict[str, Any] = {}
         bare: list[Problem] = []
         for key, text in (overrides or {}).items():
@@ -426,7 +438,7 @@ class GRPOConfig(TrainingArgumentsSurface):
                 bare.append((alias.option, f"{label_of(key)}: has no value on the command line."))
             else:
                 typed[key] = True if text is None else parse_override(text, takes_text(hint))
-        values, problems = resolve(read_config_file(path), _HINTS, _LIMITS)
+        values, problems = resolve({} if path is None else read_config_file(path), _HINTS, _LIMITS)
         winning, more = resolve(typed, _HINTS, _LIMITS)
         raise_all(problems + more + bare)
         return cls(**{**values, **winning})
@@ -457,3 +469,8 @@ ParsedFields.of(GRPOConfig)
 def free_to_change() -> set[str]:
     """The options that a resumed run may have other values of."""
     return {spec.name for spec in fields(GRPOConfig) if is_free(spec)}
+
+
+def type_of(name: str) -> Any:
+    """The type that an option is read as."""
+    return _HINTS[name]

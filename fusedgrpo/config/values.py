@@ -23,6 +23,8 @@ from fusedgrpo.errors import brief, did_you_mean
 # Kept beside the fields: transformers' HfArgumentParser passes all of their metadata to argparse.
 _LIMITS: dict[Field[Any], dict[str, float]] = {}
 _FREE: set[Field[Any]] = set()
+_GROUPS: dict[Field[Any], str] = {}
+_headings = ["other"]
 
 # Limits of nested values. A few lines of YAML aliases expand to billions, and a value may hold
 # itself; no reward or chat template needs so many.
@@ -30,6 +32,16 @@ MOST_VALUES, DEEPEST = 100_000, 50
 
 _TRUE = ("true", "yes", "on")
 _FALSE = ("false", "no", "off")
+
+
+def group(heading: str) -> None:
+    """The options that follow belong under this heading in every list of them."""
+    _headings.append(heading)
+
+
+def group_of(spec: Field[Any]) -> str:
+    """The heading that an option is under."""
+    return _GROUPS[spec]
 
 
 def option(
@@ -51,6 +63,7 @@ def option(
     limits = {sign: bound for sign, bound in bounds.items() if bound is not None}
     made: Field[Any] = field(default=default, metadata={"help": help})
     _LIMITS[made] = limits
+    _GROUPS[made] = _headings[-1]
     if free:
         _FREE.add(made)
     return made
@@ -97,7 +110,7 @@ def takes_text(hint: Any) -> bool:
 
 def takes_truth(hint: Any) -> bool:
     """Whether true is a value of ``hint``."""
-    return bool in _members(hint)
+    return bool in members_of(hint)
 
 
 class _WrongTypeError(Exception):
@@ -236,14 +249,21 @@ def _expected(value: Any, hint: Any, limits: Mapping[str, float]) -> str:
     given = "null" if value is None else brief(value)
     if not isinstance(value, (str, NoneType)):
         given += f" ({type(value).__name__})"
-    choices = [choice for member in _members(hint) for choice in _choices(member)]
+    choices = [choice for member in members_of(hint) for choice in _choices(member)]
     hint_text = did_you_mean(value, choices) if isinstance(value, str) else ""
+    wanted = kind_of(hint, limits, null=True)
+    return f"expected {wanted}, got {given}.{hint_text}"
+
+
+def kind_of(hint: Any, limits: Mapping[str, float], *, null: bool = False) -> str:
+    """The values that ``hint`` takes inside ``limits``, in words. null: with that one."""
+    kinds = [_name(member) for member in members_of(hint) if null or member is not NoneType]
     bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in limits.items())
-    wanted = " or ".join(_name(member) for member in _members(hint))
-    return f"expected {wanted}{' ' + bounds if bounds else ''}, got {given}.{hint_text}"
+    return f"{' or '.join(kinds)}{' ' + bounds if bounds else ''}"
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def members_of(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one that ``hint`` is."""
     return get_args(hint) if _is_union(hint) else (hint,)
 
 
@@ -259,5 +279,7 @@ def _name(hint: Any) -> str:
         return f"a list of {'numbers' if get_args(hint)[0] is float else 'names'}"
     if get_origin(hint) is dict:
         return "a mapping"
+    if hint is Any:
+        return "text or a list"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     return "null" if hint is NoneType else names[hint]

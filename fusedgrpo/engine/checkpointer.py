@@ -134,9 +134,13 @@ class Checkpointer:
             )
 
     def settle(self, outputs: RunLogger) -> None:
-        """The run is at its end: what the disk would not take before, it has to take now."""
-        outputs.write(self.trainer.unwritten, self.trainer.progress.step, insist=True)
-        self.save_if_due(outputs, False, insist=True)
+        """The run is at its end: what the disk would not take before, it has to take now. Its last
+        step has a checkpoint, so that it can be extended."""
+        step = self.trainer.progress.step
+        outputs.write(self.trainer.unwritten, step, insist=True)
+        wanted = outputs.writes and self.trainer.args.save_strategy in ("steps", "epoch")
+        there = wanted and checkpoint.of_step(outputs.run.checkpoints, step).exists()
+        self.save_if_due(outputs, wanted and not there, insist=True)
 
     def load_best(self, outputs: RunLogger) -> None:
         """The run is at its end: with ``load_best_model_at_end`` the weights become those of the

@@ -158,6 +158,19 @@ def find(resume: str | bool | None, directory: Path) -> Path | None:
     return path_or_none
 
 
+def begins(
+    found: Path | None, resume: str | bool | None, directory: Path, step: int, total: int
+) -> str | None:
+    """The sentence on where a run goes on from, if that was asked for. found: what ``find`` gave
+    for ``resume`` and ``directory``; step, total: the steps that are done, and those to do."""
+    if found is not None:
+        left = "" if step < total else " It has done all its steps: a greater max_steps extends it."
+        return f"Resumed from {found} after step {step}.{left}"
+    if resume in (None, False):
+        return None
+    return f"resume_from_checkpoint: {resume}: no checkpoint in {directory}; this is a new run."
+
+
 def missing_file(names: Collection[str]) -> str | None:
     """The first thing that a checkpoint with files of these names lacks; None for nothing."""
     if "state.json" not in names:

@@ -18,7 +18,7 @@ from fusedgrpo.engine.scoring import score_rollout
 from fusedgrpo.engine.seeding import derive
 
 
-def evaluate(
+def sample_and_score(
     data: PromptDataset,
     sampler: Sampler,
     rewards: RewardFunctions,
@@ -29,9 +29,9 @@ def evaluate(
     seed: int,
     state: SimpleNamespace,
     processes: Processes,
-) -> dict[str, Any]:
+) -> tuple[Rollout, RewardBatch]:
     """``n`` completions for each prompt of ``data``, ``batch_size`` completions at a time in each
-    process; the metrics of all of them together, prefixed ``eval_``."""
+    process, and their rewards."""
     per_batch = max(1, batch_size * processes.size // n)
     groups: list[Group] = []
     scored: list[RewardBatch] = []
@@ -58,8 +58,16 @@ def evaluate(
             )
         )
         groups += part
-    rollout = Rollout(tuple(groups))
-    together = dataclasses.replace(RewardBatch.joined(scored), seconds={}, metrics={})
+    return Rollout(tuple(groups)), RewardBatch.joined(scored)
+
+
+def evaluate(
+    data: PromptDataset, sampler: Sampler, rewards: RewardFunctions, **how: Any
+) -> dict[str, Any]:
+    """The metrics of ``sample_and_score``, whose arguments these are, over all completions
+    together, prefixed ``eval_``."""
+    rollout, scored = sample_and_score(data, sampler, rewards, **how)
+    together = dataclasses.replace(scored, seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
     metrics = length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
     return {f"eval_{name}": value for name, value in metrics.items()}

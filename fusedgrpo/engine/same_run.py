@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fusedgrpo.config.redaction import redacted
 from fusedgrpo.config.schema import GRPOConfig, free_to_change
-from fusedgrpo.engine.batch_plan import BatchPlan
+from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.errors import CheckpointError, brief
 
+log = logging.getLogger("fusedgrpo")
+
 # What the precision follows from, together with the machine.
 PRECISION = {"bf16", "fp16", "dtype"}
+
+# How long a run is. It has no part in what a step does, save through the schedule.
+LENGTH = {"max_steps", "num_train_epochs"}
 
 # Before the hash of the rows; without it, the hash is that of version 0.1.
 _DATA_TAG = "rows:"
@@ -46,9 +52,24 @@ class RunIdentity:
         """Groups in a step and in a rollout, which may depend on the number of processes."""
         return [self.plan.groups_per_step, self.plan.groups_per_rollout]
 
+    def _had_ended(self, state: Mapping[str, Any]) -> bool:
+        """Whether the run had done all its steps: it can be extended."""
+        then = {name: state["config"].get(name, getattr(self.config, name)) for name in LENGTH}
+        plan = resolve_batch(replace(self.config, **then), len(self.data), self.processes)
+        return bool(state["progress"]["step"] >= plan.total_steps)
+
     def check(self, state: Mapping[str, Any], path: Path) -> None:
         """Raise CheckpointError where ``state``, the record in ``path``, is of another run."""
         allowed = set(self.config.allow_change)
+        step, total = state["progress"]["step"], self.plan.total_steps
+        if self._had_ended(state):
+            allowed |= LENGTH
+            if step < total:
+                log.warning(
+                    "The run of %d steps that %s was saved from had ended; it is extended to %d "
+                    "steps, and its learning rate goes on as in a run of that length.",
+                    *(step, path, total),
+                )
         # An option that the checkpoint's version did not have was what it is by default.
         # A secret may be another one now: it is not stored, and no result is to depend on it.
         now = json.loads(json.dumps(self.config.to_record()))

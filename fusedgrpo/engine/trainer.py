@@ -269,8 +269,9 @@ class GRPOTrainer(TRLSurface):
                 )
             )
             stack.enter_context(self.execution.watched(outputs.progress))
-            if found is not None:
-                outputs.display.note(f"Resumed from {found} after step {self.progress.step}.")
+            step, total = self.progress.step, self.plan.total_steps
+            if said := checkpointing.begins(found, resume, checkpoints, step, total):
+                outputs.display.note(said)
             outputs.skipped_rows(self.train_dataset.skipped)
             if self.memory_plan is not None:
                 outputs.display.note(f"Memory, planned:\n{plan_table(self.memory_plan)}")

@@ -138,6 +138,10 @@ def test_the_reference_of_a_full_run_is_still_the_initial_model(tmp_path):
 
 def test_auto_starts_anew_where_there_is_nothing_and_true_does_not(tmp_path):
     make(tmp_path / "a", max_steps=1).train("auto")
+    log = (tmp_path / "a" / "run.log").read_text()
+    assert "auto: no checkpoint in" in log and "this is a new run" in log
+    for fact in ("Versions: fusedgrpo ", "torch ", "Machine: ", "Command: "):
+        assert fact in log
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
         make(tmp_path / "b", max_steps=1).train(True)
 
@@ -149,6 +153,24 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_changed(tmp_path):
     longer = make(tmp_path / "run", max_steps=3, allow_change=["max_steps"])
     longer.train(True)
     assert [row["step"] for row in state(longer)[0]] == [1, 2, 3]
+
+
+def test_a_run_that_has_ended_can_be_extended(tmp_path, caplog):
+    """Without a schedule, to what a run of that length would have been, bit for bit."""
+    constant = {"lr_scheduler_type": "constant", "save_strategy": "steps"}
+    whole = make(tmp_path / "whole", max_steps=3, **constant)
+    whole.train()
+    make(tmp_path / "run", max_steps=2, **constant).train()
+    assert (tmp_path / "run/checkpoints/step-000002").is_dir()  # save_steps is 500
+    longer = make(tmp_path / "run", max_steps=3, **constant)
+    longer.train("auto")
+    assert torch.equal(state(longer)[1], state(whole)[1])
+    assert "it is extended to 3 steps" in caplog.text
+    caplog.clear()
+    make(tmp_path / "run", max_steps=3, **constant).train("auto")
+    assert "has done all its steps: a greater max_steps extends it" in caplog.text
+    with pytest.raises(CheckpointError, match="learning_rate"):  # nothing else may change
+        make(tmp_path / "run", max_steps=4, learning_rate=0.02, **constant).train("auto")
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_refused_by_path(tmp_path, caplog):

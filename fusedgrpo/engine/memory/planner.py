@@ -84,12 +84,14 @@ class MemoryPlanner:
         gpu_bytes: int,
         prompt_tokens: int | None = None,
         activation_offloading: bool | None = None,
+        advise: bool = True,
     ) -> MemoryPlan:
+        """As ``plan_memory``. advise: look for the nearest change that fits, which takes long."""
         self.gpu_bytes = gpu_bytes
         asked = Asked(config, prompt_tokens, activation_offloading)
         try:
             plan = self.choose(asked)
-            if plan.fits:
+            if plan.fits or not advise:
                 return plan
             return dataclasses.replace(plan, advice=tuple(advice(asked, plan, self.choose)))
         except FusedGRPOError:

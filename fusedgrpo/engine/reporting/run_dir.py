@@ -34,7 +34,9 @@ DIRECTORIES = {
     "model": "model",
     "nonfinite": "nonfinite",
 }
-RUN_ENTRIES = (*FILES.values(), *DIRECTORIES.values(), "adapter")
+# What the command line makes of a run when it is over.
+AFTERWARDS = ("merged", "evaluations")
+RUN_ENTRIES = (*FILES.values(), *DIRECTORIES.values(), "adapter", *AFTERWARDS)
 
 
 class RunDir:

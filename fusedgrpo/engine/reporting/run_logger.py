@@ -23,6 +23,7 @@ from fusedgrpo.engine.reporting.display import Display
 from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, read_metrics
 from fusedgrpo.engine.reporting.report import write_report
 from fusedgrpo.engine.reporting.run_dir import RunDir
+from fusedgrpo.engine.reporting.run_facts import run_facts
 from fusedgrpo.engine.reporting.sample_dump import dump_samples
 from fusedgrpo.engine.reporting.status_line import rollout_progress
 from fusedgrpo.engine.reporting.trackers import Trackers
@@ -148,7 +149,8 @@ class RunLogger:
             )
         )
         self.progress: Progress = rollout_progress(self.display)
-        log.info(plan_line)
+        for fact in (*run_facts(), plan_line):
+            log.info(fact)
         for text in said:
             if text is not None:
                 self.display.note(text)

@@ -1,0 +1,1 @@
+"""The commands of ``fusedgrpo``, one file each. What is heavy is imported when a command runs."""

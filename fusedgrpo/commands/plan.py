@@ -1,0 +1,56 @@
+"""``fusedgrpo plan``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fusedgrpo.commands.given import read_words
+from fusedgrpo.commands.training_command import ConfigFile, Words
+from fusedgrpo.errors import ConfigError
+
+
+def plan(
+    words: Words = None,
+    config: ConfigFile = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory of the card, such as 24GB; else this machine's.")
+    ] = None,
+) -> None:
+    """Say what a run needs of its GPU, before any weight is there. Exit code 1: it does not fit.
+
+    Takes what train takes.
+    """
+    from fusedgrpo.engine.memory.plan import plan_table
+    from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+    from fusedgrpo.engine.rollout.choice import choose_sampler
+    from fusedgrpo.models.adapters.files import planned_options
+    from fusedgrpo.models.settings import model_settings
+    from fusedgrpo.named_code import code_folders
+
+    given = read_words(words or [], config)
+    if gpu:
+        given.overrides["gpu_memory"] = gpu
+    options = given.options()
+    card = card_bytes(options)
+    if card is None:
+        raise ConfigError("There is no GPU here: name the card's memory with --gpu 24GB.")
+    settings = model_settings(options)
+    if settings is None:
+        raise ConfigError(
+            f"{options.model_name_or_path}: a GGUF file has no config.json to plan from. Plan with "
+            "the name of the model it was made of."
+        )
+    sampler = choose_sampler(options.sampler, None, code_folders(given.search_paths))
+    found = plan_memory(
+        planned_options(options),
+        settings,
+        gpu_bytes=card,
+        activation_offloading=options.activation_offloading,
+        sampler_memory=sampler.memory,
+        decoder=sampler.decodes,
+    )
+    typer.echo(plan_table(found))
+    if not found.fits:
+        raise typer.Exit(1)
