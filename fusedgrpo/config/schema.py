@@ -199,11 +199,13 @@ class GRPOConfig(TrainingArgumentsSurface):
     use_adaptive_entropy: bool = option(False, "move entropy_coef towards entropy_target")
     entropy_coef_min: float = option(0.0, "lowest adaptive entropy_coef", low=0)
     entropy_coef_max: float = option(1.0, "highest adaptive entropy_coef", low=0)
-    entropy_coef_delta: float = option(0.005, "change of it in a step", low=0)
+    entropy_coef_delta: float = option(0.005, "change of adaptive entropy_coef in a step", low=0)
     entropy_target: float = option(0.2, "mean entropy (nats) at and below which it acts", low=0)
     sync_ref_model: bool = option(False, "mix the policy into the reference now and then")
-    ref_model_mixup_alpha: float = option(0.6, "share of the policy in that", low=0, high=1)
-    ref_model_sync_steps: int = option(512, "steps between", low=1)
+    ref_model_mixup_alpha: float = option(
+        0.6, "share of the policy that sync_ref_model mixes in", low=0, high=1
+    )
+    ref_model_sync_steps: int = option(512, "steps between two mixes of sync_ref_model", low=1)
     router_aux_loss_coef: float | None = option(
         None, "weight of a mixture of experts' load-balancing loss; null: the model's own", low=0
     )
@@ -247,8 +249,10 @@ class GRPOConfig(TrainingArgumentsSurface):
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "clip the gradient norm; 0: never", low=0)
     optim: Optimizer = option("adamw_torch_fused", "the optimizer, by its name in transformers")
-    optim_args: str | None = option(None, "more settings of it: name=value,name=value")
-    lr_scheduler_type: Scheduler = option("linear", "the schedule of transformers")
+    optim_args: str | None = option(None, "more settings of the optimizer: name=value,name=value")
+    lr_scheduler_type: Scheduler = option(
+        "linear", "schedule of the learning rate, by its name in transformers"
+    )
     lr_scheduler_kwargs: dict[str, Any] | None = option(None, "more settings of the schedule")
     warmup_steps: float = option(0.0, "steps of warm-up, or its share of the run if < 1", low=0)
     num_train_epochs: float = option(3.0, "passes over the data", above=0)
