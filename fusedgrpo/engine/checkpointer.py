@@ -101,16 +101,17 @@ class Checkpointer:
             checkpoint.prune(outputs.run.checkpoints, trainer.args.save_total_limit, path)
         return path
 
-    def save_if_due(self, outputs: RunLogger, due: bool, *, insist: bool = False) -> None:
-        """Save if it is ``due``, or if the disk would not take it the last time."""
+    def save_if_due(self, outputs: RunLogger, due: bool, *, insist: bool = False) -> Path | None:
+        """Save if it is ``due``, or if the disk would not take it the last time; returns where."""
         self._overdue |= due
         if self._overdue and self.trainer.processes.is_main:
-            outputs.writing(
+            return outputs.writing(
                 "the checkpoint",
                 self.trainer.progress.step,
                 lambda: self.save(outputs),
                 insist=insist,
             )
+        return None
 
     def settle(self, outputs: RunLogger) -> None:
         """The run is at its end: what the disk would not take before, it has to take now."""

@@ -31,7 +31,7 @@ def evaluate(
     processes: Processes,
 ) -> dict[str, Any]:
     """``n`` completions for each prompt of ``data``, ``batch_size`` completions at a time in each
-    process; the metrics of all of them together, prefixed ``eval_``."""
+    process; the metrics of all of them together."""
     per_batch = max(1, batch_size * processes.size // n)
     groups: list[Group] = []
     scored: list[RewardBatch] = []
@@ -61,5 +61,4 @@ def evaluate(
     rollout = Rollout(tuple(groups))
     together = dataclasses.replace(RewardBatch.joined(scored), seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
-    metrics = length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
-    return {f"eval_{name}": value for name, value in metrics.items()}
+    return length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")

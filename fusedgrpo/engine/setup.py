@@ -26,7 +26,9 @@ from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.custom_loss import CustomLoss, find_custom_loss
 from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.formats.chosen import Formats
+from fusedgrpo.engine.data.held_out import HeldOut, each_of, load_held_out
 from fusedgrpo.engine.data.stream import PromptStream
+from fusedgrpo.engine.data.streams import training_rows
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.interrupts import StopSignals
@@ -70,7 +72,7 @@ class Parts:
     formats: Formats
     reward_funcs: RewardFunctions
     train_dataset: PromptDataset
-    eval_dataset: PromptDataset | None
+    eval_dataset: HeldOut | None
     policy: Policy
     eos_ids: list[int]
     plan: BatchPlan
@@ -137,6 +139,7 @@ def build_parts(
             policy = Policy.load(args, model, peft_config)
             limits = model_limits(args, policy.causal_lm)
         reading = {**(limits or {}), "clock": clock, "formats": formats}
+        train_dataset = training_rows(train_dataset, args, processes.size)
         train, held_out = _load_data(args, processing_class, train_dataset, eval_dataset, reading)
         memory_plan = None
         plan_for: Callable[[GRPOConfig], MemoryPlan | None] = lambda args: None  # noqa: E731
@@ -188,14 +191,14 @@ def _check_equal(
     processes: Processes,
     args: GRPOConfig,
     train: PromptDataset,
-    held_out: PromptDataset | None,
+    held_out: HeldOut | None,
     policy: Policy,
 ) -> None:
     """Whether all processes have the same run."""
     processes.check_equal(
         {
             "the training data": train.fingerprint,
-            "the evaluation data": held_out and held_out.fingerprint,
+            "the evaluation data": [part.fingerprint for part in each_of(held_out)],
             "the precision": policy.precision,
         }
         | {name: value for name, value in args.to_record().items() if name != "output_dir"}
@@ -280,14 +283,14 @@ def _plan_memory(
         return None
 
 
-def all_examples(train: PromptDataset, held_out: PromptDataset | None) -> list[Example]:
+def all_examples(train: PromptDataset, held_out: HeldOut | None) -> list[Example]:
     """All that may be sampled."""
-    return [*train.examples, *(held_out.examples if held_out else [])]
+    return [example for part in (train, *each_of(held_out)) for example in part.examples]
 
 
 def _load_data(
     args: GRPOConfig, processing_class: Any, train: Any, held_out: Any, reading: dict[str, Any]
-) -> tuple[PromptDataset, PromptDataset | None]:
+) -> tuple[PromptDataset, HeldOut | None]:
     source = args.dataset if train is None else train
     if source is None:
         raise ConfigError(
@@ -296,9 +299,13 @@ def _load_data(
         )
     prompts = load_prompts(source, args, processing_class, **reading)
     held_out = args.eval_dataset if held_out is None else held_out
-    evaluation = None
+    evaluation: HeldOut | None = None
     if held_out is not None:
-        evaluation = load_prompts(held_out, args, processing_class, split="test", **reading)
+        evaluation = load_held_out(
+            held_out,
+            args.max_samples,
+            lambda one: load_prompts(one, args, processing_class, split="test", **reading),
+        )
     elif args.val_size:
         prompts, evaluation = prompts.split(args.val_size, args.seed)
     if args.eval_strategy != "no" and evaluation is None:
