@@ -18,7 +18,8 @@ LAYERS = [
     ["models"],
     ["engine.earlier_run", "engine.metric_names", "engine.callbacks"],
     ["engine.seeding", "engine.interrupts", "engine.batch_plan", "engine.checkpoint_files",
-     "engine.optimizer", "engine.run_clock", "engine.columns"],
+     "engine.optimizer", "engine.run_clock", "engine.columns",
+     "engine.given_optimizer"],
     ["engine.distributed", "engine.run_control", "engine.step_means", "engine.train_summary"],
     # What sampling is, for all who sample, and for those who count its memory.
     ["engine.rollout.types"],

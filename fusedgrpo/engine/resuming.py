@@ -30,6 +30,7 @@ from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.same_run import RunIdentity
 from fusedgrpo.engine.setup import follow_plan
+from fusedgrpo.errors import CheckpointError
 from fusedgrpo.models.policy import Policy
 
 
@@ -52,6 +53,7 @@ class Resuming:
     buffer: RolloutBuffer | None
     checkpointer: Checkpointer
     events: CallbackEvents
+    scheduler_is_given: bool
 
     def set_clock(self, started: datetime) -> None:
         """Go on with the prompts of a run that was started at another time. Raises DataError."""
@@ -90,6 +92,9 @@ class Resuming:
             "rollout_weights": self.run_sampler.weights,
             **self.identity.to_record(),
         }
+        if self.scheduler_is_given:
+            state["scheduler"] = self.learner.scheduler.state_dict()
+            state["learning_rates"] = [g["lr"] for g in self.learner.optimizer.param_groups]
         window_state = None if window is None else window.state()
         return {"state": state, "optimizer": tensors, "window": window_state}
 
@@ -108,6 +113,8 @@ class Resuming:
                 self.unwritten = Unwritten.from_state(copy.deepcopy(state["unwritten"]))
             self.buffer = None if window is None else RolloutBuffer.from_state(*window)
             self._follow_progress()
+            if self.scheduler_is_given:
+                self._restore_schedule(state)
             self.events.restore(copy.deepcopy(state.get("callbacks")))
             # Versions before had no choice to keep.
             other = self.run_sampler.go_on_with(state.get("rollout_weights"))
@@ -116,9 +123,22 @@ class Resuming:
                 follow_plan(self.args, self.memory_plan, self.learner)
         self.sampler.weights_changed()
 
+    def _restore_schedule(self, state: Mapping[str, Any]) -> None:
+        """Put back the user's schedule. Raises CheckpointError where the run had none."""
+        if "scheduler" not in state:
+            raise CheckpointError(
+                "The checkpoint is of a run without a scheduler in optimizers: leave it out."
+            )
+        self.learner.scheduler.load_state_dict(state["scheduler"])
+        groups = self.learner.optimizer.param_groups
+        for group, rate in zip(groups, state["learning_rates"], strict=True):
+            group["lr"] = rate
+
     def _follow_progress(self) -> None:
         """Prompts and learning rate go on from the last completed step."""
         self.stream.cursor = self.progress.cursor
+        if self.scheduler_is_given:
+            return  # it is where its own state says
         self.learner.scheduler = build_scheduler(
             self.args, self.learner.optimizer, self.plan.total_steps, self.progress.step
         )

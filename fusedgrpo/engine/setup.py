@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusedgrpo import host
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
@@ -31,6 +33,7 @@ from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.data.streams import training_rows
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.given_optimizer import check_optimizers, check_parameters
 from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
@@ -95,12 +98,14 @@ def build_parts(
     reward_processing_classes: Any,
     quantization_config: Any,
     peft_config: Any,
+    optimizers: Any = None,
     sampler: Any,
     search_paths: Sequence[str | Path],
 ) -> Parts:
     """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
     RewardError, ModelError or OutputDirError."""
     args = own_options(args, model, quantization_config)
+    given = check_optimizers(optimizers)
     processes = Processes.start(args.use_cpu)
     processes.run_on_main(lambda: RunDir.probe(args.output_dir))
     for text in doubtful(args):
@@ -158,7 +163,7 @@ def build_parts(
         execution = Execution(_limits(args, memory_plan, policy), processes, signals)
         plan = resolve_batch(args, len(train), processes.size)
         ends = eos_ids(policy.causal_lm, tokenizer)
-        learner = _learner(args, policy, plan, execution, memory_plan, custom_loss)
+        learner = _learner(args, policy, plan, execution, memory_plan, custom_loss, given)
         run_sampler = RunSampler(
             args, policy, tokenizer, ends, execution, chosen_sampler, memory_plan, plan_for
         )
@@ -214,12 +219,17 @@ def _learner(
     execution: Execution,
     memory_plan: MemoryPlan | None,
     custom_loss: CustomLoss | None,
+    given: tuple[torch.optim.Optimizer | None, Any],
 ) -> Learner:
-    optimizer = build_optimizer(args, policy.trainable())
+    optimizer, scheduler = given
+    if optimizer is None:
+        optimizer = build_optimizer(args, policy.trainable())
+    else:
+        check_parameters(optimizer, policy.trainable())
     return Learner(
         policy,
         optimizer,
-        build_scheduler(args, optimizer, plan.total_steps),
+        scheduler or build_scheduler(args, optimizer, plan.total_steps),
         loss_options(args),
         max_grad_norm=args.max_grad_norm,
         execution=execution,
@@ -336,11 +346,12 @@ def own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
             f"args: expected a fusedgrpo.GRPOConfig, got {type(args).__module__}."
             f"{type(args).__qualname__}. from fusedgrpo import GRPOConfig: the names are TRL's."
         )
-    args = args or GRPOConfig()
-    object.__setattr__(args, "_used", True)
     config = getattr(model, "config", None)
     by_name = isinstance(model, (str, os.PathLike))
     name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
+    if args is None:  # as in TRL, the run is named after its model
+        args = GRPOConfig(**({"output_dir": f"{Path(name).name}-GRPO"} if name else {}))
+    object.__setattr__(args, "_used", True)
     own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
     if quantization_config is not None:
         if not by_name and model is not None:

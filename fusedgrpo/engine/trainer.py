@@ -51,7 +51,9 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
         has one, if not the model's.
     quantization_config, peft_config: of bitsandbytes and peft, instead of what ``args`` describes.
     callbacks: of ``fusedgrpo.Callback`` and ``transformers.TrainerCallback``, told what happens in
-    ``train``. optimizers, tools, rollout_func, environment_factory: TRL's, refused with a remedy.
+    ``train``. optimizers: ``(optimizer, scheduler)`` over the parameters that are trained, instead
+    of what ``args`` describes; the scheduler may be None. tools, rollout_func, environment_factory:
+    TRL's, refused with a remedy.
     sampler: another ``Sampler`` than the option ``sampler`` says, or anything that has ``sample``.
     search_paths: folders where ``file.py:name`` is looked for, beside the working directory.
 
@@ -82,7 +84,6 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
     ):
         refuse_arguments(
             {
-                "optimizers": optimizers,
                 "tools": tools,
                 "rollout_func": rollout_func,
                 "environment_factory": environment_factory,
@@ -99,6 +100,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
             reward_processing_classes=reward_processing_classes,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            optimizers=optimizers,
             sampler=sampler,
             search_paths=search_paths,
         )
@@ -107,6 +109,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
         self.processes = parts.execution.processes
         self.signals = parts.execution.signals
         self.processing_class = parts.processing_class
+        self.scheduler_is_given = bool(optimizers and optimizers[1] is not None)
         self.tokenizer = parts.tokenizer
         self.clock = parts.clock
         self.formats = parts.formats

@@ -36,8 +36,6 @@ _GENERATION = (
 )
 # Arguments of TRL's constructor, and what to do instead.
 ARGUMENTS = {
-    "optimizers": "optim, learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon and "
-    "lr_scheduler_type describe the optimizer and its schedule",
     "tools": _GENERATION,
     "rollout_func": _GENERATION,
     "environment_factory": _GENERATION,

@@ -70,7 +70,8 @@ def test_every_argument_of_trls_constructor_has_an_answer(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "remedy"),
     [
-        ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "optim, learning_rate"),
+        ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "lacks 28 of the 28"),
+        ({"optimizers": (None, object())}, "A scheduler alone"),
         ({"tools": [print]}, "FusedGRPOTrainer"),
         ({"rollout_func": print}, "sampler"),
         ({"environment_factory": print}, "FusedGRPOTrainer"),
