@@ -350,7 +350,7 @@ def own_options(args: Any, model: Any, quantization_config: Any) -> GRPOConfig:
     by_name = isinstance(model, (str, os.PathLike))
     name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
     if args is None:  # as in TRL, the run is named after its model
-        args = GRPOConfig(**({"output_dir": f"{Path(name).name}-GRPO"} if name else {}))
+        args = GRPOConfig(output_dir=f"{Path(name).name}-GRPO") if name else GRPOConfig()
     object.__setattr__(args, "_used", True)
     own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
     if quantization_config is not None:
