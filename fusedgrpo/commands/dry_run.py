@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fusedgrpo.engine import checkpointing
 from fusedgrpo.engine.data.dataset import PromptDataset
+from fusedgrpo.engine.data.held_out import each_of
 from fusedgrpo.engine.memory.plan import plan_table
 from fusedgrpo.engine.setup import describe
 
@@ -19,14 +20,13 @@ def said(trainer: GRPOTrainer) -> str:
     """The run in words, one thing a line. Raises CheckpointError for a checkpoint that it could not
     go on from."""
     args = trainer.args
-    held_out = trainer.eval_dataset
     weights = trainer.reward_funcs.weights.tolist()
     rewards = zip(trainer.reward_funcs.names, weights, strict=True)
     lines = {
         "plan": describe(trainer.policy, trainer.plan, trainer.processes),
         "model": f"{args.model_name_or_path} ({type(trainer.policy.causal_lm).__name__})",
         "data": _data(trainer.train_dataset),
-        "evaluation": _data(held_out) if held_out is not None else "none",
+        "evaluation": "; ".join(map(_data, each_of(trainer.eval_dataset))) or "none",
         "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in rewards),
         "sampler": type(trainer.sampler).__name__,
         "begins": _begins(trainer),

@@ -38,6 +38,18 @@ class BatchPlan:
     def completions_per_step(self) -> int:
         return self.groups_per_step * self.num_generations
 
+    @property
+    def prompts(self) -> int:
+        """How many are sampled: in a run by steps in whole rollouts, in one by epochs what is left
+        for the last."""
+        rollouts = math.ceil(self.total_steps / (self.steps_per_rollout * self.num_iterations))
+        return self.total_prompts or rollouts * self.groups_per_rollout
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data, the last of which may be a part of one."""
+        return math.ceil(self.prompts / self.num_prompts)
+
     def describe(self) -> str:
         """The plan in one line, with every rounding that was made."""
         step = f"{_count(self.groups_per_step, 'prompt')} x {self.num_generations} completions"
@@ -51,10 +63,7 @@ class BatchPlan:
             if self.num_iterations > 1:
                 text += f" ({_count(self.num_iterations, 'pass', 'es')} over them)"
             parts.append(text)
-        # A run by steps samples whole rollouts, a run by epochs what is left for the last one.
-        rollouts = math.ceil(self.total_steps / steps)
-        prompts = self.total_prompts or rollouts * self.groups_per_rollout
-        epochs = f"{prompts / self.num_prompts:.3g}"
+        epochs = f"{self.prompts / self.num_prompts:.3g}"
         run = f"{_count(self.total_steps, 'step')} = {epochs} epoch{'' if epochs == '1' else 's'}"
         parts.append(f"{run} of {_count(self.num_prompts, 'prompt')}")
         return "; ".join(parts)

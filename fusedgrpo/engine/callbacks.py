@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusedgrpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 
 class Callback:
@@ -33,17 +36,31 @@ class Callback:
         """The run has reached its last step; weights and report are in ``directory``."""
 
 
-def check_callbacks(given: Any) -> list[Callback]:
-    """``given`` as a list. Raises ConfigError for what is no ``Callback``, TRL's among them."""
+def sorted_callbacks(given: Any) -> tuple[list[Callback], list[TrainerCallback]]:
+    """Sort ``given`` into ours and transformers', which are made where a class was given. Raises
+    ConfigError for what is neither, or both."""
+    from transformers import TrainerCallback
+
     found = list(given) if isinstance(given, Iterable) else [given]
-    found = [callback for callback in found if callback is not None]
+    ours: list[Callback] = []
+    theirs: list[TrainerCallback] = []
     for callback in found:
-        if not isinstance(callback, Callback):
-            kind = callback if isinstance(callback, type) else type(callback)
+        if callback is None:
+            continue
+        kind = callback if isinstance(callback, type) else type(callback)
+        label = f"{kind.__module__}.{kind.__qualname__}"
+        if issubclass(kind, Callback) and issubclass(kind, TrainerCallback):
             raise ConfigError(
-                f"callbacks: expected instances of fusedgrpo.Callback (on_rollout, on_step, "
-                f"on_evaluate, on_end), got {kind.__module__}.{kind.__qualname__}. Those of "
-                "transformers look into its own loop: metrics.jsonl has a row per step, report_to "
-                "sends them to a tracker, eval_steps and save_steps say when to evaluate and save."
+                f"callbacks: {label} is a fusedgrpo.Callback and a transformers.TrainerCallback; "
+                "their on_evaluate have other arguments. Make two of it."
             )
-    return found
+        if issubclass(kind, TrainerCallback):
+            theirs.append(callback() if isinstance(callback, type) else callback)
+        elif isinstance(callback, Callback):
+            ours.append(callback)
+        else:
+            raise ConfigError(
+                "callbacks: expected instances of fusedgrpo.Callback (on_rollout, on_step, "
+                f"on_evaluate, on_end) or of transformers.TrainerCallback, got {label}."
+            )
+    return ours, theirs

@@ -122,16 +122,17 @@ class Checkpointer:
         if trainer.args.sync_ref_model and not only_model:
             save_reference(trainer.policy, path)
 
-    def save_if_due(self, outputs: RunLogger, due: bool, *, insist: bool = False) -> None:
-        """Save if it is ``due``, or if the disk would not take it the last time."""
+    def save_if_due(self, outputs: RunLogger, due: bool, *, insist: bool = False) -> Path | None:
+        """Save if it is ``due``, or if the disk would not take it the last time; returns where."""
         self._overdue |= due
         if self._overdue and self.trainer.processes.is_main:
-            outputs.writing(
+            return outputs.writing(
                 "the checkpoint",
                 self.trainer.progress.step,
                 lambda: self.save(outputs, only_model=self.trainer.args.save_only_model),
                 insist=insist,
             )
+        return None
 
     def settle(self, outputs: RunLogger) -> None:
         """The run is at its end: what the disk would not take before, it has to take now. Its last

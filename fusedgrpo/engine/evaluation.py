@@ -65,9 +65,8 @@ def evaluate(
     data: PromptDataset, sampler: Sampler, rewards: RewardFunctions, **how: Any
 ) -> dict[str, Any]:
     """The metrics of ``sample_and_score``, whose arguments these are, over all completions
-    together, prefixed ``eval_``."""
+    together."""
     rollout, scored = sample_and_score(data, sampler, rewards, **how)
     together = dataclasses.replace(scored, seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
-    metrics = length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
-    return {f"eval_{name}": value for name, value in metrics.items()}
+    return length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")

@@ -59,7 +59,8 @@ class Learner:
     samples, and gradients are summed. bonus, choice: of entropy, and of the tokens that the policy
     learns from. reference: when the reference follows the policy. custom_loss: in place of the one
     in ``options``. offload: entered around the forward pass. changing: called before anything of
-    weights or optimizer changes.
+    weights or optimizer changes; changed: when the optimizer has taken its step, before its
+    gradients are gone.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Learner:
         seed: int = 0,
         offload: AbstractContextManager[Any] | None = None,
         changing: Callable[[], None] = lambda: None,
+        changed: Callable[[], None] = lambda: None,
     ):
         self.policy = policy
         self.optimizer = optimizer
@@ -99,6 +101,7 @@ class Learner:
         self.seed = seed
         self.offload = offload or nullcontext()
         self.changing = changing
+        self.changed = changed
         self.scaler = torch.amp.GradScaler(
             policy.device.type, enabled=policy.compute_dtype == torch.float16
         )
@@ -131,6 +134,7 @@ class Learner:
                     torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
                 self.changing()
                 self.scaler.step(self.optimizer)
+                self.changed()
             self.scaler.update()
             # A skipped update still is a step of the schedule, which is a function of the step.
             self.scheduler.step()

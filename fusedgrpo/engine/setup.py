@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusedgrpo import host
 from fusedgrpo.config.from_trl import given_options, is_foreign
 from fusedgrpo.config.rules import doubtful
@@ -28,10 +30,13 @@ from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.custom_loss import CustomLoss, find_custom_loss
 from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.formats.chosen import Formats
+from fusedgrpo.engine.data.held_out import HeldOut, each_of, load_held_out
 from fusedgrpo.engine.data.stream import PromptStream
+from fusedgrpo.engine.data.streams import training_rows
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.entropy_bonus import EntropyBonus
 from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.given_optimizer import check_optimizers, check_parameters
 from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
@@ -75,7 +80,7 @@ class Parts:
     formats: Formats
     reward_funcs: RewardFunctions
     train_dataset: PromptDataset
-    eval_dataset: PromptDataset | None
+    eval_dataset: HeldOut | None
     policy: Policy
     eos_ids: list[int]
     plan: BatchPlan
@@ -98,12 +103,14 @@ def build_parts(
     reward_processing_classes: Any,
     quantization_config: Any,
     peft_config: Any,
+    optimizers: Any = None,
     sampler: Any,
     search_paths: Sequence[str | Path],
 ) -> Parts:
     """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
     RewardError, ModelError or OutputDirError."""
     args = own_options(args, model, quantization_config, peft_config)
+    given = check_optimizers(optimizers)
     processes = Processes.start(args.use_cpu)
     processes.run_on_main(lambda: RunDir.probe(args.output_dir))
     for text in doubtful(args):
@@ -144,6 +151,7 @@ def build_parts(
             policy = Policy.load(args, model, peft_config)
             limits = model_limits(args, policy.causal_lm)
         reading = {**(limits or {}), "clock": clock, "formats": formats}
+        train_dataset = training_rows(train_dataset, args, processes.size)
         train, held_out = _load_data(args, processing_class, train_dataset, eval_dataset, reading)
         memory_plan = None
         plan_for: Callable[[GRPOConfig], MemoryPlan | None] = lambda args: None  # noqa: E731
@@ -162,7 +170,7 @@ def build_parts(
         execution = Execution(_limits(args, memory_plan, policy), processes, signals)
         plan = resolve_batch(args, len(train), processes.size)
         ends = eos_ids(policy.causal_lm, tokenizer)
-        learner = _learner(args, policy, plan, execution, memory_plan, custom_loss)
+        learner = _learner(args, policy, plan, execution, memory_plan, custom_loss, given)
         run_sampler = RunSampler(
             args, policy, tokenizer, ends, execution, chosen_sampler, memory_plan, plan_for
         )
@@ -199,14 +207,14 @@ def _check_equal(
     processes: Processes,
     args: GRPOConfig,
     train: PromptDataset,
-    held_out: PromptDataset | None,
+    held_out: HeldOut | None,
     policy: Policy,
 ) -> None:
     """Whether all processes have the same run."""
     processes.check_equal(
         {
             "the training data": train.fingerprint,
-            "the evaluation data": held_out and held_out.fingerprint,
+            "the evaluation data": [part.fingerprint for part in each_of(held_out)],
             "the precision": policy.precision,
         }
         | {name: value for name, value in args.to_record().items() if name != "output_dir"}
@@ -222,12 +230,17 @@ def _learner(
     execution: Execution,
     memory_plan: MemoryPlan | None,
     custom_loss: CustomLoss | None,
+    given: tuple[torch.optim.Optimizer | None, Any],
 ) -> Learner:
-    optimizer = build_optimizer(args, policy.trainable())
+    optimizer, scheduler = given
+    if optimizer is None:
+        optimizer = build_optimizer(args, policy.trainable())
+    else:
+        check_parameters(optimizer, policy.trainable())
     return Learner(
         policy,
         optimizer,
-        build_scheduler(args, optimizer, plan.total_steps),
+        scheduler or build_scheduler(args, optimizer, plan.total_steps),
         loss_options(args),
         max_grad_norm=args.max_grad_norm,
         execution=execution,
@@ -306,14 +319,14 @@ def _plan_memory(
         return None
 
 
-def all_examples(train: PromptDataset, held_out: PromptDataset | None) -> list[Example]:
+def all_examples(train: PromptDataset, held_out: HeldOut | None) -> list[Example]:
     """All that may be sampled."""
-    return [*train.examples, *(held_out.examples if held_out else [])]
+    return [example for part in (train, *each_of(held_out)) for example in part.examples]
 
 
 def _load_data(
     args: GRPOConfig, processing_class: Any, train: Any, held_out: Any, reading: dict[str, Any]
-) -> tuple[PromptDataset, PromptDataset | None]:
+) -> tuple[PromptDataset, HeldOut | None]:
     source = args.dataset if train is None else train
     if source is None:
         raise ConfigError(
@@ -322,9 +335,13 @@ def _load_data(
         )
     prompts = load_prompts(source, args, processing_class, **reading)
     held_out = args.eval_dataset if held_out is None else held_out
-    evaluation = None
+    evaluation: HeldOut | None = None
     if held_out is not None:
-        evaluation = load_prompts(held_out, args, processing_class, split="test", **reading)
+        evaluation = load_held_out(
+            held_out,
+            args.max_samples,
+            lambda one: load_prompts(one, args, processing_class, split="test", **reading),
+        )
     elif args.val_size:
         prompts, evaluation = prompts.split(args.val_size, args.seed)
     if args.eval_strategy != "no" and evaluation is None:
@@ -361,10 +378,11 @@ def own_options(
             f"args: expected a fusedgrpo.GRPOConfig or a trl.GRPOConfig, got "
             f"{type(args).__module__}.{type(args).__qualname__}."
         )
-    args = args or GRPOConfig()
-    object.__setattr__(args, "_used", True)
     config = getattr(model, "config", None)
     name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
+    if args is None:  # as in TRL, the run is named after its model
+        args = GRPOConfig(output_dir=f"{Path(name).name}-GRPO") if name else GRPOConfig()
+    object.__setattr__(args, "_used", True)
     own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
     if quantization_config is not None:
         if not by_name and model is not None:

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from transformers.trainer_utils import TrainOutput
+
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import checkpoint_files, checkpointing, metric_schedule, nonfinite
-from fusedgrpo.engine.callbacks import check_callbacks
+from fusedgrpo.engine import checkpointing, metric_schedule, nonfinite
+from fusedgrpo.engine.callback_events import CallbackEvents
+from fusedgrpo.engine.callbacks import sorted_callbacks
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.collector import Collector
-from fusedgrpo.engine.data.dataset import Example, load_prompts
-from fusedgrpo.engine.evaluation import evaluate
+from fusedgrpo.engine.data.dataset import Example
+from fusedgrpo.engine.evaluating import CLOCK, Evaluating
 from fusedgrpo.engine.learner import UpdateResult
-from fusedgrpo.engine.memory.plan import MemoryPlan, measured_phases, plan_table
+from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.metric_names import merged
-from fusedgrpo.engine.optimizer import build_scheduler
-from fusedgrpo.engine.reporting.metrics_log import Row
+from fusedgrpo.engine.publishing import Publishing
 from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
 from fusedgrpo.engine.reporting.run_logger import NoLogger, RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
+from fusedgrpo.engine.resuming import Resuming
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.run_control import RunControl
-from fusedgrpo.engine.same_run import RunIdentity
-from fusedgrpo.engine.seeding import derive
-from fusedgrpo.engine.setup import all_examples, build_parts, describe, follow_plan
-from fusedgrpo.engine.trl_surface import METHODS, TRLSurface, refuse_arguments
+from fusedgrpo.engine.setup import all_examples, build_parts, describe
+from fusedgrpo.engine.train_summary import TrainSummary
+from fusedgrpo.engine.trl_surface import METHODS, refuse_arguments
 from fusedgrpo.engine.warmup import warm_up
-from fusedgrpo.errors import ConfigError, NonFiniteError
+from fusedgrpo.errors import ConfigError
 from fusedgrpo.models import missing_backward
-from fusedgrpo.models.finite import not_finite
-from fusedgrpo.models.settings import model_limits
 
 
-class GRPOTrainer(TRLSurface):
+class GRPOTrainer(Evaluating, Publishing, Resuming):
     """Trains a causal language model with GRPO. Arguments and behaviour follow ``trl.GRPOTrainer``.
 
     model: a name or path, of a model or of an adapter; a transformers model; or a peft model; None
@@ -54,8 +50,10 @@ class GRPOTrainer(TRLSurface):
         for those of ``args``. processing_class, or tokenizer: the tokenizer, or a Processor that
         has one, if not the model's.
     quantization_config, peft_config: of bitsandbytes and peft, instead of what ``args`` describes.
-    callbacks: of ``fusedgrpo.Callback``, told what happens in ``train``. optimizers, tools,
-    rollout_func, environment_factory: TRL's, refused with a remedy.
+    callbacks: of ``fusedgrpo.Callback`` and ``transformers.TrainerCallback``, told what happens in
+    ``train``. optimizers: ``(optimizer, scheduler)`` over the parameters that are trained, instead
+    of what ``args`` describes; the scheduler may be None. tools, rollout_func, environment_factory:
+    TRL's, refused with a remedy.
     sampler: another ``Sampler`` than the option ``sampler`` says, or anything that has ``sample``.
     search_paths: folders where ``file.py:name`` is looked for, beside the working directory.
 
@@ -86,13 +84,12 @@ class GRPOTrainer(TRLSurface):
     ):
         refuse_arguments(
             {
-                "optimizers": optimizers,
                 "tools": tools,
                 "rollout_func": rollout_func,
                 "environment_factory": environment_factory,
             }
         )
-        self.callbacks = check_callbacks(callbacks)
+        self.callbacks, theirs = sorted_callbacks(callbacks)
         parts = build_parts(
             args,
             model,
@@ -103,6 +100,7 @@ class GRPOTrainer(TRLSurface):
             reward_processing_classes=reward_processing_classes,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            optimizers=optimizers,
             sampler=sampler,
             search_paths=search_paths,
         )
@@ -111,6 +109,7 @@ class GRPOTrainer(TRLSurface):
         self.processes = parts.execution.processes
         self.signals = parts.execution.signals
         self.processing_class = parts.processing_class
+        self.scheduler_is_given = bool(optimizers and optimizers[1] is not None)
         self.tokenizer = parts.tokenizer
         self.clock = parts.clock
         self.formats = parts.formats
@@ -133,105 +132,20 @@ class GRPOTrainer(TRLSurface):
         self.collector = Collector(self)
         self.run_control = RunControl(parts.args, parts.plan)
         self.checkpointer = Checkpointer(self)
-        self.learner.changing = self.checkpointer.begins
-
-    def set_clock(self, started: datetime) -> None:
-        """Go on with the prompts of a run that was started at another time. Raises DataError."""
-        self.clock.started = started
-        self.train_dataset = self.stream.data = self.train_dataset.encoded_again()
-        if self.eval_dataset is not None:
-            self.eval_dataset = self.eval_dataset.encoded_again()
-
-    @property
-    def memory_plan(self) -> MemoryPlan | None:
-        """The memory that the run needs of its card, where there is one or one was named."""
-        return self.run_sampler.memory_plan
-
-    @property
-    def identity(self) -> RunIdentity:
-        return RunIdentity(
-            self.args, self.policy.precision, self.train_dataset, self.plan, self.processes.size
-        )
-
-    def state_dict(self, unsynced: Sequence[Row] = ()) -> dict[str, Any]:
-        """The state after the last completed step, without the weights. ``state``: plain values;
-        ``optimizer``: tensors; ``window``: tensors and values of an unfinished rollout, or None.
-        As in torch, tensors are those that the next step changes: copy what is to be kept.
-
-        unsynced: rows of metrics that are written, and would be lost if the machine stopped now.
-        """
-        window = self.buffer if self.buffer and not self.buffer.finished else None
-        tensors, values = checkpoint_files.optimizer_state(self.learner.optimizer)
-        state = {
-            "progress": dataclasses.asdict(self.progress),
-            "optimizer": values,
-            "scaler": self.learner.scaler.state_dict(),
-            "started": self.clock.started.isoformat(),
-            "unwritten": self.unwritten.state(unsynced),
-            "window": window is not None,
-            "rollout_weights": self.run_sampler.weights,
-            "best": self.run_control.to_record(),
-            "schedule": metric_schedule.state(self.learner.scheduler),
-            "entropy_bonus": self.learner.bonus.state(),
-            **self.identity.to_record(),
-        }
-        window_state = None if window is None else window.state()
-        return {"state": state, "optimizer": tensors, "window": window_state}
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` gave; the weights, which are put back before, and whether it
-        is the same run, are the caller's. Raises CheckpointError."""
-        state, window = saved["state"], saved["window"]
-        with self.checkpointer.loading("a state_dict"):
-            checkpoint_files.load_optimizer_state(
-                self.learner.optimizer, saved["optimizer"], state["optimizer"]
-            )
-            self.learner.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(**state["progress"])
-            self.run_control.restore(state.get("best"))
-            metric_schedule.restore(self.learner.scheduler, state.get("schedule"))
-            self.learner.bonus.restore(state.get("entropy_bonus"))
-            self.unwritten = Unwritten()
-            if "unwritten" in state:  # else it is of version 0.1
-                self.unwritten = Unwritten.from_state(copy.deepcopy(state["unwritten"]))
-            self.buffer = None if window is None else RolloutBuffer.from_state(*window)
-            self._follow_progress()
-            # Versions before had no choice to keep.
-            other = self.run_sampler.go_on_with(state.get("rollout_weights"))
-            if other is not None:
-                self.sampler = other
-                follow_plan(self.args, self.memory_plan, self.learner)
-        self.sampler.weights_changed()
-
-    def _follow_progress(self) -> None:
-        """Prompts and learning rate go on from the last completed step."""
-        self.stream.cursor = self.progress.cursor
-        self.learner.scheduler = build_scheduler(
-            self.args,
-            self.learner.optimizer,
-            self.plan.total_steps,
-            self.progress.step,
-            self.learner.scheduler,
-        )
-
-    def _restore(self, path: Path) -> None:
-        """Become what was saved in the checkpoint ``path``. Raises CheckpointError."""
-        state = checkpointing.read_state(path)
-        if "started" in state:  # else it is of version 0.1
-            self.set_clock(datetime.fromisoformat(state["started"]))
-        self.identity.check(state, path)
-        with self.checkpointer.loading(path):
-            checkpointing.load_weights(self.policy, path)
-            self.load_state_dict(checkpointing.read(path, state))
+        self.events = CallbackEvents(self, theirs)
+        self.learner.changing = self._before_update
+        self.learner.changed = lambda: self.events.fire("on_optimizer_step")
 
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: Any = None,
-    ) -> SimpleNamespace:
-        """Run to the end, or from a checkpoint on; returns the last step's ``metrics``.
-        ignore_keys_for_eval: TRL's; there is nothing to ignore.
+    ) -> TrainOutput:
+        """Run to the end, or from a checkpoint on. Returns transformers' ``TrainOutput``: the mean
+        loss of the steps that were done, and as ``metrics`` those of the last step with
+        ``train_runtime``, ``train_loss`` and the like. ignore_keys_for_eval: TRL's; there is
+        nothing to ignore.
 
         SIGINT and SIGTERM save a checkpoint and raise SystemExit with code 130 or 143, and any
         error saves one before it goes on its way: the run continues with
@@ -278,7 +192,9 @@ class GRPOTrainer(TRLSurface):
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
                 outputs.display.note(self.warm_up())
             row: dict[str, Any] = {}
+            summary = TrainSummary(self.progress.step, self.plan.completions_per_step)
             with self.checkpointer.saved_if_it_ends(outputs), missing_backward.refused():
+                self.events.begin_training()
                 outputs.write(self.unwritten, self.progress.step)
                 if self.unwritten.evaluation_due:
                     row = self._finish_row(outputs)
@@ -286,9 +202,10 @@ class GRPOTrainer(TRLSurface):
                     # The run's own checkpoints are of another run, if there are any.
                     self.checkpointer.save_if_due(outputs, args.save_strategy != "no")
                 if self.run_control.evaluates_first(self.progress.step):
-                    outputs.evaluated_first(self.evaluate())
-                while self.progress.step < self.plan.total_steps:
+                    outputs.evaluated_first(self._evaluate(outputs))
+                while not (self.finished or self.control.should_training_stop):
                     row = self.step(outputs)
+                    summary.add(row["loss"])
                 self.checkpointer.settle(outputs)
             self.checkpointer.load_best(outputs)
             measured = measured_phases(self.memory_peaks)
@@ -296,9 +213,10 @@ class GRPOTrainer(TRLSurface):
                 table = plan_table(self.memory_plan, measured)
                 outputs.display.note(f"Memory, planned and measured:\n{table}")
             outputs.finish(self._save_into)
-        return SimpleNamespace(
-            global_step=self.progress.step, training_loss=row.get("loss"), metrics=row
-        )
+            metrics = summary.metrics(self.progress.step)
+            self.log(metrics)
+            self.events.fire("on_train_end")
+        return TrainOutput(self.progress.step, summary.loss, {**row, **metrics})
 
     def warm_up(self) -> str:
         """Hold the memory that the largest rollout and update will take; says what was found.
@@ -330,9 +248,12 @@ class GRPOTrainer(TRLSurface):
     def step(self, outputs: RunLogger | None = None) -> dict[str, Any]:
         """One optimizer step; returns its metrics. Without ``outputs``, which ``train`` opens,
         nothing is shown or written, and no callback is called."""
+        if outputs is None:
+            with self.events.muted():
+                return self.step(NoLogger())
         self._check_more_to_do()
         self.checkpointer.check_whole()
-        outputs = outputs or NoLogger()
+        self.events.begin_step()
         timer = PhaseTimer(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
         if self.buffer is None or self.buffer.finished:
             examples = self.collector.prompts()
@@ -351,15 +272,47 @@ class GRPOTrainer(TRLSurface):
         if result.applied:
             self.processes.run_everywhere(self.sampler.weights_changed)
         self._measure(self.unwritten.rows[-1])
+        self._tell_of_step()
         row = self._finish_row(outputs)
-        due = outputs.writes and self.run_control.saves(self.progress.step)
-        self.checkpointer.save_if_due(outputs, due)
+        self._save_if_due(outputs)
         self.processes.run_everywhere(self.execution.check_interrupt)
         return row
 
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train on: all steps are done, or, where a callback has
+        cut epochs short, all prompts are behind."""
+        served = self.buffer is None or self.buffer.finished
+        prompts = self.plan.total_prompts
+        return self.progress.step >= self.plan.total_steps or (
+            prompts is not None and served and self.stream.cursor >= prompts
+        )
+
     def _check_more_to_do(self) -> None:
-        if 0 < self.plan.total_steps <= self.progress.step:
+        if self.progress.step and self.finished:
             raise ConfigError("This trainer has finished its run. Make a new one to train again.")
+
+    def _before_update(self) -> None:
+        """Gradients are there, and nothing is changed yet."""
+        self.events.fire("on_pre_optimizer_step")
+        self.checkpointer.begins()
+
+    def _tell_of_step(self) -> None:
+        """The step is counted: what is to come of it is the callbacks' to say."""
+        self.events.means.add(self.unwritten.rows[-1])
+        self.events.end_step()
+        self.unwritten.evaluation_due = self.control.should_evaluate
+        self._log_if_due()
+
+    def _log_if_due(self) -> None:
+        if self.control.should_log and (logs := self.events.means.take()):
+            self.log(logs)
+
+    def _save_if_due(self, outputs: RunLogger) -> None:
+        due = outputs.writes and self.events.saves
+        saved = self.processes.run_on_main(lambda: self.checkpointer.save_if_due(outputs, due))
+        if saved is not None:
+            self.events.fire("on_save")
 
     def _measure(self, row: dict[str, Any]) -> None:
         """Add to a row what all processes together took."""
@@ -372,20 +325,43 @@ class GRPOTrainer(TRLSurface):
             row["memory/retries"] = retries
 
     def _finish_row(self, outputs: RunLogger) -> dict[str, Any]:
-        """Evaluate if the row of the last step waits for that, then write and show it."""
+        """Evaluate if the row of the last step waits for that, end the epoch if it is over, then
+        write and show the row."""
         row = self.unwritten.rows[-1]
         metrics: dict[str, Any] = {}
         if self.unwritten.evaluation_due:
-            outputs.display.phase("evaluate")
-            metrics = self.evaluate()
-            compared = self.run_control.observe(self.progress.step, metrics)
-            metric_schedule.observe(self.learner.scheduler, compared)
-            row |= metrics
-            self.unwritten.evaluation_due = False
+            metrics = self._evaluate_for(row, outputs)
+        if self.events.epoch_ends(last=self.finished):
+            stopped = self.control.should_epoch_stop
+            behind = self.events.end_epoch()
+            self._log_if_due()
+            if self.control.should_evaluate and not metrics:
+                metrics = self._evaluate_for(row, outputs)
+            if stopped:
+                self._skip_to(behind)
         outputs.write(self.unwritten, self.progress.step)
         evaluated = [("on_evaluate", self.progress.step, metrics)] if metrics else []
         self.processes.run_on_main(lambda: outputs.tell(*evaluated, ("on_step", row)))
         return row
+
+    def _evaluate_for(self, row: dict[str, Any], outputs: RunLogger) -> dict[str, Any]:
+        metrics = self._evaluate(outputs)
+        compared = self.run_control.observe(self.progress.step, metrics)
+        metric_schedule.observe(self.learner.scheduler, compared)
+        self.events.follow()
+        row |= metrics
+        self.unwritten.evaluation_due = False
+        return metrics
+
+    def _evaluate(self, outputs: RunLogger) -> dict[str, Any]:
+        outputs.display.phase("evaluate")
+        return {k: v for k, v in self.evaluate().items() if not k.endswith(CLOCK)}
+
+    def _skip_to(self, prompts: int) -> None:
+        """Leave out what is left of an epoch that a callback has stopped."""
+        with self.signals.held():
+            self.buffer = None
+            self.stream.cursor = self.progress.cursor = max(self.stream.cursor, prompts)
 
     def _take(
         self,
@@ -453,70 +429,4 @@ class GRPOTrainer(TRLSurface):
             }
             self.unwritten.rows.append(merged(row, self.buffer.metrics))
             self.unwritten.evaluation_due = self.run_control.evaluates(self.progress.step)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, Any]:
-        """Sample and score the evaluation prompts, or those of ``eval_dataset``; metrics with the
-        prefix ``eval_``. ignore_keys: TRL's; there is nothing to ignore.
-
-        Always from the same seeds, so that two evaluations differ by the policy alone.
-        """
-        held_out = self.eval_dataset
-        if eval_dataset is not None:
-            limits: dict[str, Any] = model_limits(self.args, self.policy.causal_lm) or {}
-            held_out = load_prompts(
-                eval_dataset,
-                self.args,
-                self.processing_class,
-                split="test",
-                clock=self.clock,
-                formats=self.formats,
-                **limits,
-            )
-        if held_out is None:
-            raise ConfigError("There is no eval_dataset.")
-        metrics = evaluate(
-            held_out,
-            self.sampler,
-            self.reward_funcs,
-            n=self.args.num_generations_eval or self.args.num_generations,
-            params=self.sampling,
-            batch_size=self.args.per_device_eval_batch_size,
-            seed=derive(self.args.seed, "eval"),
-            state=self.collector.reward_state(),
-            processes=self.processes,
-        )
-        return {
-            f"{metric_key_prefix}_{name.removeprefix('eval_')}": value
-            for name, value in metrics.items()
-        }
-
-    def save_model(
-        self, output_dir: str | Path | None = None, _internal_call: bool = False
-    ) -> Path:
-        """Write the adapter, or the model, into ``output_dir``, as TRL does, or without one into
-        ``adapter/`` or ``model/`` of the run's directory; returns where.
-
-        In a run of several processes, process 0 writes and the others do nothing.
-        """
-        if output_dir is not None:
-            into = Path(output_dir).expanduser()
-            if self.processes.is_main:
-                self._check_savable()
-                checkpointing.write_weights(self.policy, self.processing_class, into)
-            return into
-        directory = Path(self.args.output_dir)
-        if not self.processes.is_main:
-            return directory
-        return self._save_into(directory)
-
-    def _save_into(self, directory: Path) -> Path:
-        self._check_savable()
-        return checkpointing.save_weights(self.policy, self.processing_class, directory)
-
-    def _check_savable(self) -> None:
-        """Raise CheckpointError or NonFiniteError where the weights are nobody's wish."""
-        self.checkpointer.check_whole()
-        if problem := not_finite(self.policy.trainable()):
-            raise NonFiniteError(f"The weights are not saved: {problem}.")
+            self.events.follow()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,24 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fusedgrpo.engine.reporting.metrics_log import read_metrics
+from fusedgrpo.engine.callbacks import Callback, sorted_callbacks
 from fusedgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import TrainerState
+    from transformers import TrainerControl, TrainerState
+    from transformers.trainer_callback import CallbackHandler
 
     from fusedgrpo.config.schema import GRPOConfig
-    from fusedgrpo.engine.checkpointing import Progress
+    from fusedgrpo.engine.callback_events import CallbackEvents
     from fusedgrpo.engine.distributed import Processes
     from fusedgrpo.engine.learner import Learner
-    from fusedgrpo.engine.run_control import RunControl
     from fusedgrpo.models.policy import Policy
 
-_CALLBACKS = (
-    "give instances of fusedgrpo.Callback to the constructor (callbacks=[...]); they are in the "
-    "attribute callbacks"
-)
 _OWN_STEP = (
     "the step is not transformers'. fusedgrpo.integrations.trl.FusedGRPOTrainer is TRL's trainer "
     "on this forward pass, with everything that can be overridden there"
@@ -39,15 +34,8 @@ _GENERATION = (
     "completions come from the model alone. Give `sampler` another Sampler, or use "
     "fusedgrpo.integrations.trl.FusedGRPOTrainer"
 )
-_UPLOAD = (
-    "nothing is uploaded. After the run: huggingface_hub.upload_folder(repo_id=..., "
-    "folder_path=...) of what save_model has written"
-)
-
 # Arguments of TRL's constructor, and what to do instead.
 ARGUMENTS = {
-    "optimizers": "optim, learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon and "
-    "lr_scheduler_type describe the optimizer and its schedule",
     "tools": _GENERATION,
     "rollout_func": _GENERATION,
     "environment_factory": _GENERATION,
@@ -55,10 +43,7 @@ ARGUMENTS = {
 
 # Methods and attributes of TRL's trainer, and what to do instead.
 METHODS = {
-    **dict.fromkeys(["add_callback", "pop_callback", "remove_callback"], _CALLBACKS),
-    **dict.fromkeys(["push_to_hub", "init_hf_repo"], _UPLOAD),
     "predict": "evaluate() samples and scores held-out prompts; completions/*.jsonl has the texts",
-    "log": "metrics.jsonl is the run's own; a reward function logs with log_metric and log_extra",
     "hyperparameter_search": "start a run per setting: fusedgrpo train CONFIG --option value",
     **dict.fromkeys(
         ["compute_loss", "training_step", "prediction_step", "create_optimizer",
@@ -68,9 +53,7 @@ METHODS = {
     ),
 }  # fmt: skip
 ATTRIBUTES = {
-    **dict.fromkeys(["callback_handler", "control"], _CALLBACKS),
     **dict.fromkeys(["data_collator", "label_names", "compute_metrics"], _OWN_STEP),
-    "ref_model": "trainer.policy.reference() is the context in which the model is the reference",
     "vllm_generation": _GENERATION,
     "deepspeed": "every process holds the whole model",
 }
@@ -97,10 +80,8 @@ class TRLSurface:
     policy: Policy
     learner: Learner
     processes: Processes
-    progress: Progress
-    run_control: RunControl
-    plan: Any
-    stream: Any
+    events: CallbackEvents
+    callbacks: list[Callback]
 
     @property
     def model(self) -> nn.Module:
@@ -129,27 +110,51 @@ class TRLSurface:
 
     @property
     def state(self) -> TrainerState:
-        """Where the run is, with the rows of metrics.jsonl as ``log_history``: a copy."""
-        from transformers import TrainerState
+        """transformers' ``TrainerState``, always current: ``log_history`` has the means of every
+        ``logging_steps`` steps, each evaluation, and at the end the summary of the run."""
+        return self.events.state
 
-        metrics = Path(self.args.output_dir).expanduser() / "metrics.jsonl"
-        best = self.run_control.best_model_checkpoint
-        rows = read_metrics(metrics) if self.progress.step and metrics.exists() else []
-        return TrainerState(
-            global_step=self.progress.step,
-            max_steps=self.plan.total_steps,
-            epoch=self.stream.epoch,
-            num_train_epochs=math.ceil(self.args.num_train_epochs),
-            logging_steps=self.run_control.logging_steps,
-            save_steps=self.run_control.save_steps,
-            eval_steps=self.run_control.eval_steps,
-            best_metric=self.run_control.best_metric,
-            best_global_step=self.run_control.best_global_step,
-            best_model_checkpoint=None if best is None else str(best),
-            num_input_tokens_seen=self.progress.num_tokens,
-            log_history=[dict(row) for row in rows],
-            is_world_process_zero=self.processes.is_main,
-        )
+    @property
+    def control(self) -> TrainerControl:
+        """transformers' ``TrainerControl``, which callbacks change and ``train`` obeys."""
+        return self.events.control
+
+    @property
+    def callback_handler(self) -> CallbackHandler:
+        return self.events.handler
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a ``fusedgrpo.Callback`` or a ``transformers.TrainerCallback``. Raises ConfigError
+        for anything else."""
+        ours, theirs = sorted_callbacks([callback])
+        self.callbacks += ours
+        for one in theirs:
+            self.callback_handler.add_callback(one)  # type: ignore[no-untyped-call]
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Take the first callback of this class, or this one, out; returns it, or None."""
+        is_type = isinstance(callback, type)
+        for callbacks in (self.callbacks, self.callback_handler.callbacks):
+            for index, one in enumerate(callbacks):
+                if isinstance(one, callback) if is_type else one == callback:
+                    return callbacks.pop(index)
+        return None
+
+    def remove_callback(self, callback: Any) -> None:
+        """``pop_callback``, without a result."""
+        self.pop_callback(callback)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add ``logs`` to ``state.log_history`` and call ``on_log``; called for every entry of the
+        history. metrics.jsonl and trackers have the rows of steps: a reward function gets numbers
+        into these with ``log_metric``."""
+        self.events.log(logs)
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The frozen copy that full fine-tuning with ``beta`` compares with; None, as in TRL, where
+        there is an adapter, which is switched off for that, or no ``beta``."""
+        return self.policy.reference_model
 
     def is_world_process_zero(self) -> bool:
         return self.processes.is_main
@@ -192,36 +197,6 @@ class TRLSurface:
             path = Path(self.args.output_dir).expanduser() / "trainer_state.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             self.state.save_to_json(str(path))
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **more: Any,
-    ) -> None:
-        """Write ``README.md`` into the output directory. ``more`` goes into its header."""
-        if not self.processes.is_main:
-            return
-        import yaml
-
-        directory = Path(self.args.output_dir).expanduser()
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        header = {
-            "library_name": "transformers" if self.policy.adapters is None else "peft",
-            "base_model": self.args.model_name_or_path,
-            "datasets": dataset_name,
-            "tags": [*dict.fromkeys([*tags, "grpo", "fusedgrpo"])],
-        } | more
-        header = {name: value for name, value in header.items() if value is not None}
-        name = model_name or self.args.run_name or directory.name
-        text = (
-            f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n\n"
-            f"Trained with GRPO by fusedgrpo, {self.progress.step} steps. The options are in "
-            "`config.resolved.yaml`, the metrics in `metrics.jsonl`.\n"
-        )
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "README.md").write_text(text, encoding="utf-8")
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is not there.

@@ -103,6 +103,11 @@ class Policy:
         return head_layer(self.causal_lm).weight.device
 
     @property
+    def reference_model(self) -> nn.Module | None:
+        """The frozen copy of the model that is the reference, where there is one."""
+        return self._reference_model
+
+    @property
     def head(self) -> Head:
         """Looked up at every call: wrappers replace modules after we saw them."""
         return find_head(self.causal_lm)

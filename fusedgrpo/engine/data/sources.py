@@ -61,8 +61,7 @@ def read_source(
         return _read_object(source)
     raise DataError(
         "A data set is a name, a path, a datasets.Dataset, a table of pandas, polars or pyarrow, "
-        f"or a list of dicts, got {type(source).__name__}. Streamed data sets cannot be shuffled "
-        "or resumed: load them."
+        f"or a list of dicts, got {type(source).__name__}."
     )
 
 

@@ -163,7 +163,7 @@ class RunLogger:
         ]
         if config.log_completions:
             self.callbacks.append(_Completions(self.display, config.num_completions_to_print))
-        self.user_callbacks = list(callbacks)
+        self.user_callbacks = callbacks  # itself: the user may add to it
 
     @classmethod
     @contextmanager
@@ -246,7 +246,7 @@ class RunLogger:
         for callback in self.callbacks:
             for event, *arguments in events:
                 getattr(callback, event)(*arguments)
-        for callback in self.user_callbacks:
+        for callback in list(self.user_callbacks):
             for event, *arguments in events:
                 getattr(callback, event)(*copy.deepcopy(arguments))
 

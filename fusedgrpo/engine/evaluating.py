@@ -1,0 +1,110 @@
+"""``evaluate`` of a trainer: held-out prompts, one set of them or several with names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.trainer_utils import speed_metrics
+
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.callback_events import CallbackEvents
+from fusedgrpo.engine.collector import Collector
+from fusedgrpo.engine.data.dataset import PromptDataset, load_prompts
+from fusedgrpo.engine.data.formats.chosen import Formats
+from fusedgrpo.engine.data.held_out import HeldOut, load_held_out
+from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.evaluation import evaluate
+from fusedgrpo.engine.rewards import RewardFunctions
+from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.run_clock import RunClock
+from fusedgrpo.engine.seeding import derive
+from fusedgrpo.engine.trl_surface import TRLSurface
+from fusedgrpo.errors import ConfigError
+from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.settings import model_limits
+
+# How the metrics end that say how long an evaluation took. They are no part of a run's rows.
+CLOCK = ("_runtime", "_samples_per_second", "_steps_per_second")
+
+
+class Evaluating(TRLSurface):
+    """The part of a trainer that evaluates; ``log`` is the surface's."""
+
+    args: GRPOConfig
+    policy: Policy
+    processes: Processes
+    processing_class: Any
+    clock: RunClock
+    formats: Formats
+    eval_dataset: HeldOut | None
+    reward_funcs: RewardFunctions
+    sampler: Sampler
+    sampling: SamplingParams
+    collector: Collector
+    events: CallbackEvents
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, Any]:
+        """Sample and score the evaluation prompts, or those of ``eval_dataset``: another data set,
+        a dictionary of them, or the name of one of the trainer's. Returns the metrics, which begin
+        with the prefix, of sets in a dictionary with the name after it (``eval_name_reward``); the
+        history and transformers' callbacks get them as well. ignore_keys: TRL's; there is nothing
+        to ignore.
+
+        Always from the same seeds, so that two evaluations differ by the policy alone. Raises
+        ConfigError where there is no such data set, and DataError.
+        """
+        held_out = self._held_out(eval_dataset)
+        if not isinstance(held_out, PromptDataset):
+            together: dict[str, Any] = {}
+            for name, prompts in held_out.items():
+                together |= self.evaluate(prompts, ignore_keys, f"{metric_key_prefix}_{name}")
+            return together
+        started = time.time()
+        n = self.args.num_generations_eval or self.args.num_generations
+        found = evaluate(
+            held_out,
+            self.sampler,
+            self.reward_funcs,
+            n=n,
+            params=self.sampling,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=derive(self.args.seed, "eval"),
+            state=self.collector.reward_state(),
+            processes=self.processes,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics |= speed_metrics(  # type: ignore[no-untyped-call]
+            metric_key_prefix, started, num_samples=len(held_out) * n
+        )
+        self.log(metrics)
+        self.events.fire("on_evaluate", metrics=metrics)
+        return metrics
+
+    def _held_out(self, given: Any) -> HeldOut:
+        own = self.eval_dataset
+        if given is None:
+            if own is None:
+                raise ConfigError("There is no eval_dataset.")
+            return own
+        if isinstance(given, PromptDataset):
+            return given
+        if isinstance(given, str) and isinstance(own, Mapping) and given in own:
+            return own[given]
+        limits: dict[str, Any] = model_limits(self.args, self.policy.causal_lm) or {}
+        return load_held_out(
+            given,
+            self.args.max_samples,
+            lambda source: load_prompts(
+                source,
+                self.args,
+                self.processing_class,
+                split="test",
+                clock=self.clock,
+                formats=self.formats,
+                **limits,
+            ),
+        )

@@ -1,0 +1,248 @@
+"""What a script for TRL does with optimizers, data sets, the Hub, and from its first line on."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import pytest
+import tiny
+import torch
+import transformers
+from peft import PeftModel
+
+from fusedgrpo import GRPOConfig, GRPOTrainer
+from fusedgrpo.engine.data import streams
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
+from fusedgrpo.errors import ConfigError, DataError
+
+PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(4)]
+
+
+def even(completion_ids: Any, **kwargs: Any) -> list[float]:
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def trainer(directory: Path, model: Any = None, data: Any = None, **more: Any) -> GRPOTrainer:
+    names = ("eval_dataset", "optimizers", "callbacks")
+    arguments = {name: more.pop(name) for name in names if name in more}
+    options: dict[str, Any] = {
+        "output_dir": str(directory),
+        "num_generations": 2,
+        "prompts_per_step": 2,
+        "max_completion_length": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+    }
+    return GRPOTrainer(
+        model=tiny.model() if model is None else model,
+        reward_funcs=even,
+        args=GRPOConfig(**options | more),
+        train_dataset=PROMPTS if data is None else data,
+        processing_class=tiny.tokenizer(),
+        **arguments,
+    )
+
+
+def weights(made: GRPOTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for _, p in made.policy.trainable()])
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+
+def with_optimizer(directory: Path, **more: Any) -> GRPOTrainer:
+    model = tiny.add_lora(tiny.model())
+    optimizer = torch.optim.Adagrad([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizers = (optimizer, schedule)
+    return trainer(directory, model, max_steps=4, optimizers=optimizers, **more)
+
+
+def test_an_optimizer_and_its_schedule_are_used_and_resumed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = with_optimizer(tmp_path / "whole")
+    whole.train()
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert rates == pytest.approx([0.1, 0.05, 0.1 / 3, 0.025])
+    assert isinstance(whole.optimizer, torch.optim.Adagrad)
+    torch.manual_seed(0)
+    cut = with_optimizer(tmp_path / "cut")
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            control.should_save = control.should_training_stop = state.global_step == 2
+
+    cut.add_callback(Stop)
+    cut.train()
+    again = with_optimizer(tmp_path / "cut")
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(again), weights(whole))
+    model = tiny.model()
+    alone = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = trainer(tmp_path / "full", model, optimizers=(alone, None), finetuning_type="full")
+    made.train()
+    assert made.optimizer is alone and made.get_learning_rates() == [0.0]
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_evaluation_sets_have_names(tmp_path: Path) -> None:
+    sets = {"a": PROMPTS[:1], "b": datasets.Dataset.from_list(PROMPTS[1:3])}
+    made = trainer(tmp_path, eval_dataset=sets, eval_strategy="steps", eval_steps=2)
+    made.train()
+    row = read_metrics(tmp_path / "metrics.jsonl")[1]
+    assert {"eval_a_reward", "eval_b_reward"} <= set(row) and "eval_reward" not in row
+    assert [
+        {name[:6] for name in entry if "_reward" in name and name.startswith("eval")}
+        for entry in made.state.log_history
+    ] == [{"eval_a"}, {"eval_b"}, set()]
+    assert made.evaluate()["eval_a_reward"] == row["eval_a_reward"]
+    assert made.evaluate("b")["eval_reward"] == row["eval_b_reward"]
+    assert "test_b_reward" in made.evaluate({"b": PROMPTS}, metric_key_prefix="test")
+    with pytest.raises(DataError, match="none in it"):
+        made.evaluate({})
+
+
+def endless() -> Any:
+    while True:
+        yield from PROMPTS
+
+
+def test_streams_are_read_as_far_as_the_run_goes(tmp_path: Path, monkeypatch: Any) -> None:
+    stream = datasets.IterableDataset.from_generator(endless)
+    made = trainer(tmp_path, data=stream, eval_dataset=stream.take(3))
+    assert len(made.train_dataset) == 4 and len(made.eval_dataset) == 3  # type: ignore[arg-type]
+    made.train()
+    few = trainer(tmp_path, data=stream, max_samples=3, eval_dataset=stream, max_steps=-1)
+    assert len(few.train_dataset) == len(few.eval_dataset) == 3  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="Give max_steps, which says how many prompts"):
+        trainer(tmp_path, data=stream, max_steps=-1)
+    monkeypatch.setattr(streams, "MOST_HELD_OUT", 5)
+    with pytest.raises(DataError, match=r"more than 5 rows.*Give max_samples"):
+        trainer(tmp_path, eval_dataset=stream)
+
+
+# --- the Hub --------------------------------------------------------------------------------------
+
+
+def test_ref_model_is_there_where_trl_has_one(tmp_path: Path) -> None:
+    full = trainer(tmp_path, finetuning_type="full", beta=0.1)
+    assert full.ref_model is not None and full.ref_model is not full.model
+    assert trainer(tmp_path, finetuning_type="full").ref_model is None
+    assert trainer(tmp_path, beta=0.1).ref_model is None
+
+
+def test_without_args_the_run_is_named_after_its_model() -> None:
+    from fusedgrpo.engine.setup import own_options
+
+    assert own_options(None, "some/model", None).output_dir == "model-GRPO"
+
+
+class FakeHub:
+    """Takes the place of ``huggingface_hub.HfApi``."""
+
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    files: ClassVar[dict[str, str]] = {}
+
+    def create_repo(self, repo_id: str, **more: Any) -> Any:
+        self.calls.append(("create_repo", {"repo_id": repo_id, **more}))
+        return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+    def upload_folder(self, *, folder_path: str, **more: Any) -> str:
+        self.calls.append(("upload_folder", more))
+        FakeHub.files = {
+            path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()
+        }
+        return "done"
+
+
+def test_what_is_pushed_is_the_adapter_with_a_card(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    base = tiny.save(tmp_path / "base")
+    made = trainer(tmp_path / "run", str(base))
+    made.train()
+    answer = made.push_to_hub(dataset_name="some/data", token="t", private=True, tags="mine")
+    assert answer == "done"
+    (_, create), (_, upload) = FakeHub.calls
+    assert create == {"repo_id": "run", "token": "t", "private": True, "exist_ok": True}
+    assert upload["repo_id"] == "me/run" and upload["commit_message"] == "End of training"
+    assert upload["token"] == "t" and upload["run_as_future"] is False
+    assert {"adapter_config.json", "tokenizer.json", "README.md"} <= set(FakeHub.files)
+    card = FakeHub.files["README.md"]
+    rewards = [row["reward"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    for text in (
+        "- mine\n- grpo", "some/data, 4 prompts", "| Rewards | even |", "LoRA r=16", "2 steps",
+        f"{rewards[0]:.4g} (step 1)", f"{rewards[1]:.4g} (step 2)", "AutoPeftModelForCausalLM",
+        f"torch {torch.__version__.partition('+')[0]}", f"| Base model | {base} |",
+    ):  # fmt: skip
+        assert text in card, text
+
+
+# --- a whole script -------------------------------------------------------------------------------
+
+
+def test_a_script_of_trl_runs_with_the_import_changed(tmp_path: Path, monkeypatch: Any) -> None:
+    trl = pytest.importorskip("trl")
+    pytest.importorskip("fusedgrpo.config.parsers", reason="GRPOConfig beside ModelConfig")
+    base = tiny.save(tmp_path / "base")
+    out = tmp_path / "out"
+    ended: list[int] = []
+
+    class Ended(transformers.TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            ended.append(state.global_step)
+
+    @dataclass
+    class MyArguments(trl.ScriptArguments):  # type: ignore[misc]
+        reward_scale: float = 1.0
+
+    monkeypatch.setattr(
+        sys, "argv",
+        ["script.py", "--model_name_or_path", str(base), "--dtype", "float32", "--output_dir",
+         str(out), "--num_generations", "2", "--per_device_train_batch_size", "4", "--max_steps",
+         "2", "--max_completion_length", "4", "--bf16", "false", "--use_cpu", "true", "--use_peft",
+         "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--reward_scale", "2",
+         "--learning_rate", "1e-2", "--eval_strategy", "steps", "--eval_steps", "2",
+         "--dataset_name", "none", "--report_to", "none"],
+    )  # fmt: skip
+    parser = trl.TrlParser((MyArguments, GRPOConfig, trl.ModelConfig))
+    script_args, training_args, model_args = parser.parse_args_and_config()
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision, "attn_implementation": None, "dtype": "float32",
+    }  # fmt: skip
+    quantization_config = trl.get_quantization_config(model_args)
+    assert quantization_config is None
+    dataset = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(PROMPTS), test=datasets.Dataset.from_list(PROMPTS[:1])
+    )
+    made = GRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=[
+            lambda completion_ids, **_: [script_args.reward_scale for _ in completion_ids]
+        ],
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split],
+        quantization_config=quantization_config,
+        peft_config=trl.get_peft_config(model_args),
+        callbacks=[Ended()],
+    )
+    result = made.train()
+    made.save_model(training_args.output_dir)
+    made.log_metrics("train", result.metrics)
+    made.save_metrics("train", result.metrics)
+    made.save_state()
+    assert ended == [2] and made.evaluate()["eval_reward"] == 2.0
+    loaded = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), out)
+    assert set(loaded.peft_config["default"].target_modules) == {"q_proj", "v_proj"}
+    state = transformers.TrainerState.load_from_json(str(out / "trainer_state.json"))
+    assert state.log_history == made.state.log_history[:-1]
