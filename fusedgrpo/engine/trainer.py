@@ -17,7 +17,7 @@ from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import Example
-from fusedgrpo.engine.evaluating import CLOCK, Evaluating
+from fusedgrpo.engine.evaluating import Evaluating
 from fusedgrpo.engine.learner import UpdateResult
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.metric_names import merged
@@ -341,7 +341,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
 
     def _evaluate_for(self, row: dict[str, Any], outputs: RunLogger) -> dict[str, Any]:
         outputs.display.phase("evaluate")
-        metrics = {k: v for k, v in self.evaluate().items() if not k.endswith(CLOCK)}
+        metrics = self.evaluate()
         row |= metrics
         self.unwritten.evaluation_due = False
         return metrics

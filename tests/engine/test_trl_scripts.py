@@ -232,6 +232,7 @@ def test_a_script_of_trl_runs_with_the_import_changed(tmp_path: Path, monkeypatc
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=dataset[script_args.dataset_test_split],
+        processing_class=tiny.tokenizer(),
         quantization_config=quantization_config,
         peft_config=trl.get_peft_config(model_args),
         callbacks=[Ended()],
