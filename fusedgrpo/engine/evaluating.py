@@ -25,9 +25,6 @@ from fusedgrpo.errors import ConfigError
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.settings import model_limits
 
-# How the metrics end that say how long an evaluation took. They are no part of a run's rows.
-CLOCK = ("_runtime", "_samples_per_second", "_steps_per_second")
-
 
 class Evaluating(TRLSurface):
     """The part of a trainer that evaluates; ``log`` is the surface's."""
@@ -51,8 +48,8 @@ class Evaluating(TRLSurface):
         """Sample and score the evaluation prompts, or those of ``eval_dataset``: another data set,
         a dictionary of them, or the name of one of the trainer's. Returns the metrics, which begin
         with the prefix, of sets in a dictionary with the name after it (``eval_name_reward``); the
-        history and transformers' callbacks get them as well. ignore_keys: TRL's; there is nothing
-        to ignore.
+        history and transformers' callbacks get them as well, with ``eval_runtime`` and the like.
+        ignore_keys: TRL's; there is nothing to ignore.
 
         Always from the same seeds, so that two evaluations differ by the policy alone. Raises
         ConfigError where there is no such data set, and DataError.
@@ -77,11 +74,11 @@ class Evaluating(TRLSurface):
             processes=self.processes,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        metrics |= speed_metrics(  # type: ignore[no-untyped-call]
+        clock = speed_metrics(  # type: ignore[no-untyped-call]
             metric_key_prefix, started, num_samples=len(held_out) * n
         )
-        self.log(metrics)
-        self.events.fire("on_evaluate", metrics=metrics)
+        self.log({**metrics, **clock})
+        self.events.fire("on_evaluate", metrics={**metrics, **clock})
         return metrics
 
     def _held_out(self, given: Any) -> HeldOut:

@@ -17,7 +17,7 @@ from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import Example
-from fusedgrpo.engine.evaluating import CLOCK, Evaluating
+from fusedgrpo.engine.evaluating import Evaluating
 from fusedgrpo.engine.learner import UpdateResult
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.metric_names import merged
@@ -355,7 +355,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
 
     def _evaluate(self, outputs: RunLogger) -> dict[str, Any]:
         outputs.display.phase("evaluate")
-        return {k: v for k, v in self.evaluate().items() if not k.endswith(CLOCK)}
+        return self.evaluate()
 
     def _skip_to(self, prompts: int) -> None:
         """Leave out what is left of an epoch that a callback has stopped."""

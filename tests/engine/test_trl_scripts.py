@@ -192,7 +192,6 @@ def test_what_is_pushed_is_the_adapter_with_a_card(tmp_path: Path, monkeypatch: 
 
 def test_a_script_of_trl_runs_with_the_import_changed(tmp_path: Path, monkeypatch: Any) -> None:
     trl = pytest.importorskip("trl")
-    pytest.importorskip("fusedgrpo.config.parsers", reason="GRPOConfig beside ModelConfig")
     base = tiny.save(tmp_path / "base")
     out = tmp_path / "out"
     ended: list[int] = []
@@ -232,6 +231,7 @@ def test_a_script_of_trl_runs_with_the_import_changed(tmp_path: Path, monkeypatc
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=dataset[script_args.dataset_test_split],
+        processing_class=tiny.tokenizer(),
         quantization_config=quantization_config,
         peft_config=trl.get_peft_config(model_args),
         callbacks=[Ended()],
