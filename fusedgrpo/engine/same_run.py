@@ -88,7 +88,7 @@ class RunIdentity:
             )
         if "dataset" not in allowed and (problem := _other_data(self.data, state)):
             changed.append(f"dataset: {problem}")
-        if not changed and not allowed and state["groups"] != self._groups:
+        if not changed and not self.config.allow_change and state["groups"] != self._groups:
             changed.append(
                 f"prompts per step and per rollout: {state['groups']} -> {self._groups}, by "
                 f"the number of processes ({self.processes}); prompts_per_step and "
