@@ -351,6 +351,25 @@ class GRPOConfig(TrainingArgumentsSurface):
     dataloader_num_workers: int = option(
         0, "taken and without effect: prompts are read once, by this process", low=0, free=True
     )
+    push_to_hub: bool = option(
+        False, "upload the result, and what hub_strategy says, to the Hugging Face Hub", free=True
+    )
+    hub_model_id: str | None = option(
+        None, "repository of push_to_hub; null: the name of output_dir", free=True
+    )
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = option(
+        "every_save",
+        "what push_to_hub uploads: the result; the weights of each checkpoint too; the last "
+        "checkpoint whole; or each",
+        free=True,
+    )
+    hub_token: str | None = option(
+        None, "token of push_to_hub; null: HF_TOKEN or the one that is logged in", free=True
+    )
+    hub_private_repo: bool | None = option(
+        None, "make the repository of push_to_hub a private one", free=True
+    )
+    hub_revision: str | None = option(None, "branch of push_to_hub; null: main", free=True)
     log_completions: bool = option(False, "show sample completions", free=True)
     num_completions_to_print: int | None = option(
         None, "sample completions to show at a time; null: all", low=1, free=True

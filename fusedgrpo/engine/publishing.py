@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import checkpointing
+from fusedgrpo.engine import checkpointing, hub
 from fusedgrpo.engine.callback_events import CallbackEvents
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.distributed import Processes
@@ -16,6 +17,8 @@ from fusedgrpo.engine.rewards import RewardFunctions
 from fusedgrpo.errors import NonFiniteError
 from fusedgrpo.models.finite import not_finite
 from fusedgrpo.models.policy import Policy
+
+log = logging.getLogger("fusedgrpo")
 
 
 class Publishing:
@@ -52,7 +55,9 @@ class Publishing:
 
     def _save_into(self, directory: Path) -> Path:
         self._check_savable()
-        return checkpointing.save_weights(self.policy, self.processing_class, directory)
+        where = checkpointing.save_weights(self.policy, self.processing_class, directory)
+        self._write_card(where)  # in place of peft's, which is blank
+        return where
 
     def _check_savable(self) -> None:
         self.checkpointer.check_whole()
@@ -117,22 +122,16 @@ class Publishing:
     @property
     def hub_model_id(self) -> str:
         """The repository that is pushed to: ``hub_model_id``, or the output directory's name."""
-        options: Any = self.args
-        return options.hub_model_id or self._directory.resolve().name
+        return self.args.hub_model_id or self._directory.resolve().name
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> str:
-        """Make the repository, if it is not there; returns its full name. Raises what
-        huggingface_hub says."""
-        from huggingface_hub import HfApi
-
-        options: Any = self.args
-        made = HfApi().create_repo(
+        """Make the repository, if it is not there; returns its full name. Raises HubError."""
+        return hub.create(
             self.hub_model_id,
-            token=token or options.hub_token,
-            private=options.hub_private_repo if private is None else private,
-            exist_ok=True,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=self.args.hub_revision,
         )
-        return str(made.repo_id)
 
     def push_to_hub(
         self,
@@ -148,25 +147,59 @@ class Publishing:
 
         token: else ``hub_token``, else the one that is logged in. revision: else ``hub_revision``.
         card: arguments of ``create_model_card``. Returns what ``HfApi.upload_folder`` does, None
-        in every process but the first. Raises what huggingface_hub says.
+        in every process but the first. Raises HubError.
         """
-        from huggingface_hub import HfApi
-
         self.events.fire("on_push_begin")
         if not self.processes.is_main:
             return None
-        options: Any = self.args
         repository = self.init_hf_repo(token, private)
         folder = self.save_model()
         card.setdefault("model_name", repository.rpartition("/")[2])
         self.create_model_card(**card)
         self._write_card(folder, **card)
-        hub: Any = HfApi()
-        return hub.upload_folder(
-            repo_id=repository,
-            folder_path=str(folder),
-            commit_message=commit_message,
-            token=token or options.hub_token,
-            revision=revision or options.hub_revision,
-            run_as_future=not blocking,
+        return hub.upload(
+            folder,
+            repository,
+            message=commit_message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            blocking=blocking,
         )
+
+    def _push_saved(self, checkpoint: Path) -> None:
+        """With ``push_to_hub``, upload what ``hub_strategy`` says of a checkpoint. A Hub that does
+        not take it costs the run nothing but a warning: the checkpoint is there."""
+        args = self.args
+        if not (args.push_to_hub and args.hub_strategy != "end" and self.processes.is_main):
+            return
+        step = self.progress.step
+        weights = checkpoint / ("model" if self.policy.adapters is None else "adapter")
+        folders: list[tuple[Path, str | None]] = [(weights, None)]
+        if args.hub_strategy == "checkpoint":
+            folders.append((checkpoint, "last-checkpoint"))
+        if args.hub_strategy == "all_checkpoints":
+            folders.append((checkpoint, f"checkpoints/{checkpoint.name}"))
+        try:
+            repository = self.init_hf_repo()
+            for folder, path_in_repo in folders:
+                hub.upload(
+                    folder,
+                    repository,
+                    message=f"Training in progress, step {step}",
+                    token=args.hub_token,
+                    revision=args.hub_revision,
+                    path_in_repo=path_in_repo,
+                )
+        except hub.HubError as error:
+            log.warning("Step %d was saved and not pushed. %s", step, error)
+
+    def _push_result(self) -> str | None:
+        """With ``push_to_hub``, upload the result of a run that is at its end; what to say of it.
+        A Hub that does not take it costs nothing that is not on the disk."""
+        if not (self.args.push_to_hub and self.processes.is_main):
+            return None
+        try:
+            return f"Pushed: {self.push_to_hub()}"
+        except hub.HubError as error:
+            again = f"fusedgrpo push {self._directory} --repo {self.hub_model_id}"
+            return f"The run is whole, and was not pushed. {error} Later: {again}"

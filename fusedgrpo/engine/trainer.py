@@ -161,6 +161,8 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
         checkpoints = Path(args.output_dir).expanduser().absolute() / "checkpoints"
         with ExitStack() as stack:
             stack.enter_context(self.signals)
+            if args.push_to_hub:
+                self.processes.run_on_main(self.init_hf_repo)
             with self.signals.at_once():
                 found = self.processes.run_on_main(lambda: checkpointing.find(resume, checkpoints))
                 if found is not None:
@@ -213,6 +215,8 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
                 table = plan_table(self.memory_plan, measured)
                 outputs.display.note(f"Memory, planned and measured:\n{table}")
             outputs.finish(self._save_into)
+            if pushed := self._push_result():
+                outputs.display.note(pushed)
             metrics = summary.metrics(self.progress.step)
             self.log(metrics)
             self.events.fire("on_train_end")
@@ -313,6 +317,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
         saved = self.processes.run_on_main(lambda: self.checkpointer.save_if_due(outputs, due))
         if saved is not None:
             self.events.fire("on_save")
+            self._push_saved(saved)
 
     def _measure(self, row: dict[str, Any]) -> None:
         """Add to a row what all processes together took."""

@@ -135,6 +135,8 @@ def test_a_resumed_run_may_differ_in_what_changes_no_result() -> None:
         *("dataset", "dataset_dir"),  # the prompts themselves are compared
         *("project", "logging_dir", "disable_tqdm", "dataloader_num_workers", "full_determinism"),
         *("rehearsal", "max_in_flight", "activation_offloading", "gpu_memory"),
+        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
+        "hub_revision",
     }
 
 

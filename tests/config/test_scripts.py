@@ -110,10 +110,10 @@ def test_trls_arguments_are_translated_option_by_option(tmp_path: Path) -> None:
 
 @pytest.mark.peer
 def test_what_of_trls_arguments_is_not_supported_is_refused_all_at_once(tmp_path: Path) -> None:
-    given = trls(tmp_path, use_vllm=True, hub_private_repo=True, dataloader_drop_last=True)
+    given = trls(tmp_path, use_vllm=True, neftune_noise_alpha=0.1, dataloader_drop_last=True)
     with pytest.raises(ConfigError) as caught:
         own_options(given, "some/model", None)
-    for name in ("use_vllm", "hub_private_repo", "dataloader_drop_last"):
+    for name in ("use_vllm", "neftune_noise_alpha", "dataloader_drop_last"):
         assert f"{name}: not supported" in str(caught.value)
 
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.data import streams
+from fusedgrpo.engine.hub import HubError
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import ConfigError, DataError
 
@@ -148,7 +149,7 @@ def test_without_args_the_run_is_named_after_its_model() -> None:
 
 
 class FakeHub:
-    """Takes the place of ``huggingface_hub.HfApi``."""
+    """Takes the place of ``huggingface_hub.HfApi``; refuses a branch named ``locked``."""
 
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     files: ClassVar[dict[str, str]] = {}
@@ -157,27 +158,40 @@ class FakeHub:
         self.calls.append(("create_repo", {"repo_id": repo_id, **more}))
         return type("Url", (), {"repo_id": f"me/{repo_id}"})
 
+    def create_branch(self, repo_id: str, *, branch: str, **more: Any) -> None:
+        self.calls.append(("create_branch", {"repo_id": repo_id, "branch": branch}))
+
     def upload_folder(self, *, folder_path: str, **more: Any) -> str:
+        if more["revision"] == "locked":
+            raise OSError("no such right")
         self.calls.append(("upload_folder", more))
         FakeHub.files = {
-            path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()
+            path.name: path.read_text(errors="replace")
+            for path in Path(folder_path).iterdir()
+            if path.is_file()
         }
         return "done"
 
 
-def test_what_is_pushed_is_the_adapter_with_a_card(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    return FakeHub
+
+
+def test_what_is_pushed_is_the_adapter_with_a_card(tmp_path: Path, fake_hub: type[FakeHub]) -> None:
     base = tiny.save(tmp_path / "base")
     made = trainer(tmp_path / "run", str(base))
     made.train()
     answer = made.push_to_hub(dataset_name="some/data", token="t", private=True, tags="mine")
     assert answer == "done"
-    (_, create), (_, upload) = FakeHub.calls
+    (_, create), (_, upload) = fake_hub.calls
     assert create == {"repo_id": "run", "token": "t", "private": True, "exist_ok": True}
     assert upload["repo_id"] == "me/run" and upload["commit_message"] == "End of training"
     assert upload["token"] == "t" and upload["run_as_future"] is False
-    assert {"adapter_config.json", "tokenizer.json", "README.md"} <= set(FakeHub.files)
-    card = FakeHub.files["README.md"]
+    assert {"adapter_config.json", "tokenizer.json", "README.md"} <= set(fake_hub.files)
+    card = fake_hub.files["README.md"]
     rewards = [row["reward"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     for text in (
         "- mine\n- grpo", "some/data, 4 prompts", "| Rewards | even |", "LoRA r=16", "2 steps",
@@ -185,6 +199,47 @@ def test_what_is_pushed_is_the_adapter_with_a_card(tmp_path: Path, monkeypatch: 
         f"torch {torch.__version__.partition('+')[0]}", f"| Base model | {base} |",
     ):  # fmt: skip
         assert text in card, text
+
+
+def test_a_run_pushes_its_checkpoints_and_its_result(
+    tmp_path: Path, fake_hub: type[FakeHub]
+) -> None:
+    hub = {"push_to_hub": True, "hub_model_id": "sums", "hub_token": "hf_secretSECRET1"}
+    options = {**hub, "hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path / "run", **options).train()
+    uploads = [given for name, given in fake_hub.calls if name == "upload_folder"]
+    assert [(u["commit_message"], u["path_in_repo"]) for u in uploads] == [
+        ("Training in progress, step 1", None),
+        ("Training in progress, step 1", "last-checkpoint"),
+        ("Training in progress, step 2", None),
+        ("Training in progress, step 2", "last-checkpoint"),
+        ("End of training", None),
+    ]
+    assert fake_hub.calls[0] == (
+        "create_repo",
+        {"repo_id": "sums", "token": "hf_secretSECRET1", "private": None, "exist_ok": True},
+    )
+    assert {u["token"] for u in uploads} == {"hf_secretSECRET1"}
+    for path in (tmp_path / "run").rglob("*.*"):
+        assert path.is_dir() or "secretSECRET1" not in path.read_text(errors="replace"), path
+
+
+def test_a_hub_that_refuses_costs_a_run_nothing(
+    tmp_path: Path, fake_hub: type[FakeHub], monkeypatch: Any, capsys: Any, caplog: Any
+) -> None:
+    hub = {"push_to_hub": True, "hub_revision": "locked"}
+    result = trainer(tmp_path / "run", save_strategy="steps", save_steps=1, **hub).train()
+    assert result.global_step == 2 and (tmp_path / "run" / "adapter").is_dir()
+    assert [m for m in caplog.messages if "Step 1 was saved and not pushed" in m]
+    assert f"fusedgrpo push {tmp_path / 'run'} --repo run" in capsys.readouterr().out
+
+    def nobody(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("who are you?")
+
+    monkeypatch.setattr(fake_hub, "create_repo", nobody)
+    with pytest.raises(HubError, match=r"repository other: .*who are you"):
+        trainer(tmp_path / "other", push_to_hub=True).train()
+    assert not (tmp_path / "other" / "metrics.jsonl").exists(), "said before any work"
 
 
 # --- a whole script -------------------------------------------------------------------------------
