@@ -24,7 +24,7 @@ from fusedgrpo import host
 from fusedgrpo.config.from_trl import given_options, is_foreign
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import torch_settings
+from fusedgrpo.engine import metric_schedule, torch_settings
 from fusedgrpo.engine.advantages import Estimator, find_estimator
 from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.custom_loss import CustomLoss, find_custom_loss
@@ -392,6 +392,10 @@ def own_options(
             )
         given = {**(own.model_init_kwargs or {}), "quantization_config": quantization_config}
         own.model_init_kwargs = given
+    if (compared := metric_schedule.metric_name(own)) is not None:
+        # transformers' EarlyStoppingCallback reads both.
+        own.metric_for_best_model = own.metric_for_best_model or compared
+        own.greater_is_better = metric_schedule.greater_is_better(own)
     object.__setattr__(own, "_used", True)
     return own
 

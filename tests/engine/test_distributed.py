@@ -135,6 +135,11 @@ def test_a_step_that_depends_on_the_number_of_processes_is_not_resumed_by_anothe
 
 
 @pytest.mark.slow
+def test_what_a_callback_asks_for_in_one_process_happens_in_both(two):
+    assert [row["step"] for row in rows(two / "stopped")] == [1, 2]
+
+
+@pytest.mark.slow
 def test_a_failure_in_one_process_ends_both(tmp_path):
     done = launch(tmp_path / "run", "fails")
     assert done.returncode != 0

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback, ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from fusedgrpo import Callback, GRPOConfig, GRPOTrainer
+from fusedgrpo.engine import evaluating
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import ConfigError
 
@@ -240,3 +241,23 @@ def test_callbacks_come_and_go(tmp_path: Path) -> None:
     assert made.state.log_history == [{"mine": 1.5, "epoch": 0.0, "step": 0}]
     with pytest.raises(ConfigError, match="expected instances"):
         made.add_callback(print)
+
+
+def test_early_stopping_ends_with_the_best_weights(tmp_path: Path, monkeypatch: Any) -> None:
+    scores = iter([0.1, 0.5, 0.4, 0.5, 0.9])  # of evaluations; as good is not better
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    made = trainer(
+        tmp_path, stop, eval_strategy="steps", eval_steps=1, max_steps=8,
+        save_strategy="best", load_best_model_at_end=True, metric_for_best_model="reward",
+    )  # fmt: skip
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: {"reward": next(scores)})
+    weights: dict[int, torch.Tensor] = {}
+    adapter = next(p for _, p in made.policy.trainable())
+    seen = Callback()
+    seen.on_step = lambda row: weights.update({row["step"]: adapter.detach().clone()})  # type: ignore[method-assign]
+    made.add_callback(seen)
+    made.train()
+    assert list(weights) == [1, 2, 3, 4]
+    assert made.state.best_global_step == 2 and made.state.best_metric == 0.5
+    assert made.state.best_model_checkpoint.endswith("step-000002")
+    assert torch.equal(adapter, weights[2]) and not torch.equal(adapter, weights[4])

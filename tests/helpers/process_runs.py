@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 import torch
+from transformers import TrainerCallback
 
 from fusedgrpo import GRPOConfig, GRPOTrainer, host
 
@@ -113,6 +114,12 @@ def made(model, reward_funcs, options, eval_dataset):
     )
 
 
+class StopsInTheLastProcess(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        control.should_training_stop |= last and state.global_step == 2
+
+
 def run_all(directory):
     for name, options in RUNS.items():
         trainer = make(directory / name, **options)
@@ -120,6 +127,9 @@ def run_all(directory):
         trainable = {n: p.detach().clone() for n, p in trainer.policy.trainable()}
         rank = trainer.processes.rank
         torch.save(trainable, directory / name / f"weights{rank}.pt")
+    stopped = make(directory / "stopped", **RUNS["fewer prompts than processes"])
+    stopped.add_callback(StopsInTheLastProcess())
+    stopped.train()
     # A checkpoint for a run of another number of processes, in the middle of a window.
     options = RUNS["a window with kl"] | {"save_strategy": "steps", "save_steps": 2}
     make(directory / "saved", **options).train()
