@@ -26,7 +26,7 @@ from fusedgrpo.kernels.sample import op as sample_op
 from fusedgrpo.models import activation_offload as offload
 from fusedgrpo.models import cached_attention, loading, policy
 from fusedgrpo.models import packed_attention as attention
-from fusedgrpo.models.adapters import rollout_weights
+from fusedgrpo.models.adapters import merged_weights, rollout_weights
 from fusedgrpo.models.device import pick_compute_dtype
 from fusedgrpo.models.policy import Policy
 
@@ -99,7 +99,7 @@ def cuda_choices() -> Iterator[None]:
             patch(module, "plain_arithmetic_on", lambda x: torch.autocast("cpu", enabled=False))
         # Rollouts: products as on a GPU. Addresses of fake weights say nothing.
         stacked = property(lambda family: True, lambda family, value: None)
-        patch(rollout_weights._MergedFamily, "stacked", stacked, create=True)
+        patch(merged_weights._MergedFamily, "stacked", stacked, create=True)
         patch(rollout_weights.RolloutWeights, "_trained_state", lambda weights: "fake")
         # Offload: what moves are plain tensors, and here these are fake.
         patch(offload, "Tensor", FakeTensor)
