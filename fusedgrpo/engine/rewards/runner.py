@@ -382,8 +382,8 @@ def _listed(reward_funcs: Any) -> list[Any]:
             )
     if not functions:
         raise RewardError(
-            "reward_funcs is empty: give at least one reward, such as 'accuracy,format', "
-            "'file.py:function' or a callable"
+            "No reward source provided: reward_funcs is empty. Give at least one reward, such as "
+            "'accuracy,format', 'file.py:function' or a callable"
         )
     return functions
 
@@ -400,8 +400,8 @@ def _tokenizers(given: Any, count: int) -> list[Any]:
     tokenizers = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(tokenizers) != count:
         raise RewardError(
-            f"reward_processing_classes has {len(tokenizers)} entries, expected {count}: one for "
-            "each reward function (None for those that are no reward model)"
+            f"reward_processing_classes has {len(tokenizers)} entries, expected {count}: their "
+            "number must match that of the reward functions (None for one that is no reward model)"
         )
     return tokenizers
 
