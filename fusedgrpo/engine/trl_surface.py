@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fusedgrpo.engine.callback_events import CallbackEvents
     from fusedgrpo.engine.distributed import Processes
     from fusedgrpo.engine.learner import Learner
+    from fusedgrpo.engine.rewards import RewardFunctions
     from fusedgrpo.models.policy import Policy
 
 _OWN_STEP = (
@@ -80,6 +81,7 @@ class TRLSurface:
     args: GRPOConfig
     policy: Policy
     learner: Learner
+    reward_funcs: RewardFunctions
     processes: Processes
     events: CallbackEvents
     callbacks: list[Callback]
@@ -166,6 +168,21 @@ class TRLSurface:
     def entropy_coef(self) -> float:
         """The weight of the entropy bonus, where ``use_adaptive_entropy`` has brought it by now."""
         return self.learner.bonus.coef
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizers of reward models, in the order of the reward functions, None for those
+        that are no models."""
+        return self.reward_funcs.tokenizers
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        return self.reward_funcs.names
+
+    @property
+    def reward_weights(self) -> Tensor:
+        """``[F]`` float32, on the CPU."""
+        return self.reward_funcs.weights
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """``[B, T]`` bool: the tokens in ``mask``, which has the shape of ``entropies``, with an

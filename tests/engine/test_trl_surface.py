@@ -193,6 +193,8 @@ def test_what_scripts_read_is_there(trained):
     assert made.is_world_process_zero() and made.is_local_process_zero()
     assert made.get_learning_rates() == [made.learner.learning_rate]
     assert made.get_num_trainable_parameters() > 0
+    assert (made.reward_func_names, made.reward_weights.tolist()) == (["even_ids"], [1.0])
+    assert made.reward_processing_classes == [None]
 
 
 def test_what_is_saved_where_peft_and_transformers_look(trained, tmp_path):

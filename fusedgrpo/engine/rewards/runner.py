@@ -92,11 +92,13 @@ class RewardFunctions:
     """The reward functions of a run. Close it, or use it as a context manager.
 
     names: F names, by which metrics and logs go, no two the same. weights: float32 ``[F]``.
+    tokenizers: F, those of reward models; None for what is none.
     """
 
     def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float], on_error: str):
         self.names = unique_labels([scorer.name for scorer in scorers])
         self.weights = torch.tensor(weights, dtype=torch.float32)
+        self.tokenizers = [getattr(scorer, "tokenizer", None) for scorer in scorers]
         self._scorers = list(scorers)
         self._drop = on_error == "drop"
         self._failed_batches = [0] * len(self._scorers)
