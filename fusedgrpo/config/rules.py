@@ -227,8 +227,8 @@ def doubtful(config: Any) -> list[str]:
     said = []
     if level == "sequence" and loss in ("bnpo", "dr_grpo", "dapo", "cispo"):
         said.append(
-            f"importance_sampling_level: sequence with loss_type: {loss}, which sums over tokens: "
-            "a completion weighs as much as it is long. GSPO is loss_type: grpo."
+            f"importance_sampling_level: sequence with loss_type: {loss}, which sums over tokens "
+            "and so weights each sequence by its completion length. GSPO is loss_type: grpo."
         )
     if level == "token" and loss == "luspo":
         said.append(

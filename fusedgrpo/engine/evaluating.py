@@ -9,15 +9,17 @@ from typing import Any
 from transformers.trainer_utils import speed_metrics
 
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.advantages import Estimator
 from fusedgrpo.engine.callback_events import CallbackEvents
 from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import PromptDataset, load_prompts
 from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.held_out import HeldOut, load_held_out
 from fusedgrpo.engine.distributed import Processes
-from fusedgrpo.engine.evaluation import evaluate
-from fusedgrpo.engine.rewards import RewardFunctions
+from fusedgrpo.engine.evaluation import evaluate, rollout_loss
+from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.trl_surface import TRLSurface
@@ -41,6 +43,9 @@ class Evaluating(TRLSurface):
     sampling: SamplingParams
     collector: Collector
     events: CallbackEvents
+    estimate_advantages: Estimator
+    # A run's own evaluations do without: it takes another forward pass.
+    evaluates_loss = True
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -49,6 +54,8 @@ class Evaluating(TRLSurface):
         a dictionary of them, or the name of one of the trainer's. Returns the metrics, which begin
         with the prefix, of sets in a dictionary with the name after it (``eval_name_reward``); the
         history and transformers' callbacks get them as well, with ``eval_runtime`` and the like.
+        ``eval_loss`` is that of the completions, as an update on them would begin with; the
+        evaluations of a run leave it out, unless ``metric_for_best_model`` is the loss.
         ignore_keys: TRL's; there is nothing to ignore.
 
         Always from the same seeds, so that two evaluations differ by the policy alone. Raises
@@ -66,6 +73,7 @@ class Evaluating(TRLSurface):
             held_out,
             self.sampler,
             self.reward_funcs,
+            loss=self._loss if self.evaluates_loss else None,
             n=n,
             params=self.sampling,
             batch_size=self.args.per_device_eval_batch_size,
@@ -80,6 +88,16 @@ class Evaluating(TRLSurface):
         self.log({**metrics, **clock})
         self.events.fire("on_evaluate", metrics={**metrics, **clock})
         return metrics
+
+    def _loss(self, rollout: Rollout, scored: RewardBatch) -> float:
+        return rollout_loss(
+            rollout,
+            scored,
+            self.reward_funcs.weights,
+            self.learner,
+            estimate=self.estimate_advantages,
+            mask_truncated=self.args.mask_truncated_completions,
+        )
 
     def _held_out(self, given: Any) -> HeldOut:
         own = self.eval_dataset

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from fusedgrpo.engine.advantages import Estimator
 from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
+from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.metrics import length_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.training_sample import concatenated, loss_mask
 from fusedgrpo.engine.rollout.types import Group, Rollout
-from fusedgrpo.engine.scoring import score_rollout
+from fusedgrpo.engine.scoring import rollout_logprobs, score_rollout
 from fusedgrpo.engine.seeding import derive
 
 
@@ -62,11 +67,66 @@ def sample_and_score(
 
 
 def evaluate(
-    data: PromptDataset, sampler: Sampler, rewards: RewardFunctions, **how: Any
+    data: PromptDataset,
+    sampler: Sampler,
+    rewards: RewardFunctions,
+    *,
+    loss: Callable[[Rollout, RewardBatch], float] | None = None,
+    **how: Any,
 ) -> dict[str, Any]:
     """The metrics of ``sample_and_score``, whose arguments these are, over all completions
-    together."""
+    together. loss: called with these, for the metric of that name; None for none."""
     rollout, scored = sample_and_score(data, sampler, rewards, **how)
     together = dataclasses.replace(scored, seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
-    return length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
+    found = length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
+    return found if loss is None else {"loss": loss(rollout, scored), **found}
+
+
+def rollout_loss(
+    rollout: Rollout,
+    scored: RewardBatch,
+    weights: torch.Tensor,
+    learner: Learner,
+    *,
+    estimate: Estimator,
+    mask_truncated: bool,
+) -> float:
+    """The loss that an update on a rollout would begin with, all completions in one batch and the
+    policy that sampled them in both places of the ratio: without an entropy bonus and the router's
+    loss, which are no losses of completions. Completions without a gradient are not forwarded.
+
+    weights: of the reward functions.
+    """
+    policy, execution = learner.policy, learner.execution
+    group_ids = torch.tensor(rollout.group_ids)
+    buffer = RolloutBuffer(rollout, estimate(scored, group_ids, weights), 1, 1)
+
+    def logprobs() -> torch.Tensor:
+        return rollout_logprobs(
+            policy, buffer, learner.trains, mask_truncated=mask_truncated, execution=execution
+        )
+
+    logp = logprobs()
+    if learner.options.beta:
+        with execution.signals.held(), policy.reference():
+            buffer.ref_logp = logprobs()
+    samples, places = buffer.part(0, mask_truncated=mask_truncated)
+    live = [i for i, sample in enumerate(samples) if learner.trains(sample)]
+    if not live:
+        return 0.0
+    batch, cpu = [samples[i] for i in live], torch.device("cpu")
+    lengths = torch.tensor([0, *(len(sample.completion_ids) for sample in batch)])
+    loss, _ = learner.policy_loss(
+        torch.cat([logp[places[i]] for i in live]),
+        torch.tensor([sample.advantage for sample in batch]),
+        lengths.cumsum(0),
+        old_logp=None,
+        ref_logp=concatenated(batch, "ref_logp", cpu),
+        mask=loss_mask(batch, cpu),
+        sampler_ratio=None,
+        entropy=None,
+        num_items=sum(sample.loss_tokens for sample in samples),
+        num_sequences=len(samples),
+    )
+    return float(loss)

@@ -161,8 +161,8 @@ class Learner:
         """This process's share of the gradients in ``.grad``; loss and metrics of all samples."""
         num_items = sum(sample.loss_tokens for sample in samples)
         samples, acting = self._chosen(samples, num_items)
-        skipped = [sample for sample in samples if not self._has_gradient(sample)]
-        live = [sample for sample in samples if self._has_gradient(sample)]
+        skipped = [sample for sample in samples if not self.trains(sample)]
+        live = [sample for sample in samples if self.trains(sample)]
         own = shares([s.pair for s in live], self.processes.size)[self.processes.rank]
         mine = live[own.start : own.stop]
         load = None
@@ -267,7 +267,8 @@ class Learner:
     def _norm(self, parameters: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def _has_gradient(self, sample: TrainingSample) -> bool:
+    def trains(self, sample: TrainingSample) -> bool:
+        """Whether the loss of ``sample`` has a gradient, or is forwarded all the same."""
         # The router's loss has a gradient in all of them.
         custom = self.custom_loss is not None
         return self.policy.whole or has_gradient(sample, self.options, self.bonus.on, custom=custom)

@@ -330,8 +330,8 @@ def _load_data(
     source = args.dataset if train is None else train
     if source is None:
         raise ConfigError(
-            "dataset is missing: give a file, a directory, a name in dataset_dir, or pass "
-            "train_dataset."
+            "`train_dataset` is required: dataset is missing. Pass train_dataset, or give dataset "
+            "a file, a directory or a name in dataset_dir."
         )
     prompts = load_prompts(source, args, processing_class, **reading)
     held_out = args.eval_dataset if held_out is None else held_out

@@ -43,6 +43,12 @@ class StepMeans:
         self.sums, self.last = {}, {}
         return entry
 
+    def take_rest(self) -> dict[str, Any]:
+        """``take``, for the last entry of a run, which is that of no step: as in TRL, without the
+        loss, the gradient and the learning rate of one."""
+        of_steps = ("loss", "grad_norm", "learning_rate")
+        return {name: value for name, value in self.take().items() if name not in of_steps}
+
     def state(self) -> dict[str, Any]:
         return {"sums": {name: list(total) for name, total in self.sums.items()}, "last": self.last}
 

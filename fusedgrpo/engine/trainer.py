@@ -218,7 +218,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
             if pushed := self._push_result():
                 outputs.display.note(pushed)
             metrics = summary.metrics(self.progress.step)
-            self.log(metrics)
+            self.log({**self.events.means.take_rest(), **metrics})
             self.events.fire("on_train_end")
         return TrainOutput(self.progress.step, summary.loss, {**row, **metrics})
 
@@ -360,7 +360,11 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
 
     def _evaluate(self, outputs: RunLogger) -> dict[str, Any]:
         outputs.display.phase("evaluate")
-        return self.evaluate()
+        self.evaluates_loss = self.run_control.metric_name == "eval_loss"
+        try:
+            return self.evaluate()
+        finally:
+            self.evaluates_loss = True
 
     def _skip_to(self, prompts: int) -> None:
         """Leave out what is left of an epoch that a callback has stopped."""

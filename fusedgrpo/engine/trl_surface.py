@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusedgrpo.engine.callbacks import Callback, sorted_callbacks
 from fusedgrpo.errors import ConfigError
+from fusedgrpo.kernels.loss.selection import entropy_threshold, near_policy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fusedgrpo.engine.callback_events import CallbackEvents
     from fusedgrpo.engine.distributed import Processes
     from fusedgrpo.engine.learner import Learner
+    from fusedgrpo.engine.rewards import RewardFunctions
     from fusedgrpo.models.policy import Policy
 
 _OWN_STEP = (
@@ -79,6 +81,7 @@ class TRLSurface:
     args: GRPOConfig
     policy: Policy
     learner: Learner
+    reward_funcs: RewardFunctions
     processes: Processes
     events: CallbackEvents
     callbacks: list[Callback]
@@ -155,6 +158,59 @@ class TRLSurface:
         """The frozen copy that full fine-tuning with ``beta`` compares with; None, as in TRL, where
         there is an adapter, which is switched off for that, or no ``beta``."""
         return self.policy.reference_model
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the load-balancing loss of a mixture of experts is part of the loss."""
+        return self.policy.router is not None
+
+    @property
+    def entropy_coef(self) -> float:
+        """The weight of the entropy bonus, where ``use_adaptive_entropy`` has brought it by now."""
+        return self.learner.bonus.coef
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizers of reward models, in the order of the reward functions, None for those
+        that are no models."""
+        return self.reward_funcs.tokenizers
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        return self.reward_funcs.names
+
+    @property
+    def reward_weights(self) -> Tensor:
+        """``[F]`` float32, on the CPU."""
+        return self.reward_funcs.weights
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """``[B, T]`` bool: the tokens in ``mask``, which has the shape of ``entropies``, with an
+        entropy at or above that quantile of theirs. Of this process; an update asks of all."""
+        inside = mask.bool()
+        return inside & (entropies >= entropy_threshold(entropies[inside], 1 - threshold))
+
+    @staticmethod
+    def get_off_policy_mask(
+        advantages: Tensor,
+        per_token_logps: Tensor,
+        sampling_per_token_logps: Tensor,
+        mask: Tensor,
+        off_policy_threshold: float,
+    ) -> Tensor:
+        """``[B, 1]`` in the dtype of ``mask``: 0 for a completion with a negative advantage whose
+        mean difference from the policy that sampled it is above the threshold, else 1. advantages:
+        ``[B, 1]``; the rest ``[B, T]``."""
+        rows, width = mask.shape
+        near = near_policy(
+            per_token_logps.flatten(),
+            sampling_per_token_logps.flatten(),
+            advantages.flatten(),
+            mask.flatten().bool(),
+            torch.arange(rows + 1, device=mask.device) * width,
+            off_policy_threshold,
+        )
+        return near[:, None].to(mask.dtype)
 
     def is_world_process_zero(self) -> bool:
         return self.processes.is_main

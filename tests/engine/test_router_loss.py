@@ -99,6 +99,7 @@ def test_loss_and_metric_are_those_of_trl(tmp_path, monkeypatch):
     monkeypatch.setattr(made.learner, "step", watched)
     made.train()
     row = rows_of(made)[0]
+    assert made.aux_loss_enabled and made.state.log_history[-1]["aux_loss"] == row["aux_loss"]
     assert row["aux_loss"] == pytest.approx(seen["aux_loss"], rel=1e-5)
     assert row["loss"] == pytest.approx(seen["loss"] + 0.5 * seen["aux_loss"], rel=1e-5)
 

@@ -163,7 +163,7 @@ def test_control_is_obeyed(tmp_path: Path) -> None:
     silent = trainer(tmp_path / "silent", max_steps=1, eval_strategy="steps", eval_steps=1)
     assert isinstance(silent.pop_callback(DefaultFlowCallback), DefaultFlowCallback)
     silent.train()
-    assert [set(entry) & {"reward", "eval_reward"} for entry in silent.state.log_history] == [set()]
+    assert [set(entry) & {"loss", "eval_reward"} for entry in silent.state.log_history] == [set()]
 
 
 def test_an_epoch_that_is_stopped_is_left(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def test_evaluation_sets_have_names(tmp_path: Path) -> None:
     assert made.evaluate()["eval_a_reward"] == row["eval_a_reward"]
     assert made.evaluate("b")["eval_reward"] == row["eval_b_reward"]
     assert "test_b_reward" in made.evaluate({"b": PROMPTS}, metric_key_prefix="test")
+    assert "test_b_reward" in made.evaluate(datasets.DatasetDict(b=sets["b"]), None, "test")
+    assert "eval_reward" in made.evaluate(datasets.DatasetDict(b=sets["b"], test=sets["b"]))
     with pytest.raises(DataError, match="none in it"):
         made.evaluate({})
 

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -192,6 +193,8 @@ def test_what_scripts_read_is_there(trained):
     assert made.is_world_process_zero() and made.is_local_process_zero()
     assert made.get_learning_rates() == [made.learner.learning_rate]
     assert made.get_num_trainable_parameters() > 0
+    assert (made.reward_func_names, made.reward_weights.tolist()) == (["even_ids"], [1.0])
+    assert made.reward_processing_classes == [None]
 
 
 def test_what_is_saved_where_peft_and_transformers_look(trained, tmp_path):
@@ -290,3 +293,54 @@ def test_the_entropy_coefficient_is_a_metric(tmp_path):
     made = trainer(tmp_path, entropy_coef=0.02, max_steps=1)
     assert made.train().metrics["entropy_coef"] == 0.02
     assert "entropy_coef" not in trainer(tmp_path / "without", max_steps=1).train().metrics
+
+
+def test_masks_of_tokens_by_the_names_of_trl(trained):
+    made, _ = trained
+    entropies = torch.tensor([[0.1, 0.9, 0.5], [0.7, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    wanted = torch.tensor([[False, True, False], [True, False, False]])
+    assert torch.equal(made.get_high_entropy_mask(entropies, mask, 0.5), wanted)
+    assert not made.get_high_entropy_mask(entropies, mask * 0, 0.5).any()
+    logps = torch.tensor([[-2.0, -2.0, 50.0], [-2.0, -2.0, -2.0], [-0.5, -0.5, -0.5]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    for sign, kept in ((-1.0, [[0.0], [0.0], [1.0]]), (1.0, [[1.0], [1.0], [1.0]])):
+        advantages = torch.full((3, 1), sign)
+        found = made.get_off_policy_mask(advantages, logps, torch.zeros(3, 3), mask, 1.0)
+        assert found.tolist() == kept
+
+
+def test_the_last_entry_of_the_history_has_the_steps_that_were_not_logged(tmp_path):
+    made = trainer(tmp_path, more={"eval_dataset": PROMPTS[:2]}, max_steps=3, logging_steps=2,
+                   entropy_coef=0.1, beta=0.1, eval_strategy="steps", eval_steps=3,
+                   metric_for_best_model="loss")  # fmt: skip
+    made.train()
+    logged, evaluated, last = made.state.log_history
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert last["policy_loss"] == rows[2]["policy_loss"] and "policy_loss" in logged
+    assert not {"loss", "grad_norm", "learning_rate"} & last.keys()
+    assert made.entropy_coef == last["entropy_coef"] == 0.1 and not made.aux_loss_enabled
+    # The evaluation of a run has a loss only where the best is chosen by it.
+    assert rows[2]["eval_loss"] == evaluated["eval_loss"] == made.evaluate()["eval_loss"] != 0
+
+
+def test_the_loss_of_an_evaluation_is_that_of_an_update_on_it(trained, tmp_path):
+    made = trainer(tmp_path, more={"eval_dataset": PROMPTS}, num_generations=4)
+    seen = []
+    made.sampler = SimpleNamespace(sample=_kept(made.sampler.sample, seen))
+    found = made.evaluate()["eval_loss"]
+    completions = [c for groups in seen for group in groups for c in group.completions]
+    rewards = torch.tensor([even_ids([c.ids])[0] for c in completions]).view(-1, 4)
+    deviations = rewards - rewards.mean(1, keepdim=True)
+    advantages = (deviations / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    tokens = torch.tensor([len(c.ids) for c in completions])
+    assert found == pytest.approx(-((advantages * tokens).sum() / tokens.sum()).item(), abs=1e-6)
+    assert found != 0
+
+
+def _kept(sample, seen):
+    def wrapped(*args, **kwargs):
+        seen.append(sample(*args, **kwargs))
+        return seen[-1]
+
+    return wrapped

@@ -15,9 +15,9 @@ HeldOut: TypeAlias = PromptDataset | dict[str, PromptDataset]
 def load_held_out(
     source: Any, max_samples: int | None, load: Callable[[Any], PromptDataset]
 ) -> HeldOut:
-    """``source`` as prompts, by ``load``. A dictionary is of data sets by name, a ``DatasetDict``
-    of splits of one. Raises DataError."""
-    if type(source) is not dict:
+    """``source`` as prompts, by ``load``. A dictionary is of data sets by name, as is, in TRL, a
+    ``DatasetDict``; one with a split "test" stands for that split. Raises DataError."""
+    if not isinstance(source, dict) or (type(source) is not dict and "test" in source):
         return load(held_out_rows(source, max_samples))
     if not source:
         raise DataError("eval_dataset: a dictionary of data sets, and none in it.")

@@ -78,7 +78,7 @@ class RewardModel:
                     "token; set its pad_token and give it in reward_processing_classes"
                 )
             tokenizer.pad_token = tokenizer.eos_token
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         # The score is read at the last token that is not this one.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if not (getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)):
@@ -110,7 +110,7 @@ class RewardModel:
         batch, self._batch = self._batch, None
         start = time.perf_counter()
         values, failures = [math.nan] * len(batch), dict[int, str]()
-        ids = self._tokenizer(self._texts(batch), add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(self._texts(batch), add_special_tokens=False)["input_ids"]
         self._check_lengths(ids, batch)
         # Neighbours of like length share a forward, so little of it is padding.
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -131,15 +131,15 @@ class RewardModel:
         pairs = zip(batch.prompts, batch.completions, strict=True)
         if isinstance(batch.prompts[0], str):
             return [prompt + completion for prompt, completion in pairs]
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise RewardError(
                 f"reward model {self.name!r}: the prompts are messages and its tokenizer has no "
                 "chat template"
             )
         clock = self._clock
-        dated = clock.pinned(self._tokenizer.chat_template) if clock else {}
+        dated = clock.pinned(self.tokenizer.chat_template) if clock else {}
         return [
-            self._tokenizer.apply_chat_template(prompt + completion, tokenize=False, **dated)
+            self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **dated)
             for prompt, completion in pairs
         ]
 
@@ -155,7 +155,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def _scores(self, ids: list[list[int]]) -> list[float]:
-        inputs = self._tokenizer.pad(
+        inputs = self.tokenizer.pad(
             {"input_ids": ids}, padding_side="right", return_tensors="pt"
         ).to(self._model.device)
         logits = self._model(

@@ -92,11 +92,13 @@ class RewardFunctions:
     """The reward functions of a run. Close it, or use it as a context manager.
 
     names: F names, by which metrics and logs go, no two the same. weights: float32 ``[F]``.
+    tokenizers: F, those of reward models; None for what is none.
     """
 
     def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float], on_error: str):
         self.names = unique_labels([scorer.name for scorer in scorers])
         self.weights = torch.tensor(weights, dtype=torch.float32)
+        self.tokenizers = [getattr(scorer, "tokenizer", None) for scorer in scorers]
         self._scorers = list(scorers)
         self._drop = on_error == "drop"
         self._failed_batches = [0] * len(self._scorers)
@@ -382,8 +384,8 @@ def _listed(reward_funcs: Any) -> list[Any]:
             )
     if not functions:
         raise RewardError(
-            "reward_funcs is empty: give at least one reward, such as 'accuracy,format', "
-            "'file.py:function' or a callable"
+            "No reward source provided: reward_funcs is empty. Give at least one reward, such as "
+            "'accuracy,format', 'file.py:function' or a callable"
         )
     return functions
 
@@ -400,8 +402,8 @@ def _tokenizers(given: Any, count: int) -> list[Any]:
     tokenizers = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(tokenizers) != count:
         raise RewardError(
-            f"reward_processing_classes has {len(tokenizers)} entries, expected {count}: one for "
-            "each reward function (None for those that are no reward model)"
+            f"reward_processing_classes has {len(tokenizers)} entries, expected {count}: their "
+            "number must match that of the reward functions (None for one that is no reward model)"
         )
     return tokenizers
 
