@@ -67,8 +67,8 @@ def head_layer(model: Any) -> Any:
         layer = layer.token_adapter.base_layer
     if hasattr(layer, "base_layer"):
         raise ModelError(
-            "The LM head carries a low-rank adapter, which is not supported: leave lm_head out of the "
-            "target modules ('all-linear' does), or train it whole with modules_to_save of a "
+            "The LM head carries a low-rank adapter, which is not supported: leave lm_head out of "
+            "the target modules ('all-linear' does), or train it whole with modules_to_save of a "
             "peft_config. A trained adapter can be merged first (merge_and_unload)."
         )
     return layer
