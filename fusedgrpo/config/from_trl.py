@@ -45,7 +45,8 @@ def given_options(args: Any) -> dict[str, Any]:
         given["steps_per_generation"] = steps
     # transformers sets it wherever there is an eval_strategy, and its trainer does not read it.
     given.pop("do_eval", None)
-    # What transformers puts there for load_best_model_at_end; GRPO's evaluation has no loss.
+    # What transformers puts there for load_best_model_at_end; GRPO's loss does not say how good a
+    # policy is.
     if given.get("metric_for_best_model") == "loss":
         given.pop("metric_for_best_model")
         given.pop("greater_is_better", None)
