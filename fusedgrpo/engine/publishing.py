@@ -196,10 +196,10 @@ class Publishing:
     def _push_result(self) -> str | None:
         """With ``push_to_hub``, upload the result of a run that is at its end; what to say of it.
         A Hub that does not take it costs nothing that is not on the disk."""
-        if not (self.args.push_to_hub and self.processes.is_main):
+        if not self.args.push_to_hub:
             return None
         try:
-            return f"Pushed: {self.push_to_hub()}"
+            return f"Pushed: {self.push_to_hub()}"  # in all processes: callbacks are told in all
         except hub.HubError as error:
             again = f"fusedgrpo push {self._directory} --repo {self.hub_model_id}"
             return f"The run is whole, and was not pushed. {error} Later: {again}"
