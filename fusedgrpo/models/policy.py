@@ -22,6 +22,7 @@ from fusedgrpo.models.loading import policy_parts
 from fusedgrpo.models.packed_batch import Ids, Layout, PackedBatch
 from fusedgrpo.models.packing_probe import SharedPrompt, choose_layout
 from fusedgrpo.models.router import RouterLoss, RouterSums
+from fusedgrpo.models.softcap import keep_softcap
 
 if TYPE_CHECKING:
     from fusedgrpo.config.schema import GRPOConfig
@@ -70,6 +71,7 @@ class Policy:
         trains_as_it_samples: bool = False,
     ):
         keep_differentiable(model)
+        keep_softcap(model)
         self.model: Any = model
         self.compute_dtype = compute_dtype
         self.temperature = temperature

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models import packed_attention as attention
+from fusedgrpo.models import packing_probe
 from fusedgrpo.models.packed_attention import Plan, packed_attention
 from fusedgrpo.models.packed_batch import PackedBatch, Segment
 from fusedgrpo.models.policy import Policy
@@ -158,6 +159,32 @@ _init = Plan.__init__
 
 def leaky(self, segments, device):
     _init(self, [Segment(0, sum(s.length for s in segments))], device)
+
+
+def test_rounding_that_a_deep_model_amplifies_is_no_leak(monkeypatch, caplog):
+    monkeypatch.setitem(packing_probe.TOLERANCE, torch.bfloat16, 1e-3)
+    model = tiny.model("Qwen2", hidden_size=64, num_hidden_layers=28)
+    assert Policy(model, compute_dtype=torch.bfloat16).layout == "shared"
+    model = tiny.model("Qwen2", hidden_size=64, num_hidden_layers=28)
+    monkeypatch.setattr(Plan, "__init__", leaky)
+    assert Policy(model, compute_dtype=torch.bfloat16).layout == "rows"
+    monkeypatch.setattr(Plan, "__init__", _init)
+    # Where rounding would hide a leak, nothing is believed.
+    monkeypatch.setattr(packing_probe, "MOST_ROUNDING", 1e-3)
+    assert Policy(model, compute_dtype=torch.bfloat16).layout == "rows"
+    assert "and rounding alone may move them by" in caplog.text
+    assert not [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+
+
+def test_scores_are_capped_under_any_implementation(monkeypatch):
+    model = tiny.model("Gemma2", attn_logit_softcapping=0.5)
+    model.set_attn_implementation("eager")
+    ids = torch.arange(4, 20)[None]
+    expected = model(ids).logits
+    model.config._attn_implementation_internal = "sdpa"  # as transformers 5.17 chooses
+    policy = Policy(model)
+    assert policy.layout == "shared"
+    torch.testing.assert_close(model(ids).logits, expected)
 
 
 def test_a_model_that_does_not_know_the_arguments_falls_back_and_says_why(caplog):

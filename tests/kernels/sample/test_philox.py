@@ -73,7 +73,10 @@ def test_the_bits_of_a_token_are_those_of_seed_position_and_token(kernel, first)
         noise = gumbel_tile(
             SEEDS.to(kernel.device), POSITIONS.to(kernel.device), first + skip, 7, torch.float64
         )
-        assert torch.equal(noise.cpu(), gumbel(want[:, skip : skip + 7], torch.float64))
+        # A GPU's logarithm may differ in the last bit.
+        ulps = 0 if kernel.device.type == "cpu" else 1e-14
+        expected = gumbel(want[:, skip : skip + 7], torch.float64)
+        torch.testing.assert_close(noise.cpu(), expected, rtol=ulps, atol=ulps)
 
 
 def test_no_number_is_infinite_and_all_are_accurate(kernel):
