@@ -106,6 +106,11 @@ def group_launch() -> Launch:
 DECODE_SPLIT = 256
 
 
+# Programs that share the tiles of a group's queries over one part of its prompt's keys: with one, a
+# few prompts are too few programs for a GPU. How many there are to share is known to the GPU alone.
+DECODE_LANES = 2
+
+
 def decode_rows(itemsize: int, head_dim: int) -> int:
     """Queries that are multiplied with a prompt's keys together: the most whose sums fit registers.
     The same for every group: another tile may be another order of sums. More queries are more

@@ -22,6 +22,7 @@ from torch import Tensor
 from fusedgrpo.kernels.backend import interpreted
 from fusedgrpo.kernels.decode.merge_triton import merge_kernel
 from fusedgrpo.kernels.launch import (
+    DECODE_LANES,
     DECODE_SPLIT,
     decode_launch,
     decode_merge_launch,
@@ -91,15 +92,16 @@ def prompt_kernel(
     REP: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, D_VALUE: tl.constexpr,
     PAD: tl.constexpr, PAD_VALUE: tl.constexpr, PAGE: tl.constexpr, SCALING: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Partial softmaxes over ``SPLIT`` keys of a group's prompt, for its rows in tiles of ``ROWS``
-    queries. high, total, product: ``[splits, M, h]`` and ``[splits, M, h, D_VALUE]``, by split, row
+    queries, of which a program takes every ``LANES``-th. high, total, product: ``[splits, M, h]`` and ``[splits, M, h, D_VALUE]``, by split, row
     and head. REP: heads that share one of keys. WINDOW: 0 for none."""
     program = tl.program_id(0)
     kv = (program % H_KV).to(tl.int64)
     split = (program // H_KV) % splits
-    group = (program // H_KV // splits).to(tl.int64)
+    lane = (program // H_KV // splits) % LANES
+    group = (program // H_KV // splits // LANES).to(tl.int64)
     first = tl.load(cu_rows_ptr + group).to(tl.int32)
     count = (tl.load(cu_rows_ptr + group + 1).to(tl.int32) - first) * REP
     length = tl.load(lengths_ptr + group).to(tl.int32)
@@ -108,7 +110,7 @@ def prompt_kernel(
     dims = tl.arange(0, PAD)
     value_dims = tl.arange(0, PAD_VALUE)
     if start < end:
-        for tile in range(0, count, ROWS):
+        for tile in range(lane * ROWS, count, LANES * ROWS):
             index = tile + tl.arange(0, ROWS)
             there = index < count
             row = (first + index // REP).to(tl.int64)
@@ -233,11 +235,11 @@ def decode_attention_triton(
         **launch.options(),
     }
     strides = (*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
-    if grid := len(prompt_lengths) * prompt_splits * h_kv:
+    if grid := len(prompt_lengths) * DECODE_LANES * prompt_splits * h_kv:
         prompt_kernel[(grid,)](
             query, keys, values, prompt_pages, prompt_lengths, cu_rows, own_lengths,
             high, total, product, M, prompt_splits, prompt_pages.shape[1], *strides,
-            ROWS=decode_rows(query.element_size(), max(d, d_value)), **common,
+            ROWS=decode_rows(query.element_size(), max(d, d_value)), LANES=DECODE_LANES, **common,
         )  # fmt: skip
     own_parts = (x[prompt_splits:] for x in (high, total, product))
     own_kernel[(M * own_splits * h_kv,)](
