@@ -14,12 +14,14 @@ from fusedgrpo.kernels.decode.attention_triton import constants as decode_consta
 from fusedgrpo.kernels.decode.attention_triton import own_kernel, prompt_kernel
 from fusedgrpo.kernels.decode.merge_triton import merge_kernel
 from fusedgrpo.kernels.launch import (
+    DECODE_LANES,
     DECODE_SPLIT,
     Launch,
     decode_launch,
     decode_merge_launch,
     decode_rows,
     group_launch,
+    norm_launch,
     power_of_two,
     ragged_launch,
     row_launch,
@@ -38,6 +40,7 @@ from fusedgrpo.kernels.logprob.softmax_triton import (
 )
 from fusedgrpo.kernels.loss.metrics_triton import metrics_kernel
 from fusedgrpo.kernels.loss.terms_triton import completion_kernel, constants
+from fusedgrpo.kernels.norm.rms_norm_triton import rms_norm_kernel
 from fusedgrpo.kernels.sample.best_triton import best_tile_kernel
 from fusedgrpo.loss_options import LossOptions
 
@@ -58,7 +61,7 @@ class Variant:
 
 
 def all_variants() -> list[Variant]:
-    return [*_advantages(), *_decode(), *_head(), *_sample(), *_loss()]
+    return [*_advantages(), *_decode(), *_head(), *_sample(), *_loss(), *_norm()]
 
 
 def _variant(
@@ -95,6 +98,24 @@ def _advantages() -> Iterator[Variant]:
     yield one("group_ids-per_column", F=2, scale="group", per_column=True)
 
 
+def _norm() -> Iterator[Variant]:
+    types = {"x_stride": "i64", "H": "i32", "eps": "fp32"}
+    for dtype, H, rounds_first, offset in (
+        ("bf16", 3584, True, 0.0),
+        ("fp16", 128, True, 0.0),
+        ("bf16", 5376, False, 1.0),
+        ("fp32", 8192, True, 0.0),
+    ):
+        yield _variant(
+            f"rms_norm {dtype} {H}" + " offset" * bool(offset),
+            rms_norm_kernel,
+            norm_launch(H),
+            types | dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), f"*{dtype}"),
+            OFFSET=offset,
+            ROUNDS_FIRST=rounds_first,
+        )
+
+
 def _decode() -> Iterator[Variant]:
     tables = ("pages", "lengths", "cu_rows", "own_lengths", "prompt_lengths")
     types_of_tables = {f"{name}_ptr": "*i32" for name in tables}
@@ -108,6 +129,8 @@ def _decode() -> Iterator[Variant]:
         types = pools | types_of_tables | dict.fromkeys(strides, "i64")
         types |= dict.fromkeys(("M", "splits", "pages_width"), "i32")
         options = {"WINDOW": 0, "SOFTCAP": 0.0} | options
+        if kernel is prompt_kernel:
+            options["LANES"] = DECODE_LANES
         return _variant(
             f"decode_{name} {dtype} {d}",
             kernel,

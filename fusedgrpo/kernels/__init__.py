@@ -12,6 +12,7 @@ from fusedgrpo.kernels.fused_loss.op import linear_policy_loss
 from fusedgrpo.kernels.logprob.op import LogProbs, linear_logprob
 from fusedgrpo.kernels.loss.op import policy_loss
 from fusedgrpo.kernels.loss.types import PolicyLoss
+from fusedgrpo.kernels.norm.op import rms_norm
 from fusedgrpo.kernels.sample.op import Sampled, linear_sample
 from fusedgrpo.loss_options import LOSS_TYPES, LossOptions
 
@@ -28,4 +29,5 @@ __all__ = [
     "linear_policy_loss",
     "linear_sample",
     "policy_loss",
+    "rms_norm",
 ]

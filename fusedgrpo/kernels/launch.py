@@ -90,6 +90,12 @@ def row_launch(H: int) -> Launch:
     return Launch(block=min(power_of_two(H), 2048), num_warps=4)
 
 
+def norm_launch(H: int) -> Launch:
+    """One program per row, all of which it holds."""
+    block = power_of_two(H)
+    return Launch(block=block, num_warps=min(max(block // 512, 1), 16))
+
+
 def ragged_launch() -> Launch:
     """One program per completion, over its tokens: the policy loss."""
     return Launch(block=1024, num_warps=4)

@@ -252,3 +252,9 @@ def reference_decode_attention(
             s = softcap * torch.tanh(s / softcap)
         rows.append((s.softmax(-1)[:, None] @ v)[:, 0])
     return torch.stack(rows)
+
+
+def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """``[..., H]`` float64: ``x / sqrt(mean(x^2) + eps) * (offset + weight)``."""
+    y = x.double()
+    return y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * (offset + weight.double())

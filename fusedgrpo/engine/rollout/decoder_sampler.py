@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from fusedgrpo.models.adapters.merged_weights import MergedWeights
 from fusedgrpo.models.adapters.plain_lora import all_plain
 from fusedgrpo.models.adapters.rollout_weights import AdapterWeights, RolloutWeights
 from fusedgrpo.models.decoding import TOLERANCE, few_tokens, relative_errors, trained
+from fusedgrpo.models.fused_norms import FusedNorms
 from fusedgrpo.models.head import Head, logits
 from fusedgrpo.models.policy import Policy
 
@@ -65,7 +67,8 @@ class DecoderSampler(Sampler):
         if self.weights is not None:
             # What the layers share is seen in a first pass.
             check_decoder(policy, dataclasses.replace(self.how, weights=self.weights.learn))
-            self.how = dataclasses.replace(self.how, weights=self.weights.active)
+        self.norms = FusedNorms(policy.causal_lm, policy.dtype)
+        self.how = dataclasses.replace(self.how, weights=self._active)
         check_decoder(policy, self.how)
 
     def sample(
@@ -113,6 +116,15 @@ class DecoderSampler(Sampler):
             Group(rows[i], tuple(prompt), tuple(done[i, sample] for sample in range(n)))
             for i, prompt in enumerate(prompt_ids)
         ]
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        with self.norms.active():
+            if self.weights is None:
+                yield
+                return
+            with self.weights.active():
+                yield
 
     def weights_changed(self) -> None:
         """See ``Sampler``."""

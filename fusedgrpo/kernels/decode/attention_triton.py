@@ -95,8 +95,9 @@ def prompt_kernel(
     LANES: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Partial softmaxes over ``SPLIT`` keys of a group's prompt, for its rows in tiles of ``ROWS``
-    queries, of which a program takes every ``LANES``-th. high, total, product: ``[splits, M, h]`` and ``[splits, M, h, D_VALUE]``, by split, row
-    and head. REP: heads that share one of keys. WINDOW: 0 for none."""
+    queries, of which a program takes every ``LANES``-th. high, total, product: ``[splits, M, h]``
+    and ``[splits, M, h, D_VALUE]``, by split, row and head. REP: heads that share one of keys.
+    WINDOW: 0 for none."""
     program = tl.program_id(0)
     kv = (program % H_KV).to(tl.int64)
     split = (program // H_KV) % splits

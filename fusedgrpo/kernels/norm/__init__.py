@@ -1,0 +1,1 @@
+"""Root mean square normalisation, where no gradient is asked for."""
