@@ -87,7 +87,9 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def compiled(variant: Variant, target: Target) -> Resources:
-    source = ASTSource(variant.kernel, variant.signature, variant.constants, {})
+    names = list(variant.signature)
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, aligned)
     kernel = triton.compile(source, target=target.gpu, options=variant.launch.options())
     if target.gpu.backend == "hip":
         return amd_resources(kernel.asm["amdgcn"], kernel.metadata.shared)

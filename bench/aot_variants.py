@@ -50,7 +50,8 @@ class Variant:
     """One compilation of a kernel.
 
     signature: Triton's types of all parameters in order, e.g. ``"*bf16"``, ``"i64"``; those in
-    ``constants``, pointers that are None among them, are ``"constexpr"``.
+    ``constants``, pointers that are None among them, are ``"constexpr"``. aligned: parameters that
+    are multiples of 16, as Triton sees when it is called with such. amd: AMD's GPUs run it, too.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Variant:
     signature: dict[str, str]
     constants: dict[str, Any]
     launch: Launch
+    aligned: frozenset[str] = frozenset()
+    amd: bool = True
 
 
 def all_variants() -> list[Variant]:
@@ -65,15 +68,16 @@ def all_variants() -> list[Variant]:
 
 
 def _variant(
-    name: str, kernel: Any, launch: Launch, types: dict[str, str], **constants: Any
-) -> Variant:
+    name: str, kernel: Any, launch: Launch, types: dict[str, str],
+    aligned: frozenset[str] = frozenset(), amd: bool = True, **constants: Any,
+) -> Variant:  # fmt: skip
     """types: of parameters that are neither float32 pointers nor in ``constants``."""
     constants["BLOCK"] = launch.block
     signature = {
         parameter: "constexpr" if parameter in constants else types.get(parameter, "*fp32")
         for parameter in kernel.arg_names
     }
-    return Variant(name, kernel, signature, constants, launch)
+    return Variant(name, kernel, signature, constants, launch, aligned, amd)
 
 
 def _advantages() -> Iterator[Variant]:
@@ -122,20 +126,27 @@ def _decode() -> Iterator[Variant]:
     strides = [f"{pool}_{of}" for pool in ("key", "value") for of in ("page", "slot", "head")]
     strides += ["query_row", "query_head"]
 
-    def one(name: str, kernel: Any, dtype: str, d: int, rep: int = 7, **options: Any) -> Variant:
+    def one(
+        name: str, kernel: Any, dtype: str, d: int, rep: int = 7, aligned: bool = True,
+        **options: Any,
+    ) -> Variant:  # fmt: skip
         size = 4 if dtype == "fp32" else 2
-        rows = decode_rows(size, d) if kernel is prompt_kernel else max(power_of_two(rep), 16)
+        aligned = aligned and size == 2 and d <= 128  # the others are launched alike
+        prompt = kernel is prompt_kernel
+        rows = decode_rows(size, d) if prompt else max(power_of_two(rep), 16)
         pools = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
         types = pools | types_of_tables | dict.fromkeys(strides, "i64")
         types |= dict.fromkeys(("M", "splits", "pages_width"), "i32")
         options = {"WINDOW": 0, "SOFTCAP": 0.0} | options
-        if kernel is prompt_kernel:
+        if prompt:
             options["LANES"] = DECODE_LANES
         return _variant(
-            f"decode_{name} {dtype} {d}",
+            f"decode_{name} {dtype} {d}" + " unaligned" * (not aligned and size == 2 and d <= 128),
             kernel,
-            decode_launch(d, size),
+            decode_launch(d, size, prompt=prompt, aligned=aligned),
             types,
+            frozenset((*pools, *strides, "product_ptr")) if aligned else frozenset(),
+            amd=not aligned,
             **decode_constants(d, d, rep, 4, 16),
             ROWS=rows,
             SCALING=d**-0.5,
@@ -147,6 +158,9 @@ def _decode() -> Iterator[Variant]:
     for d in (64, 96, 128, 256):
         yield one("prompt", prompt_kernel, "bf16", d)
         yield one("own", own_kernel, "bf16", d)
+        if d <= 128:
+            yield one("prompt", prompt_kernel, "bf16", d, aligned=False)
+            yield one("own", own_kernel, "bf16", d, aligned=False)
     for dtype, d in (("fp32", 64), ("fp32", 256), ("fp16", 80)):
         yield one("prompt window softcap", prompt_kernel, dtype, d, **full)
         yield one("own window softcap", own_kernel, dtype, d, **full)

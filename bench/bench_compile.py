@@ -49,6 +49,8 @@ def main() -> None:
         print("variant".ljust(width), "target ", *(f"{name:>12}" for name in UNITS), sep="  ")
         for variant in variants:
             for target in targets:
+                if not variant.amd and aot.TARGETS[target].gpu.backend == "hip":
+                    continue  # it is not launched there
                 found = aot.compiled(variant, aot.TARGETS[target])
                 figures = asdict(found)
                 print(

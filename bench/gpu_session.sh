@@ -33,6 +33,32 @@ piece() {
 
 json() { echo --json "$rows/$1.jsonl"; }
 
+# Of a large copy, bytes read and written, in GB/s: what shares of the memory's bandwidth refer to.
+bandwidth() {
+  $PY - <<'PYTHON'
+import torch
+
+a = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+b = torch.empty_like(a)
+times = []
+for _ in range(12):
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    b.copy_(a)
+    end.record()
+    end.synchronize()
+    times.append(begin.elapsed_time(end) / 1e3)
+print(round(2 * a.numel() / sorted(times)[len(times) // 2] / 1e9))
+PYTHON
+}
+
+case $part in
+rollout | profile)
+  BANDWIDTH=${BANDWIDTH:-$(bandwidth)}
+  echo "a copy moves $BANDWIDTH GB/s" | tee -a "$log"
+  ;;
+esac
+
 case $part in
 tests)
   piece 420 40 tests $PY -m pytest -m gpu -n "${JOBS:-12}" --dist worksteal --timeout 300 \
@@ -63,15 +89,15 @@ update)
 rollout)
   for rows_of in ${PROMPTS:-8}; do
     piece 300 40 rollout-$((rows_of * 8)) $PY bench/bench_rollout.py --device cuda --bf16 --four-bit \
-      --random 7b --rank 64 --prompts "$rows_of" --prompt-tokens 512 --tokens 256 --rounds 1 --warmup 0 \
-      --peers "${ROLLOUT_PEERS:-hf,trl,cb}" --bandwidth "${BANDWIDTH:-3350}" $(json "rollout-$rows_of")
+      --random 7b --rank 64 --prompts "$rows_of" --prompt-tokens 512 --tokens 256 --rounds 2 --warmup 0 \
+      --peers "${ROLLOUT_PEERS:-hf,trl,cb}" --bandwidth "$BANDWIDTH" $(json "rollout-$rows_of")
   done
   ;;
 step)
   piece 500 60 step $PY bench/bench_step.py --device cuda --peers trl --rounds 2 $(json step)
   ;;
 profile)
-  piece 400 200 profile $PY bench/profile_gpu.py ${PROFILE:-} --bandwidth "${BANDWIDTH:-3350}" $(json profile)
+  piece 400 200 profile $PY bench/profile_gpu.py ${PROFILE:-} --bandwidth "$BANDWIDTH" $(json profile)
   ;;
 *)
   echo "no part $part: tests, smoke, kernels, update, rollout, step, profile" >&2

@@ -70,7 +70,7 @@ def main() -> None:
              (128, 4, 1), (128, 8, 1), (128, 8, 2)],
         )
     ]  # fmt: skip
-    now = launch.decode_launch(D, 2)
+    now = launch.decode_launch(D, 2, prompt=False, aligned=True)
     first = Candidate(
         launch.DECODE_SPLIT, launch.decode_rows(2, D), launch.DECODE_LANES,
         now.block, now.num_warps, now.num_stages or 3,
@@ -115,7 +115,7 @@ def apply(candidate: Candidate) -> None:
         "DECODE_SPLIT": candidate.split,
         "DECODE_LANES": candidate.lanes,
         "decode_rows": lambda *_: candidate.rows,
-        "decode_launch": lambda *_: chosen,
+        "decode_launch": lambda *_, **__: chosen,
     }
     for name, module in list(sys.modules.items()):
         if name.startswith("fusedgrpo.kernels"):

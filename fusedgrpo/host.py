@@ -45,6 +45,13 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def is_amd() -> bool:
+    """Whether torch's GPUs are AMD's."""
+    import torch
+
+    return torch.version.hip is not None
+
+
 def gpu_name(device: torch.device | int | None = None) -> str:
     import torch
 
@@ -62,9 +69,7 @@ def gpu_capability(device: torch.device | int | None = None) -> tuple[int, int] 
     """The compute capability of an NVIDIA GPU; None for AMD's, which are counted otherwise."""
     import torch
 
-    if torch.version.hip is not None:
-        return None
-    return torch.cuda.get_device_capability(device)
+    return None if is_amd() else torch.cuda.get_device_capability(device)
 
 
 def has_bfloat16(device: torch.device | str) -> bool:

@@ -107,9 +107,10 @@ def group_launch() -> Launch:
 
 
 # Keys of a part of the attention of a decode step. A constant: where the parts of a row begin may
-# depend on nothing but positions. 256 keys of 128 x 2 dimensions are 128 KiB in 16 bit, and the
-# partial results of 56 queries over them 28 KiB.
-DECODE_SPLIT = 256
+# depend on nothing but positions. Fewer are more programs, of which a few sequences make too few,
+# and more partial results: those of 56 queries over 128 keys of 128 x 2 dimensions, 64 KiB in
+# 16 bit, are 28 KiB. Found with bench/tune_decode.py on an H200, as the launches below.
+DECODE_SPLIT = 128
 
 
 # Programs that share the tiles of a group's queries over one part of its prompt's keys: with one, a
@@ -124,15 +125,22 @@ def decode_rows(itemsize: int, head_dim: int) -> int:
     return 32 if itemsize == 2 and head_dim <= 128 else 16
 
 
-def decode_launch(head_dim: int, itemsize: int) -> Launch:
+def decode_launch(head_dim: int, itemsize: int, *, prompt: bool, aligned: bool) -> Launch:
     """One program per part of the keys of a decode step and kv head, over blocks of keys.
 
-    Sized for registers where nothing is known of the alignment of pointers and strides, which takes
-    twice as many. float32 does without tensor cores: loading ahead would only take registers.
+    prompt: of a prompt's keys, for many queries. aligned: the tensors begin at multiples of 16
+    elements and have such strides; where nothing is known of that, a block takes twice as many
+    registers. float32 does without tensor cores: loading ahead would only take registers.
     """
     if itemsize > 2:
         return Launch(block=16, num_warps=8, num_stages=1)
-    return Launch(block=32 if head_dim <= 128 else 16, num_warps=8 if head_dim > 64 else 4)
+    if head_dim > 128:
+        return Launch(block=16, num_warps=8)
+    if not aligned:
+        return Launch(block=32, num_warps=8 if head_dim > 64 else 4)
+    return Launch(
+        block=64, num_warps=8 if prompt else 4, num_stages=2 if prompt or head_dim > 64 else 3
+    )
 
 
 def decode_merge_launch() -> Launch:

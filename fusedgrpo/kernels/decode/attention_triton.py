@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedgrpo import host
 from fusedgrpo.kernels.backend import interpreted
 from fusedgrpo.kernels.decode.merge_triton import merge_kernel
 from fusedgrpo.kernels.launch import (
@@ -225,15 +226,18 @@ def decode_attention_triton(
     splits = prompt_splits + own_splits
     high, total = query.new_empty(2, splits, M, h, dtype=torch.float32)
     product = query.new_empty(splits, M, h, d_value, dtype=torch.float32)
-    launch = decode_launch(max(d, d_value), query.element_size())
+    # The larger blocks do not fit the registers of AMD's.
+    aligned = not host.is_amd() and all(map(_is_aligned, (query, keys, values)))
+    of_prompt, of_own = (
+        decode_launch(max(d, d_value), query.element_size(), prompt=prompt, aligned=aligned)
+        for prompt in (True, False)
+    )
     common: dict[str, Any] = {
         **constants(d, d_value, rep, h_kv, page),
         "SCALING": scaling,
         "SOFTCAP": softcap or 0.0,
         "WINDOW": window or 0,
-        "BLOCK": launch.block,
         "INTERPRET": interpreted(),
-        **launch.options(),
     }
     strides = (*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
     if grid := len(prompt_lengths) * DECODE_LANES * prompt_splits * h_kv:
@@ -241,12 +245,13 @@ def decode_attention_triton(
             query, keys, values, prompt_pages, prompt_lengths, cu_rows, own_lengths,
             high, total, product, M, prompt_splits, prompt_pages.shape[1], *strides,
             ROWS=decode_rows(query.element_size(), max(d, d_value)), LANES=DECODE_LANES, **common,
+            BLOCK=of_prompt.block, **of_prompt.options(),
         )  # fmt: skip
     own_parts = (x[prompt_splits:] for x in (high, total, product))
     own_kernel[(M * own_splits * h_kv,)](
         query, keys, values, own_pages, own_lengths,
         *own_parts, M, own_splits, own_pages.shape[1], *strides,
-        ROWS=max(power_of_two(rep), 16), **common,
+        ROWS=max(power_of_two(rep), 16), **common, BLOCK=of_own.block, **of_own.options(),
     )  # fmt: skip
     # The interpreter does not round to bfloat16, it cuts.
     out = values.new_empty(M, h, d_value, dtype=torch.float32 if interpreted() else None)
@@ -258,6 +263,11 @@ def decode_attention_triton(
         BLOCK=merge.block, **merge.options(),
     )  # fmt: skip
     return out.to(values.dtype)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """An allocation is; what lies in it may not be."""
+    return all(n % 16 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
 
 
 def constants(d: int, d_value: int, rep: int, h_kv: int, page: int) -> dict[str, int]:
