@@ -49,7 +49,7 @@ from fusedgrpo.engine.rollout.decode_loop import Limits, decode
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.next_token import NextToken
-from fusedgrpo.engine.rollout.sampler import SamplingParams
+from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.models.kv_cache import PAGE, pages_of
 from fusedgrpo.models.packed_batch import PackedBatch
@@ -177,6 +177,9 @@ def main() -> None:
     parser.add_argument("--four-bit", action="store_true", help="base weights in NF4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--bandwidth", type=float, help="of the device's memory, in GB/s")
+    parser.add_argument(
+        "--samplers", default="merged,adapter,generate", help="of ours, merged among them"
+    )
     parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
     args = parser.parse_args()
     if args.random:
@@ -190,7 +193,7 @@ def main() -> None:
         config = model.get_base_model().config
         case = draw(args, config.vocab_size, name)
         policy = Policy(model, compute_dtype=torch.bfloat16 if args.bf16 else None)
-        steps, gaps = ours(case, policy, tokenizer)
+        steps, gaps = ours(case, policy, tokenizer, args.samplers.split(","))
         harness.gate(gaps, TOLERANCE_16_BIT if args.bf16 else TOLERANCE)
         made = {"hf": hf, "trl": trl, "cb": cb}
         steps |= {name: made[name](case, model, tokenizer, folder) for name in peers}
@@ -260,17 +263,21 @@ def timed(
 
 
 def ours(
-    case: Case, policy: Policy, tokenizer: Any
+    case: Case, policy: Policy, tokenizer: Any, names: Sequence[str]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, float]]]:
     """Our samplers, and how far their log-probs are from the policy's."""
     params = SamplingParams(max_new_tokens=case.longest)
-    generate = GenerateSampler(policy, tokenizer, [])
+    weights: dict[str, Any] = {harness.OURS: "merged", ADAPTER: "adapter"}
     decoders = {
-        harness.OURS: DecoderSampler(policy, tokenizer, [], rollout_weights="merged"),
-        ADAPTER: DecoderSampler(policy, tokenizer, [], rollout_weights="adapter"),
+        name: DecoderSampler(policy, tokenizer, [], rollout_weights=kept)
+        for name, kept in weights.items()
+        if kept in names
     }
+    samplers: dict[str, Sampler] = {**decoders}
+    if "generate" in names:
+        samplers[GENERATE] = GenerateSampler(policy, tokenizer, [])
     gaps = {}
-    for name, sampler in (decoders | {GENERATE: generate}).items():
+    for name, sampler in samplers.items():
         groups = sampler.sample(case.prompts, case.n, params, 1)
         pairs = [(g.prompt_ids, c.ids) for g in groups for c in g.completions]
         said = torch.cat([c.logp for g in groups for c in g.completions if c.logp is not None])
@@ -278,10 +285,13 @@ def ours(
             packed = PackedBatch.build(pairs, policy.device, policy.layout)
             expected = policy.logprobs(packed).logp.cpu()
         gaps[name] = {"logp": float((said - expected).abs().max())}
-    steps = {name: of_given_lengths(case, policy, decoder) for name, decoder in decoders.items()}
+    steps: dict[str, Callable[[], Any]] = {
+        name: of_given_lengths(case, policy, decoder) for name, decoder in decoders.items()
+    }
     assert all(step() == case.lengths for step in steps.values()), "not the lengths that were drawn"
-    sample = functools.partial(generate.sample, case.prompts, case.n, params, 1)
-    return {**steps, GENERATE: sample}, gaps
+    for name in samplers.keys() - decoders.keys():
+        steps[name] = functools.partial(samplers[name].sample, case.prompts, case.n, params, 1)
+    return steps, gaps
 
 
 def hf(case: Case, model: Any, tokenizer: Any, folder: str) -> Callable[[], Any]:

@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--prompts", type=int, default=4, help="of a step, with --device cuda")
     parser.add_argument("--tokens", type=int, default=256, help="of a completion, likewise")
+    parser.add_argument("--warmup", type=int, help="rounds that do not count (default: 2; 1)")
     parser.add_argument("--peer-rows", type=int, default=8, help="of its micro-batch, likewise")
     args = parser.parse_args()
     contenders = {harness.OURS: run_ours} | {
@@ -125,7 +126,7 @@ def main() -> None:
         samples = harness.interleave(
             {w.name: lambda w=w: w.ask("step") for w in workers},
             rounds=args.rounds or (3 if args.quick else 9),
-            warmup=WARMUP[case.device],
+            warmup=WARMUP[case.device] if args.warmup is None else args.warmup,
         )
     for name, figures in counted.items():
         samples[name] |= {metric: [value] for metric, value in figures.items()}

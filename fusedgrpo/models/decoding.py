@@ -21,6 +21,7 @@ from torch import Tensor
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models.head import logits
 from fusedgrpo.models.packed_batch import PackedBatch
+from fusedgrpo.models.rounding import rounded_otherwise
 
 if TYPE_CHECKING:
     from fusedgrpo.models.policy import Policy
@@ -63,7 +64,8 @@ ROUTES = (
 # How far log-probs may be from those of training, relative to the spread of the logits. A route is
 # right if no token is further off than the first of the two. Else it may be rounding, which all
 # routes share, or padding and forgotten state, which not all of them have: the mean of the worst
-# prompt decides between them, and must be below the second.
+# prompt decides between them. It must be below the second, and near that of the best route or of
+# what rounding makes of the training forward itself.
 TOLERANCE = {
     torch.float64: (1e-5, 1e-3),
     torch.float32: (1e-3, 1e-2),
@@ -102,7 +104,11 @@ def choose_route(policy: Policy) -> Route:
         reasons.append(f"log-probs are off by {found[route]:.1e} of their spread")
     best = min(found.values(), default=float("inf"))
     if best <= rounded:
-        return _said(policy, next(route for route in found if found[route] <= 2 * best))
+        with rounded_otherwise(policy.causal_lm, policy.dtype):
+            other = trained(policy, pairs)
+        rounding = float(relative_errors(other, expected).mean(1).max().nan_to_num(0.0))
+        most = min(max(2 * best, 2 * rounding), rounded)
+        return _said(policy, next(route for route in found if found[route] <= most))
     raise ModelError(
         f"{type(policy.causal_lm).__name__} cannot be sampled from: its generate does not give "
         f"the log-probs of its training forward ({reasons[0]}; without a cache: {reasons[-1]}). "

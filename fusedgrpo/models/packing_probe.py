@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedgrpo.errors import ModelError
 from fusedgrpo.models import packed_attention as attention
 from fusedgrpo.models.packed_batch import Layout, PackedBatch
+from fusedgrpo.models.rounding import rounded_otherwise
 
 SharedPrompt = Literal["auto", "on", "off"]
 
@@ -84,7 +84,7 @@ def _obstacle(policy: Probed, layout: Layout, before: Tensor) -> str | None:
     if worst <= TOLERANCE[policy.dtype]:
         return None
     said = f"hidden states are off by {worst:.1e} of their size"
-    with _rounded_otherwise(policy):
+    with rounded_otherwise(policy.causal_lm, policy.dtype):
         other, _ = _hidden(policy, "rows")
     rounding = 2 * _difference(before, other)
     if rounding > MOST_ROUNDING:
@@ -128,26 +128,3 @@ def _difference(expected: Tensor, found: Tensor) -> float:
     """How far the median token is off, relative to its size."""
     error = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
     return error.median().item()
-
-
-@contextlib.contextmanager
-def _rounded_otherwise(policy: Probed) -> Iterator[None]:
-    """Inside, what a layer of the decoder gets is off by half a unit of its last place, up or down,
-    in one number of eight: about the noise that another order of sums makes of a layer's products,
-    or up to twice that (models of 2 to 56 layers in bfloat16)."""
-    unit = torch.finfo(policy.dtype).eps
-    generator = torch.Generator().manual_seed(0)
-
-    def off(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = args
-        drawn = torch.randint(16, x.shape, generator=generator).to(x.device)
-        sign = (drawn == 0).double() - (drawn == 1).double()
-        return ((x.double() * (1 + sign * unit / 2)).to(x.dtype), *rest)
-
-    layers = getattr(policy.causal_lm.get_decoder(), "layers", ())
-    hooks = [layer.register_forward_pre_hook(off) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
