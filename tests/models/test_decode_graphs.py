@@ -141,12 +141,13 @@ def test_all_graphs_of_a_rollout_share_their_memory(monkeypatch: pytest.MonkeyPa
     assert set(map(id, pools[half:])) == {id(pools[-1])} and pools[-1] is not pools[0]
 
 
-def test_buckets_are_few_and_waste_little() -> None:
-    for most in (1, 7, 64, 256):
+def test_buckets_are_few_and_hold_their_rows() -> None:
+    for most in (1, 7, 64, 100, 256):
         sizes = {rows: bucket(rows, most) for rows in range(1, most + 1)}
         assert all(rows <= size <= most for rows, size in sizes.items())
-        assert all(size - rows <= max(rows // 4, 3) for rows, size in sizes.items())
-        assert len(set(sizes.values())) <= 4 + 4 * max(most.bit_length() - 3, 0)
+        assert all(size < 4 * rows for rows, size in sizes.items())
+        assert all(size < 2 * rows for rows, size in sizes.items() if rows > 64)
+    assert sorted({bucket(rows, 256) for rows in range(1, 257)}) == [1, 4, 16, 64, 128, 256]
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Gemma2", "Mistral"])

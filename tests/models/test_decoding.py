@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -138,3 +139,20 @@ def test_memory_that_runs_out_in_the_trial_is_not_taken_for_a_wrong_answer(
     monkeypatch.setattr(decoding, "_decoded", full)
     with pytest.raises(torch.OutOfMemoryError):
         choose_route(policy)
+
+
+def test_rounding_that_a_deep_model_amplifies_keeps_the_cache(monkeypatch):
+    """Without one, each token costs a forward pass over everything before it."""
+    model = tiny.model("Qwen2", hidden_size=64, num_hidden_layers=28)
+    policy = Policy(model, compute_dtype=torch.bfloat16)
+    monkeypatch.setitem(decoding.TOLERANCE, torch.bfloat16, (1e-4, 0.3))
+    off = torch.randn(6, 4, policy.vocabulary_size)
+
+    def none_is_exact(policy, route, pairs):
+        """What a 7B model does on a GPU: with a cache ten times further off than without."""
+        return decoding.trained(policy, pairs) + off * (0.3 if route.cached else 0.03)
+
+    monkeypatch.setattr(decoding, "_decoded", none_is_exact)
+    assert choose_route(policy) == ROUTES[0]
+    monkeypatch.setattr(decoding, "rounded_otherwise", lambda *_: contextlib.nullcontext())
+    assert not choose_route(policy).cached, "were it not for what rounding makes of it"

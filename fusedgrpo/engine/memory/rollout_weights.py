@@ -13,7 +13,7 @@ from fusedgrpo.models.adapters.plain_lora import all_plain
 if TYPE_CHECKING:
     from fusedgrpo.models.policy import Policy
 
-# Of a machine's main memory, for a copy where nothing is planned.
+# Of a machine's main memory, or a GPU's, for a copy where nothing is planned.
 SHARE = 1 / 4
 # Making the copy after each update takes about as long as it saves in so many tokens.
 WORTH_IT = 32
@@ -29,18 +29,19 @@ def choose_rollout_weights(
 ) -> RolloutWeights:
     """The option ``rollout_weights``, and for ``auto`` what fits and pays.
 
-    On a GPU that is what ``plan`` says, and ``"adapter"`` without one. On a CPU a copy may take a
-    quarter of the memory that the machine has: not of what is free now, so that a resumed run has
-    the same. Nothing is said of adapters that cannot be merged.
+    On a GPU that is what ``plan`` says. Without one, and on a CPU, a copy may take a quarter of the
+    memory that the device has: not of what is free now, so that a resumed run has the same. Nothing
+    is said of adapters that cannot be merged.
     """
     if config.rollout_weights != "auto":
         return config.rollout_weights
     if not pays(config) or not all_plain(policy) or policy.layout == "rows":
         return "adapter"
-    if policy.device.type == "cuda":
-        return "adapter" if plan is None else plan.rollout_weights
-    size = merged_bytes(policy)
-    return "merged" if 0 < size <= SHARE * host.memory() else "adapter"
+    on_gpu = policy.device.type == "cuda"
+    if on_gpu and plan is not None:
+        return plan.rollout_weights
+    memory = host.gpu_memory(policy.device)[1] if on_gpu else host.memory()
+    return "merged" if 0 < merged_bytes(policy) <= SHARE * memory else "adapter"
 
 
 def merged_bytes(policy: Policy) -> int:

@@ -122,9 +122,12 @@ def test_on_a_gpu_the_plan_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     on = with_adapter()
     monkeypatch.setattr(Policy, "device", torch.device("cuda"))
     config = GRPOConfig(sampler="decoder")
-    assert choose_rollout_weights(config, None, on) == "adapter"
     assert choose_rollout_weights(config, plan(), on) == "merged"
     assert choose_rollout_weights(config, plan(rollout_weights="adapter"), on) == "adapter"
+    # A model that was handed over has no plan.
+    for size, expected in ((4 * TINY, "merged"), (4 * TINY - 1, "adapter")):
+        monkeypatch.setattr(host, "gpu_memory", lambda device, size=size: (0, size))
+        assert choose_rollout_weights(config, None, on) == expected
 
 
 @pytest.mark.parametrize("option", ["adapter", "merged"])
