@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -68,6 +70,15 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _only_new_garbage() -> None:
+    """What is there before a file's tests stays: a collection of garbage, for which runs that lack
+    memory and measurements of memory ask often, would go through half a million objects each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -96,15 +107,32 @@ PIXEL = bytes.fromhex(
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Most of the time of a tiny run is matplotlib's. Runs that are started as processes draw, and
-    so do the tests of what is drawn."""
-    if request.node.get_closest_marker("pictures") or "engine/reporting" in str(request.path):
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Most of the time of a tiny run is matplotlib's, also of one that the tests of a file share.
+    Runs that are started as processes draw, and so do the tests of what is drawn. Gives what
+    draws."""
+    if all("tests/kernels" in str(item.path) for item in request.session.items):
+        yield None  # to import it takes longer than most of them
         return
-    monkeypatch.setattr(
-        "fusedgrpo.engine.reporting.plots.render", lambda name, rows: PIXEL if rows else None
-    )
+    from fusedgrpo.engine.reporting import plots
+
+    draws = plots.render
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "render", lambda name, rows: PIXEL if rows else None)
+        yield draws
+
+
+@pytest.fixture(autouse=True)
+def _pictures(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, _no_pictures: Any
+) -> None:
+    if request.node.get_closest_marker("pictures") or "engine/reporting" in str(request.path):
+        monkeypatch.setattr("fusedgrpo.engine.reporting.plots.render", _no_pictures)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries look at the end for what they leaked
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -175,7 +175,7 @@ def test_a_shape_that_is_not_there_is_refused() -> None:
 def check(tmp_path: Path, *arguments: str) -> tuple[str, dict[tuple[str, str, str], Any]]:
     """Run it; what it printed, and its figures by case, contender and metric."""
     file = tmp_path / "update.jsonl"
-    result = run("--quick", "--rounds", "2", "--threads", "1", "--json", str(file), *arguments)
+    result = run("--quick", "--rounds", "1", "--threads", "1", "--json", str(file), *arguments)
     assert result.returncode == 0, result.stderr
     text = file.read_text()
     assert socket.gethostname() not in text and str(Path.home()) not in text
@@ -185,23 +185,43 @@ def check(tmp_path: Path, *arguments: str) -> tuple[str, dict[tuple[str, str, st
     return result.stdout, {(r["case"], r["impl"], r["metric"]): r["value"] for r in rows}
 
 
-@pytest.mark.slow
-def test_bench_update_runs_alone(tmp_path: Path) -> None:
-    shown, found = check(tmp_path)
-    assert "nothing to compare with" in shown
-    assert {impl for _, impl, _ in found} == {"fusedgrpo"}
-    names = {name for name, _, _ in found}
-    assert len(names) == 4 and len([n for n in names if n.endswith("shared_prompt=off")]) == 2
+def test_alone_there_is_nothing_to_compare_with(
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    metrics = ("time", "cpu", "tokens/forwarded", "memory/peak", "memory/resting")
+
+    def measure(case: Any, ours: list[str], peers: list[str], *_: Any) -> Any:
+        return {name: {metric: [2.0] for metric in metrics} for name in (*ours, *peers)}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "cases", lambda *_: [case(bench, bench.QUICK[0])])
+    file = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench_update.py", "--quick", "--json", str(file)])
+    bench.main()
+    assert "nothing to compare with" in capsys.readouterr().out
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {row["impl"] for row in rows} == {"fusedgrpo"}
+    assert len({row["case"] for row in rows}) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.peer
 def test_bench_update_compares_equal_work_with_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    shown, found = check(tmp_path, "--peers", "trl", "--no-off")
+    shown, found = check(tmp_path, "--peers", "trl")
     assert shown.count("gate: relative error") == 4
     assert shown.count("never slower") == 2
-    tokens = {(impl, "1/4" in c): v for (c, impl, m), v in found.items() if m == "tokens/forwarded"}
+    names = {name for name, _, _ in found}
+    off = {name for name in names if name.endswith("shared_prompt=off")}
+    assert len(names) == 4 and len(off) == 2
+    tokens = {
+        (impl, "1/4" in name): value
+        for (name, impl, metric), value in found.items()
+        if metric == "tokens/forwarded" and name not in off
+    }
     G, padded = 4, 24 + 8
     assert tokens["trl", False] == 2 * G * padded and tokens["trl", True] == 4 * G * padded
     # Two prompts once each, and less than all but the last token of each completion.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ def options(**changes: Any) -> GRPOConfig:
     } | changes)  # fmt: skip
 
 
+@functools.cache  # a simulation is only read
 def run(
     simulate: ModuleType,
     model: str = "qwen2.5-0.5b",
@@ -42,6 +44,7 @@ def run(
     return simulate.simulate(options(**changes), settings, prompt_tokens=P, offload=offload)
 
 
+@functools.cache
 def run_trl(simulate: ModuleType, rows: int) -> Any:
     pytest.importorskip("trl")
     settings = simulate.model_config("qwen2.5-0.5b", num_hidden_layers=2)
@@ -74,7 +77,7 @@ def test_the_numbers_are_the_same_on_every_machine(
     for bfloat16, gpu in ((False, False), (True, False), (True, True)):
         pretended(bfloat16=bfloat16)
         monkeypatch.setattr(host, "has_gpu", lambda gpu=gpu: gpu)
-        result = run(simulate)
+        result = run.__wrapped__(simulate)
         peaks = {name: peak.bytes for name, peak in result.peaks.items()}
         found.append((peaks, result.resident))
     assert found[0] == found[1] == found[2]

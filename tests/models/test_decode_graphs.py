@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -62,21 +64,39 @@ def sample(
     return [completion for group in groups for completion in group.completions]
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Gemma2"])
-@pytest.mark.parametrize("behind", [0, 1])
-@pytest.mark.parametrize("in_flight", [None, 1, 5])
-@pytest.mark.parametrize(
-    "options", [{}, {"top_k": 9, "repetition_penalty": 1.2}, {"greedy": True}], ids=str
-)
+# How many rows are in flight and how a token is chosen each meet everything else.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "drawn": {},
+    "filtered": {"top_k": 9, "repetition_penalty": 1.2},
+    "greedy": {"greedy": True},
+}
+CASES = [
+    (in_flight, name, (i + j) % 2, ("Qwen2", "Gemma2")[(i + j // 2) % 2])
+    for (i, in_flight), (j, name) in itertools.product(enumerate([None, 1, 5]), enumerate(OPTIONS))
+]
+
+
+@functools.cache
+def step_by_step(family: str, name: str) -> tuple[Policy, SamplingParams, Sequence[Any]]:
+    """A policy, how it is sampled from, and what it says without graphs, all rows in flight."""
+    on, params = Policy(tiny.model(family)), SamplingParams(max_new_tokens=40, **OPTIONS[name])
+    return on, params, sample(on, How(), params)
+
+
+def test_the_cases_have_every_pair() -> None:
+    axes = [set(axis) for axis in zip(*CASES, strict=True)]
+    for a, b in itertools.combinations(range(len(axes)), 2):
+        assert {(case[a], case[b]) for case in CASES} == set(itertools.product(axes[a], axes[b]))
+
+
+@pytest.mark.parametrize(("in_flight", "name", "behind", "family"), CASES)
 def test_a_replayed_step_is_the_step(
-    family: str, behind: int, in_flight: int | None, options: dict[str, Any]
+    in_flight: int | None, name: str, behind: int, family: str
 ) -> None:
-    on = Policy(tiny.model(family))
-    params = SamplingParams(max_new_tokens=40, **options)
+    on, params, expected = step_by_step(family, name)
     recorder = Recorder()
     how = How(behind=behind, graphs=lambda: StepGraphs(recorder))
     found = sample(on, how, params, in_flight)
-    expected = sample(on, How(), params, in_flight)
     assert [c.ids for c in found] == [c.ids for c in expected]
     torch.testing.assert_close(
         torch.cat([c.logp for c in found]), torch.cat([c.logp for c in expected]),
@@ -150,9 +170,20 @@ def test_buckets_are_few_and_hold_their_rows() -> None:
     assert sorted({bucket(rows, 256) for rows in range(1, 257)}) == [1, 4, 16, 64, 128, 256]
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Gemma2", "Mistral"])
-@pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.9}, {"repetition_penalty": 1.2}])
-@pytest.mark.parametrize("kind", [AdapterWeights, MergedWeights])
+@pytest.mark.parametrize(
+    ("family", "options", "kind"),
+    [  # every pair
+        ("Qwen2", {}, AdapterWeights),
+        ("Qwen2", {"top_k": 3, "top_p": 0.9}, MergedWeights),
+        ("Qwen2", {"repetition_penalty": 1.2}, AdapterWeights),
+        ("Gemma2", {}, MergedWeights),
+        ("Gemma2", {"top_k": 3, "top_p": 0.9}, AdapterWeights),
+        ("Gemma2", {"repetition_penalty": 1.2}, MergedWeights),
+        ("Mistral", {}, AdapterWeights),
+        ("Mistral", {"top_k": 3, "top_p": 0.9}, MergedWeights),
+        ("Mistral", {"repetition_penalty": 1.2}, AdapterWeights),
+    ],
+)
 def test_a_step_never_waits_for_the_device(
     family: str, options: dict[str, Any], kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

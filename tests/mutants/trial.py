@@ -7,6 +7,7 @@ custom operator can be registered only once.
 
 from __future__ import annotations
 
+import gc
 import importlib.machinery
 import importlib.util
 import json
@@ -116,6 +117,11 @@ def serve(scratch: Path) -> None:
             importlib.import_module(name)
     pytest.main(["--collect-only", "-p", "no:cacheprovider", f"--rootdir={scratch}", str(scratch)])
     assert not any(name.startswith("fusedgrpo") for name in sys.modules)
+    # Else pytest's collections of garbage go through all of torch, in each child again.
+    gc.collect()
+    gc.freeze()
+    # The tests are compiled once, beside the tree.
+    sys.pycache_prefix, sys.dont_write_bytecode = str(scratch), False
     for line in sys.stdin:
         read, write = os.pipe()
         child = os.fork()
@@ -131,13 +137,15 @@ def serve(scratch: Path) -> None:
         os.waitpid(child, 0)
         replies.write(outcome + "\n")
         replies.flush()
+    gc.unfreeze()
 
 
 def _trial(
     scratch: Path, nodes: list[str], module: str | None = None, source: str = ""
 ) -> dict[str, Any]:
     if module is not None:
-        path = scratch / f"{module.rpartition('.')[2]}.py"
+        # Of its own, so that no byte code of another mutant is taken for this one's.
+        path = Path(tempfile.mkdtemp(dir=scratch)) / f"{module.rpartition('.')[2]}.py"
         path.write_text(source, encoding="utf-8")
         sys.meta_path.insert(0, _Finder(module, path))
     log = scratch / "output"

@@ -16,10 +16,11 @@ import transformers
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.decoder_memory import DecoderMemory, DecoderModel, Decoding
-from fusedgrpo.engine.memory.measure import SmallModel
+from fusedgrpo.engine.memory.measure import Activations, SmallModel
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.memory.plan import GIB, MemoryPlan, plan_table
 from fusedgrpo.engine.memory.planner import MemoryPlanner, plan_memory
+from fusedgrpo.engine.memory.sizes import Sizes
 from fusedgrpo.engine.memory.whose_rollout import packs
 from fusedgrpo.engine.memory.workload import Asked
 from fusedgrpo.engine.rollout import scheduler
@@ -39,6 +40,13 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("bitsandbytes")
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module("simulate")
+
+
+@pytest.fixture(autouse=True)
+def _rollouts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What updates and scoring take is compared in ``test_planner.py``; to measure it takes most of
+    the time of a plan."""
+    monkeypatch.setattr(Sizes, "activations", lambda *_: Activations(0, 0, 0, 0))
 
 
 def settings() -> Any:

@@ -139,7 +139,7 @@ def test_whichever_allocation_fails_the_run_is_the_same(tmp_path, phase, sampler
     undisturbed = with_allocator(undisturbed, counted, [phase])
     rows, weights, retries = outcome(undisturbed)
     assert retries == 0 and counted.requests > 2
-    places = 6
+    places = 4  # the first, the last, and between them
     for nth in range(places):
         k = 1 + (counted.requests - 1) * nth // (places - 1)
         allocator = FailingAllocator(lambda request, k=k: request == k)

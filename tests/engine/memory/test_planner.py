@@ -55,6 +55,9 @@ def planner(**changes: Any) -> MemoryPlanner:
 
 DEEP = {"num_hidden_layers": 48}
 
+# What is quickly measured, where what is asked does not depend on it.
+QUICK = {"gradient_checkpointing": False, "tokens_per_microbatch": 384, "sampler": "generate"}
+
 
 def plan(options: GRPOConfig, gib: float = 24, **arguments: Any) -> MemoryPlan:
     of = planner(**arguments.pop("settings", {}))
@@ -117,31 +120,32 @@ def test_plan_is_within_a_tenth_of_the_simulated_step(
     agree(simulate, model, P, options, num_hidden_layers=4, **changes)
 
 
-# Each model and each case once; bench/bench_memory.py compares more of them.
+# Each model and each case once, and of one model all layers: every other layer is like those that
+# are there. bench/bench_memory.py compares more of them.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "P", "C", "G", "rank", "checkpointing", "offload"),
+    ("model", "layers", "P", "C", "G", "rank", "checkpointing", "offload"),
     [
-        ("llama-3.1-8b", 256, 512, 4, 16, True, False),
-        ("qwen2.5-7b", 512, 3584, 8, 64, True, False),
-        ("qwen2.5-0.5b", 512, 7680, 8, 64, True, True),
-        ("qwen2.5-14b", 128, 384, 16, 32, False, False),
+        ("llama-3.1-8b", 8, 256, 512, 4, 16, True, False),
+        ("qwen2.5-7b", 8, 512, 3584, 8, 64, True, False),
+        ("qwen2.5-0.5b", 24, 512, 7680, 8, 64, True, True),
+        ("qwen2.5-14b", 8, 128, 384, 16, 32, False, False),
     ],
 )
-def test_plan_is_within_a_tenth_of_the_simulated_step_of_whole_models(
-    simulate: ModuleType, model: str, P: int, C: int, G: int, rank: int, checkpointing: bool,
-    offload: bool,
+def test_plan_is_within_a_tenth_of_the_simulated_step_of_deep_models(
+    simulate: ModuleType, model: str, layers: int, P: int, C: int, G: int, rank: int,
+    checkpointing: bool, offload: bool,
 ) -> None:  # fmt: skip
     options = config(
         C, num_generations=G, lora_r=rank, gradient_checkpointing=checkpointing,
         per_device_train_batch_size=G, tokens_per_microbatch=P + C,
     )  # fmt: skip
-    agree(simulate, model, P, options, offload=offload)
+    agree(simulate, model, P, options, num_hidden_layers=layers, offload=offload)
 
 
 @pytest.mark.slow
 def test_tied_embeddings_are_counted_once() -> None:
-    options = config(256)
+    options = config(256, **QUICK)
     tied = plan(options).resident["embeddings and head"]
     apart = plan(options, settings={"tie_word_embeddings": False}).resident["embeddings and head"]
     assert tied == 2 * 50000 * 512 and apart == 2 * tied
@@ -150,7 +154,7 @@ def test_tied_embeddings_are_counted_once() -> None:
 def test_adapter_gradients_and_optimizer_follow_the_rank() -> None:
     layer = 4 * 512 + 2 * (512 + 128) + 3 * (512 + 1024)  # inputs and outputs of all seven
     for rank in (8, 64):
-        found = plan(config(256, lora_r=rank))
+        found = plan(config(256, lora_r=rank, **QUICK))
         trained = 6 * rank * layer
         assert found.resident["LoRA adapter"] == 4 * trained
         assert found.resident["optimizer state"] == 8 * trained
@@ -159,7 +163,8 @@ def test_adapter_gradients_and_optimizer_follow_the_rank() -> None:
 
 def test_eight_bit_and_paged_optimizers() -> None:
     full, small, paged = (
-        plan(config(256, optim=name)) for name in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
+        plan(config(256, optim=name, **QUICK))
+        for name in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
     )
     state = full.resident["optimizer state"]
     assert small.resident["optimizer state"] == pytest.approx(state / 4, rel=0.02)
@@ -168,7 +173,11 @@ def test_eight_bit_and_paged_optimizers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"load_in_4bit": False}, {"bf16": False}, {"fp16": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"load_in_4bit": False, **QUICK}, {"bf16": False, **QUICK}, {"fp16": True, **QUICK}],
+    ids=["all", "not 4 bit", "float32", "float16"],
+)
 def test_the_plan_is_the_same_on_every_machine(pretended: Any, monkeypatch, changes: Any) -> None:
     found = []
     for bfloat16, gpu in ((False, False), (True, False), (False, True)):
@@ -179,15 +188,15 @@ def test_the_plan_is_the_same_on_every_machine(pretended: Any, monkeypatch, chan
 
 
 def test_micro_batches_hold_at_least_the_longest_sequence() -> None:
-    found = plan(config(256, tokens_per_microbatch=100))
+    found = plan(config(256, **QUICK | {"tokens_per_microbatch": 100}))
     assert found.longest == 128 + 256
     assert found.tokens_per_microbatch == found.longest
 
 
 def test_prompts_are_as_long_as_the_options_say() -> None:
-    assert plan(config(256, max_prompt_length=128), prompt_tokens=None).longest == 384
-    assert plan(config(256, max_length=384), prompt_tokens=None).longest == 384
-    assert plan(config(256, max_prompt_length=300), prompt_tokens=128).longest == 384
+    assert plan(config(256, max_prompt_length=128, **QUICK), prompt_tokens=None).longest == 384
+    assert plan(config(256, max_length=384, **QUICK), prompt_tokens=None).longest == 384
+    assert plan(config(256, max_prompt_length=300, **QUICK), prompt_tokens=128).longest == 384
 
 
 @pytest.mark.slow
@@ -205,9 +214,9 @@ def test_more_memory_is_used_for_more_tokens_at_once() -> None:
 
 
 def test_no_more_tokens_than_a_step_has() -> None:
-    found = plan(config(256))
+    found = plan(config(256, **QUICK | {"tokens_per_microbatch": None}))
     assert found.tokens_per_microbatch == 128 + 8 * 256
-    given = plan(config(256, tokens_per_microbatch=10**6))
+    given = plan(config(256, **QUICK | {"tokens_per_microbatch": 10**6}))
     assert given.totals == found.totals
 
 
@@ -246,7 +255,7 @@ def test_activations_are_offloaded_only_where_it_is_needed() -> None:
 
 def test_a_plan_that_does_not_fit_names_the_nearest_change_that_does() -> None:
     options = config(
-        1920, per_device_train_batch_size=16, tokens_per_microbatch=16384,
+        1920, per_device_train_batch_size=16, **QUICK | {"tokens_per_microbatch": 16384}
     )  # fmt: skip
     gib = plan(options, settings=DEEP).needed / GIB - 0.2
     found = plan(options, gib, settings=DEEP, activation_offloading=False)
@@ -267,7 +276,7 @@ def test_what_no_change_mends_needs_a_larger_card() -> None:
 
 
 def test_weights_that_all_train_need_no_adapter_and_more_of_everything_else() -> None:
-    found = plan(config(128, load_in_4bit=False, finetuning_type="full", beta=0.1))
+    found = plan(config(128, load_in_4bit=False, finetuning_type="full", beta=0.1, **QUICK))
     weights = found.resident["embeddings and head"] + found.resident["other weights"]
     assert found.resident["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
     assert found.resident["reference model"] == pytest.approx(weights, rel=0.01)
@@ -288,7 +297,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 def test_the_table_shows_every_phase_what_was_chosen_and_what_was_measured() -> None:
-    found = plan(config(256))
+    found = plan(config(256, **QUICK))
     table = plan_table(found, measured={"rollout": 3 * GIB})
     for phase in found.phases:
         assert phase in table

@@ -85,7 +85,7 @@ def test_a_copy_that_was_asked_for_displaces_other_things_or_is_advised_against(
     "options", [{"sampler": "generate"}, {"finetuning_type": "full", "load_in_4bit": False}]
 )
 def test_there_is_none_without_our_decoder_or_without_an_adapter(options: Any) -> None:
-    found = plan(**options)
+    found = plan(**options, gradient_checkpointing=False, tokens_per_microbatch=384)
     assert found.rollout_weights == "adapter"
     assert "merged copy for rollouts" not in found.resident
 
