@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from decode_mutants import DECODE_MUTANTS
 from mutant import ROOT, Mutant
+from norm_mutants import NORM_MUTANTS
 
 __all__ = ["MUTANTS", "ROOT", "Mutant"]
 
@@ -409,4 +410,5 @@ MUTANTS = (
         (ADVANTAGES + "test_unscorable_rows_get_zero_and_do_not_move_the_others[group]",),
     ),
     *DECODE_MUTANTS,
+    *NORM_MUTANTS,
 )
