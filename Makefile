@@ -4,7 +4,8 @@
 # make options  docs/options.md and docs/config.schema.json, after a change to an option
 # make bench  the comparisons of bench/, at small sizes
 # make gpu    on a machine with a GPU: its tests, and the comparisons of the kernels to bench/results
-#             (gpu-test and gpu-bench apart); PY=python takes the packages that are there
+#             (gpu-test and gpu-bench apart); PY=python takes the packages that are there.
+#             Whole steps and rollouts at 7B shapes: docs/gpu-session.md
 # VENV=... uses another environment than .venv; PYTHON=... another interpreter to make it with.
 
 PYTHON ?= python3
@@ -17,6 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Of the targets for a GPU.
 PY ?= $(BIN)/python
 PEERS ?= trl,liger_kernel,cut_cross_entropy
+GPU_JOBS ?= 8
 RESULTS := bench/results/$(shell date +%F)
 
 .PHONY: demo test test-slow test-all check format options bench gpu gpu-test gpu-bench clean
@@ -54,7 +56,7 @@ gpu-test gpu-bench: $(if $(filter $(BIN)/python,$(PY)),$(VENV)/.peers)
 gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 gpu-test:
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -m gpu -n $(GPU_JOBS) --dist worksteal
 
 gpu-bench:
 	$(PY) bench/bench_linear_logprob.py --peers $(PEERS) --json $(RESULTS)-linear-logprob-gpu.jsonl
