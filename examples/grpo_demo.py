@@ -57,7 +57,7 @@ def right_sum(completions, solution, **kwargs):
 
 def accuracy(trainer: GRPOTrainer) -> tuple[float, list[str]]:
     """Share of all 81 sums that the most likely answer gets right; and some of the answers."""
-    examples = trainer.eval_dataset.examples
+    examples = trainer.held_out.examples
     params = SamplingParams(max_new_tokens=MAX_TOKENS, greedy=True)
     groups = trainer.sampler.sample([e.prompt_ids for e in examples], 1, params, seed=0)
     texts = [group.completions[0].text.strip() for group in groups]

@@ -25,8 +25,8 @@ def said(trainer: GRPOTrainer) -> str:
     lines = {
         "plan": describe(trainer.policy, trainer.plan, trainer.processes),
         "model": f"{args.model_name_or_path} ({type(trainer.policy.causal_lm).__name__})",
-        "data": _data(trainer.train_dataset),
-        "evaluation": "; ".join(map(_data, each_of(trainer.eval_dataset))) or "none",
+        "data": _data(trainer.data),
+        "evaluation": "; ".join(map(_data, each_of(trainer.held_out))) or "none",
         "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in rewards),
         "sampler": type(trainer.sampler).__name__,
         "begins": _begins(trainer),

@@ -121,7 +121,7 @@ def _answers(name: str, options: GRPOConfig, n: int, folders: list[Path]) -> Ans
     from fusedgrpo.engine.trainer import GRPOTrainer
 
     trainer = GRPOTrainer(args=options, search_paths=folders)
-    data, rewards = trainer.train_dataset, trainer.reward_funcs
+    data, rewards = trainer.data, trainer.reward_funcs
     means: dict[str, Any] = {}
     records: list[dict[str, Any]] = []
     try:

@@ -32,7 +32,7 @@ class Collecting(Protocol):
     plan: BatchPlan
     stream: PromptStream
     progress: Progress
-    train_dataset: PromptDataset
+    data: PromptDataset
     sampler: Sampler
     sampling: SamplingParams
     reward_funcs: RewardFunctions
@@ -74,8 +74,8 @@ class Collector:
             trainer.reward_funcs,
             rollout,
             examples,
-            conversational=trainer.train_dataset.conversational,
-            column_names=trainer.train_dataset.column_names,
+            conversational=trainer.data.conversational,
+            column_names=trainer.data.column_names,
             state=self.reward_state(),
             seed=derive(trainer.args.seed, "score", trainer.progress.rollouts),
             processes=trainer.processes,

@@ -37,7 +37,9 @@ class Evaluating(TRLSurface):
     processing_class: Any
     clock: RunClock
     formats: Formats
-    eval_dataset: HeldOut | None
+    held_out: HeldOut | None
+    eval_dataset: Any
+    evaluates: Any  # what ``held_out`` was read from
     reward_funcs: RewardFunctions
     sampler: Sampler
     sampling: SamplingParams
@@ -100,7 +102,9 @@ class Evaluating(TRLSurface):
         )
 
     def _held_out(self, given: Any) -> HeldOut:
-        own = self.eval_dataset
+        own = self.held_out
+        if given is None and self.eval_dataset is not self.evaluates:
+            given = self.eval_dataset  # somebody has put another one there
         if given is None:
             if own is None:
                 raise ConfigError("There is no eval_dataset.")

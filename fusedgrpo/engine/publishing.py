@@ -29,7 +29,7 @@ class Publishing:
     processes: Processes
     processing_class: Any
     reward_funcs: RewardFunctions
-    train_dataset: Any
+    data: Any
     plan: Any
     progress: checkpointing.Progress
     checkpointer: Checkpointer
@@ -104,8 +104,7 @@ class Publishing:
             name=model_name or self.args.run_name or self._directory.resolve().name,
             steps=self.progress.step,
             facts={
-                "Data": f"{dataset_name or self.train_dataset.source}, "
-                f"{len(self.train_dataset)} prompts",
+                "Data": f"{dataset_name or self.data.source}, {len(self.data)} prompts",
                 "Rewards": ", ".join(self.reward_funcs.names),
                 "Batch": self.plan.describe(),
                 "Trained": "all weights"

@@ -44,8 +44,11 @@ class Resuming:
     run_control: RunControl
     clock: RunClock
     processes: Processes
-    train_dataset: PromptDataset
-    eval_dataset: HeldOut | None
+    data: PromptDataset
+    held_out: HeldOut | None
+    train_dataset: Any
+    eval_dataset: Any
+    evaluates: Any
     stream: PromptStream
     learner: Learner
     run_sampler: RunSampler
@@ -60,8 +63,13 @@ class Resuming:
     def set_clock(self, started: datetime) -> None:
         """Go on with the prompts of a run that was started at another time. Raises DataError."""
         self.clock.started = started
-        self.train_dataset = self.stream.data = self.train_dataset.encoded_again()
-        self.eval_dataset = encoded_again(self.eval_dataset)
+        data, self.data = self.data, self.data.encoded_again()
+        self.stream.data = self.data
+        if self.train_dataset is data:
+            self.train_dataset = self.data
+        before, self.held_out = self.held_out, encoded_again(self.held_out)
+        if self.eval_dataset is before:
+            self.eval_dataset = self.evaluates = self.held_out
 
     @property
     def memory_plan(self) -> MemoryPlan | None:
@@ -71,7 +79,7 @@ class Resuming:
     @property
     def identity(self) -> RunIdentity:
         return RunIdentity(
-            self.args, self.policy.precision, self.train_dataset, self.plan, self.processes.size
+            self.args, self.policy.precision, self.data, self.plan, self.processes.size
         )
 
     def state_dict(self, unsynced: Sequence[Row] = ()) -> dict[str, Any]:

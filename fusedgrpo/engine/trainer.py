@@ -17,6 +17,7 @@ from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import Example
+from fusedgrpo.engine.data.held_out import as_given
 from fusedgrpo.engine.evaluating import Evaluating
 from fusedgrpo.engine.learner import UpdateResult
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
@@ -47,8 +48,9 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
         keep their dtype. reward_funcs: names, callables, reward models, or a list of these; None
         for ``args.reward_funcs``. args: a ``GRPOConfig``, or TRL's, which is translated.
     train_dataset, eval_dataset: a ``datasets.Dataset``, a list of dicts, or a name or path; None
-        for those of ``args``. processing_class, or tokenizer: the tokenizer, or a Processor that
-        has one, if not the model's.
+        for those of ``args``. What was read of them is ``data`` and ``held_out``; another data set
+        that is put into ``eval_dataset`` is evaluated from then on. processing_class, or tokenizer:
+        the tokenizer, or a Processor that has one, if not the model's.
     quantization_config, peft_config: of bitsandbytes and peft, instead of what ``args`` describes.
     callbacks: of ``fusedgrpo.Callback`` and ``transformers.TrainerCallback``, told what happens in
     ``train``. optimizers: ``(optimizer, scheduler)`` over the parameters that are trained, instead
@@ -114,8 +116,10 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
         self.clock = parts.clock
         self.formats = parts.formats
         self.reward_funcs = parts.reward_funcs
-        self.train_dataset = parts.train_dataset
-        self.eval_dataset = parts.eval_dataset
+        self.data = parts.train_dataset
+        self.held_out = parts.eval_dataset
+        self.train_dataset = as_given(train_dataset, self.data)
+        self.eval_dataset = self.evaluates = as_given(eval_dataset, self.held_out)
         self.policy = parts.policy
         self.eos_ids = parts.eos_ids
         self.plan = parts.plan
@@ -188,7 +192,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
             step, total = self.progress.step, self.plan.total_steps
             if said := checkpointing.begins(found, resume, checkpoints, step, total):
                 outputs.display.note(said)
-            outputs.skipped_rows(self.train_dataset.skipped)
+            outputs.skipped_rows(self.data.skipped)
             if self.memory_plan is not None:
                 outputs.display.note(f"Memory, planned:\n{plan_table(self.memory_plan)}")
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
@@ -235,8 +239,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
                 self.sampler,
                 self.sampling,
                 prompt_lengths=[
-                    len(example.prompt_ids)
-                    for example in all_examples(self.train_dataset, self.eval_dataset)
+                    len(example.prompt_ids) for example in all_examples(self.data, self.held_out)
                 ],
                 n=self.args.num_generations,
                 groups_per_step=-(-self.plan.groups_per_step // share),

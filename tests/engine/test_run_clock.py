@@ -96,7 +96,7 @@ def test_a_run_resumed_on_another_day_goes_on_with_its_prompts(tmp_path: Path) -
     again = trainer(tmp_path)  # started now
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000002"))
     assert again.clock.started == START
-    assert again.train_dataset[0].prompt_ids == (7, 5, 30)
+    assert again.data[0].prompt_ids == (7, 5, 30)
     for name, parameter in again.policy.trainable():
         assert parameter.equal(weights[name])
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path: Path) -> None:
                 (path / file.relative_to(saved)).write_bytes(file.read_bytes())
         state = json.loads((path / "state.json").read_text())
         del state["started"], state["prompt_ids"], state["config"]["text_as_user_turn"]
-        state["data"] = first.train_dataset.fingerprint_of_format_1
+        state["data"] = first.data.fingerprint_of_format_1
         (path / "state.json").write_text(json.dumps(state))
 
     old = checkpoint.write_checkpoint(tmp_path / "old", 2, as_then)

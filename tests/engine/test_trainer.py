@@ -374,7 +374,7 @@ def test_evaluation_repeats_itself_and_leaves_the_run_alone(tmp_path):
 
 def test_held_out_rows_are_not_trained_on(tmp_path):
     run = trained(tmp_path, val_size=2, eval_strategy="steps", eval_steps=4)
-    held = {e.row for e in run.eval_dataset.examples}
+    held = {e.row for e in run.held_out.examples}
     assert len(held) == 2
     seen = {
         json.loads(line)["row"]

@@ -123,10 +123,10 @@ def endless() -> Any:
 def test_streams_are_read_as_far_as_the_run_goes(tmp_path: Path, monkeypatch: Any) -> None:
     stream = datasets.IterableDataset.from_generator(endless)
     made = trainer(tmp_path, data=stream, eval_dataset=stream.take(3))
-    assert len(made.train_dataset) == 4 and len(made.eval_dataset) == 3  # type: ignore[arg-type]
+    assert len(made.data) == 4 and len(made.held_out) == 3  # type: ignore[arg-type]
     made.train()
     few = trainer(tmp_path, data=stream, max_samples=3, eval_dataset=stream, max_steps=-1)
-    assert len(few.train_dataset) == len(few.eval_dataset) == 3  # type: ignore[arg-type]
+    assert len(few.data) == len(few.held_out) == 3  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Give max_steps, which says how many prompts"):
         trainer(tmp_path, data=stream, max_steps=-1)
     monkeypatch.setattr(streams, "MOST_HELD_OUT", 5)
@@ -303,3 +303,14 @@ def test_a_script_of_trl_runs_with_the_import_changed(tmp_path: Path, monkeypatc
     assert set(loaded.peft_config["default"].target_modules) == {"q_proj", "v_proj"}
     state = transformers.TrainerState.load_from_json(str(out / "trainer_state.json"))
     assert state.log_history == made.state.log_history[:-1]
+
+
+def test_the_data_sets_of_a_trainer_are_those_that_were_given(tmp_path: Path) -> None:
+    train, other = (datasets.Dataset.from_list([{"prompt": f"w{n} w5"}]) for n in (4, 9))
+    made = trainer(tmp_path, data=train, eval_dataset=train)
+    assert made.train_dataset is train and made.eval_dataset is train
+    first = made.evaluate()
+    made.eval_dataset = other
+    assert made.evaluate()["eval_reward"] != first["eval_reward"]
+    made.eval_dataset = train
+    assert made.evaluate()["eval_reward"] == first["eval_reward"]

@@ -68,7 +68,7 @@ def test_nothing_that_follows_is_larger(tmp_path):
     cached.clear()
     run.train()
     assert max(tokens) <= rehearsed
-    longest = max(len(example.prompt_ids) for example in run.train_dataset.examples)
+    longest = max(len(example.prompt_ids) for example in run.data.examples)
     assert cache == (16, longest + 6)
     assert max(cached) <= cache
 

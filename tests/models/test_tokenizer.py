@@ -47,7 +47,7 @@ def test_a_run_with_a_processor_saves_it_beside_the_adapter(tmp_path: Path) -> N
         [{"prompt": [{"role": "user", "content": "w5"}]}],
         processing_class=Lens(tiny.tokenizer(), TEMPLATE),
     )
-    assert trainer.train_dataset[0].prompt_ids == (tiny.BOS, 5, tiny.BOS)
+    assert trainer.data[0].prompt_ids == (tiny.BOS, 5, tiny.BOS)
     trainer.train()
     saved = tmp_path / "adapter"
     assert (saved / "processor_config.json").is_file()
