@@ -25,8 +25,8 @@ def load_held_out(
 
 
 def as_given(given: Any, read: Any) -> Any:
-    """What a trainer's ``train_dataset`` or ``eval_dataset`` is, as TRL has it: the object that was
-    passed; the prompts that were read of it where that was a name, or nothing."""
+    """A trainer's ``train_dataset`` or ``eval_dataset``, as TRL has it: the object that was passed;
+    the prompts that were read where that was a name, or nothing."""
     return read if given is None or isinstance(given, str) else given
 
 
