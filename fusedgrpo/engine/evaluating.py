@@ -37,9 +37,9 @@ class Evaluating(TRLSurface):
     processing_class: Any
     clock: RunClock
     formats: Formats
+    data: PromptDataset
     held_out: HeldOut | None
-    eval_dataset: Any
-    evaluates: Any  # what ``held_out`` was read from
+    given_datasets: tuple[Any, Any]
     reward_funcs: RewardFunctions
     sampler: Sampler
     sampling: SamplingParams
@@ -91,6 +91,25 @@ class Evaluating(TRLSurface):
         self.events.fire("on_evaluate", metrics={**metrics, **clock})
         return metrics
 
+    @property
+    def train_dataset(self) -> Any:
+        """The object that was passed, as in TRL; where that was a name or nothing, ``data``, the
+        prompts that were read."""
+        given = self.given_datasets[0]
+        return self.data if given is None or isinstance(given, str) else given
+
+    @property
+    def eval_dataset(self) -> Any:
+        """Likewise of evaluation, beside ``held_out``. One that is put here is read at once, and
+        evaluated from then on."""
+        given = self.given_datasets[1]
+        return self.held_out if given is None or isinstance(given, str) else given
+
+    @eval_dataset.setter
+    def eval_dataset(self, given: Any) -> None:
+        self.held_out = None if given is None else self._held_out(given)
+        self.given_datasets = self.given_datasets[0], given
+
     def _loss(self, rollout: Rollout, scored: RewardBatch) -> float:
         return rollout_loss(
             rollout,
@@ -103,8 +122,6 @@ class Evaluating(TRLSurface):
 
     def _held_out(self, given: Any) -> HeldOut:
         own = self.held_out
-        if given is None and self.eval_dataset is not self.evaluates:
-            given = self.eval_dataset  # somebody has put another one there
         if given is None:
             if own is None:
                 raise ConfigError("There is no eval_dataset.")

@@ -46,9 +46,6 @@ class Resuming:
     processes: Processes
     data: PromptDataset
     held_out: HeldOut | None
-    train_dataset: Any
-    eval_dataset: Any
-    evaluates: Any
     stream: PromptStream
     learner: Learner
     run_sampler: RunSampler
@@ -63,13 +60,8 @@ class Resuming:
     def set_clock(self, started: datetime) -> None:
         """Go on with the prompts of a run that was started at another time. Raises DataError."""
         self.clock.started = started
-        data, self.data = self.data, self.data.encoded_again()
-        self.stream.data = self.data
-        if self.train_dataset is data:
-            self.train_dataset = self.data
-        before, self.held_out = self.held_out, encoded_again(self.held_out)
-        if self.eval_dataset is before:
-            self.eval_dataset = self.evaluates = self.held_out
+        self.data = self.stream.data = self.data.encoded_again()
+        self.held_out = encoded_again(self.held_out)
 
     @property
     def memory_plan(self) -> MemoryPlan | None:

@@ -17,7 +17,6 @@ from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import Example
-from fusedgrpo.engine.data.held_out import as_given
 from fusedgrpo.engine.evaluating import Evaluating
 from fusedgrpo.engine.learner import UpdateResult
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
@@ -118,8 +117,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
         self.reward_funcs = parts.reward_funcs
         self.data = parts.train_dataset
         self.held_out = parts.eval_dataset
-        self.train_dataset = as_given(train_dataset, self.data)
-        self.eval_dataset = self.evaluates = as_given(eval_dataset, self.held_out)
+        self.given_datasets = train_dataset, eval_dataset
         self.policy = parts.policy
         self.eos_ids = parts.eos_ids
         self.plan = parts.plan

@@ -312,5 +312,9 @@ def test_the_data_sets_of_a_trainer_are_those_that_were_given(tmp_path: Path) ->
     first = made.evaluate()
     made.eval_dataset = other
     assert made.evaluate()["eval_reward"] != first["eval_reward"]
-    made.eval_dataset = train
-    assert made.evaluate()["eval_reward"] == first["eval_reward"]
+    made.eval_dataset = {"a": train, "b": other}
+    assert made.evaluate()["eval_a_reward"] == first["eval_reward"]
+    assert "eval_reward" in made.evaluate("b")
+    made.eval_dataset = None
+    with pytest.raises(ConfigError, match="no eval_dataset"):
+        made.evaluate()

@@ -176,7 +176,20 @@ def test_rounding_that_a_deep_model_amplifies_is_no_leak(monkeypatch, caplog):
     assert not [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
 
 
-def test_scores_are_capped_under_any_implementation(monkeypatch):
+@pytest.mark.parametrize("layout", ["rows", "shared"])
+def test_what_is_not_finite_in_one_layout_is_no_agreement(layout, monkeypatch):
+    hidden = packing_probe._hidden
+
+    def broken(policy, asked):
+        states, windows = hidden(policy, asked)
+        wrong = asked == layout and attention.installed(policy.causal_lm)
+        return states * (torch.nan if wrong else 1.0), windows
+
+    monkeypatch.setattr(packing_probe, "_hidden", broken)
+    assert Policy(tiny.model("Llama")).layout == "rows"
+
+
+def test_scores_are_capped_under_any_implementation():
     model = tiny.model("Gemma2", attn_logit_softcapping=0.5)
     model.set_attn_implementation("eager")
     ids = torch.arange(4, 20)[None]

@@ -24,12 +24,6 @@ def load_held_out(
     return {str(name): load(held_out_rows(one, max_samples)) for name, one in source.items()}
 
 
-def as_given(given: Any, read: Any) -> Any:
-    """A trainer's ``train_dataset`` or ``eval_dataset``, as TRL has it: the object that was passed;
-    the prompts that were read where that was a name, or nothing."""
-    return read if given is None or isinstance(given, str) else given
-
-
 def each_of(held_out: HeldOut | None) -> list[PromptDataset]:
     """The data sets of an evaluation, in order."""
     if held_out is None:
