@@ -407,13 +407,7 @@ def bytes_read(case: Case, policy: Policy, config: Any, *, merged: bool) -> floa
     """What decoding has to read at the least: the weights once for each token of the longest, keys
     and values of a prompt once for its live completions, and their own. merged: 4-bit weights are
     there in 16 bit as well, and are read as such."""
-    weights = policy.head.weight.nbytes
-    for name, parameter in policy.causal_lm.get_decoder().named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None and merged:
-            weights += state.shape.numel() * policy.dtype.itemsize
-        elif "embed" not in name and not (merged and "lora" in name):
-            weights += parameter.nbytes
+    weights = models.weights_read(policy, merged=merged)
     token, prompt = _kv_token(config, policy.dtype), len(case.prompts[0])
     kv = sum(groups * prompt + sum(own) for groups, own in _steps(case)) * token
     return float(case.longest * weights + kv)

@@ -141,7 +141,7 @@ def decode(
         free()
     kv = config.num_hidden_layers * config.num_key_value_heads * 2 * 2
     kv *= getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    read_bytes = weights_read(policy, weights) + kv * (
+    read_bytes = models.weights_read(policy, merged=weights == "merged") + kv * (
         prompts * args.prompt + rows * (args.completion - 20)
     )
     for found in samples.values():
@@ -149,23 +149,6 @@ def decode(
         found["bound"] = [1e3 * read_bytes / args.bandwidth / 1e9 / t for t in found["time"]]
     case = f"decode, {weights}, {rows} in flight after {args.prompt} + {args.completion}"
     return said(case, policy, args, samples, heaviest)
-
-
-def weights_read(policy: Policy, weights: str) -> int:
-    """Bytes of a step: linear layers, as they are kept, and the head."""
-    base = policy.causal_lm
-    total = policy.head.weight.numel() * 2
-    for name, parameter in base.get_decoder().named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if "embed" in name:
-            continue
-        if "lora" in name:
-            total += parameter.numel() * 2 * (weights == "adapter")
-        elif state is not None and weights == "merged":
-            total += 2 * state.shape.numel()
-        else:
-            total += parameter.nbytes
-    return total
 
 
 def update(policy: Policy, args: Any) -> list[dict[str, Any]]:

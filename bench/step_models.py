@@ -124,6 +124,22 @@ def in_four_bits(model: Any) -> Any:
     return model
 
 
+def weights_read(policy: Any, *, merged: bool) -> int:
+    """Bytes that a decoded token reads of the head and the layers' weights, as they are kept:
+    merged into a copy in the dtype that is computed in, or base and adapter."""
+    itemsize = policy.dtype.itemsize
+    total = policy.head.weight.numel() * itemsize
+    for name, parameter in policy.causal_lm.get_decoder().named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and merged:
+            total += state.shape.numel() * itemsize
+        elif "lora" in name:  # rollouts keep it in the dtype that is computed in
+            total += 0 if merged else parameter.numel() * itemsize
+        elif "embed" not in name:
+            total += parameter.nbytes
+    return int(total)
+
+
 def with_adapter(model: Any) -> Any:
     """``model`` frozen, with float32 LoRA factors of rank 16 at all linear layers.
 

@@ -4,8 +4,8 @@
     rms_norm = weight * round(y)              with rounds_first, as Llama's descendants have it
              = round(y * (offset + weight))   else; Gemma's offset is 1
 
-A decoded token passes two of them in each layer. Spelled out in torch that is six kernels of a few
-microseconds each, and on an H200 a tenth of the token's time at 7B (docs/measured.md). It has no
+A decoded token passes two of them in each layer. Spelled out in torch that is six kernels or more
+of a few microseconds each: some 400 of the 1,216 of a token at 7B (docs/measured.md). It has no
 gradient: a training forward keeps the model's own, so that scoring and update round alike.
 """
 
