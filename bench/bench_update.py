@@ -386,24 +386,13 @@ def start_memory(cuda: bool) -> int:
 
 
 def run_ours(turns: harness.Turns, case: Case, shared_prompt: Any) -> None:
-    from fusedgrpo.engine.execution import Execution
-    from fusedgrpo.engine.learner import Learner
-    from fusedgrpo.engine.memory.oom_retry import OOMRetry
     from fusedgrpo.engine.rollout.training_sample import TrainingSample
-    from fusedgrpo.kernels import LossOptions
     from fusedgrpo.models.policy import Policy
 
     model = load(case)
     low = case.dtype != torch.float32
     policy = Policy(model, compute_dtype=case.dtype if low else None, shared_prompt=shared_prompt)
-    learner = Learner(
-        policy,
-        torch.optim.SGD([p for _, p in policy.trainable()]),  # never steps
-        None,
-        LossOptions(),
-        max_grad_norm=0.0,
-        execution=Execution(OOMRetry(case.max_tokens)),
-    )
+    learner = models.learner_of(policy, case.max_tokens)
     samples = [TrainingSample(*rollout) for rollout in rollouts(case, policy.vocabulary_size)]
     serve(turns, model, case.device, lambda: learner._accumulate(samples, 0)[0])
 

@@ -29,14 +29,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusedgrpo import host
-from fusedgrpo.engine.execution import Execution
-from fusedgrpo.engine.learner import Learner
-from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
-from fusedgrpo.kernels import LossOptions
 from fusedgrpo.models.kv_cache import pages_of
 from fusedgrpo.models.packed_batch import PackedBatch
 from fusedgrpo.models.policy import Policy
@@ -152,14 +148,7 @@ def decode(
 
 
 def update(policy: Policy, args: Any) -> list[dict[str, Any]]:
-    learner = Learner(
-        policy,
-        torch.optim.SGD([p for _, p in policy.trainable()]),  # never steps
-        None,
-        LossOptions(),
-        max_grad_norm=0.0,
-        execution=Execution(OOMRetry(1_000_000)),
-    )
+    learner = models.learner_of(policy, tokens=1_000_000)
     vocabulary = policy.vocabulary_size
     prompt = torch.randint(3, vocabulary, (args.prompt,)).tolist()
     samples = [

@@ -124,6 +124,23 @@ def in_four_bits(model: Any) -> Any:
     return model
 
 
+def learner_of(policy: Any, tokens: int) -> Any:
+    """The engine's ``Learner`` with micro-batches of so many tokens; its optimizer never steps."""
+    from fusedgrpo.engine.execution import Execution
+    from fusedgrpo.engine.learner import Learner
+    from fusedgrpo.engine.memory.oom_retry import OOMRetry
+    from fusedgrpo.kernels import LossOptions
+
+    return Learner(
+        policy,
+        torch.optim.SGD([p for _, p in policy.trainable()]),
+        None,
+        LossOptions(),
+        max_grad_norm=0.0,
+        execution=Execution(OOMRetry(tokens)),
+    )
+
+
 def weights_read(policy: Any, *, merged: bool) -> int:
     """Bytes that a decoded token reads of the head and the layers' weights, as they are kept:
     merged into a copy in the dtype that is computed in, or base and adapter."""
