@@ -81,6 +81,7 @@ class Draft:
 
 def draft_for(model: str, dataset: str, gpu: str | None) -> Draft:
     """Raises ConfigError."""
+    from fusedgrpo.config.learning import LEARNING_RATES
     from fusedgrpo.config.schema import GRPOConfig
     from fusedgrpo.engine.memory.planner import card_bytes
 
@@ -93,7 +94,7 @@ def draft_for(model: str, dataset: str, gpu: str | None) -> Draft:
             "num_generations": 8,
             "prompts_per_step": 8,
             "max_completion_length": 1024,
-            "learning_rate": 1e-5,
+            "learning_rate": LEARNING_RATES["lora"],
             "lr_scheduler_type": "cosine",
             "max_steps": 200,
             "beta": 0.0,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fusedgrpo.config.learning import learning_rate
 from fusedgrpo.engine.metric_schedule import BY_METRIC, MetricSchedule, greater_is_better
 from fusedgrpo.errors import ConfigError
 
@@ -90,7 +91,7 @@ def _kind(config: GRPOConfig) -> tuple[Any, dict[str, Any]]:
     if given:
         _check_settings(config, given)
     adam: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": learning_rate(config),
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }
@@ -113,9 +114,11 @@ def _kind(config: GRPOConfig) -> tuple[Any, dict[str, Any]]:
 def _of_transformers(config: GRPOConfig, optim_args: str | None) -> tuple[Any, dict[str, Any]]:
     from transformers import Trainer
 
-    names = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    names = ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
     asked: Any = SimpleNamespace(
-        **{name: getattr(config, name) for name in names}, optim_args=optim_args
+        **{name: getattr(config, name) for name in names},
+        learning_rate=learning_rate(config),
+        optim_args=optim_args,
     )
     kind, arguments = Trainer.get_optimizer_cls_and_kwargs(asked)
     arguments.pop("weight_decay", None)  # that of the groups counts

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fusedgrpo import host
+from fusedgrpo.config import learning
 from fusedgrpo.config.from_trl import given_options, is_foreign
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
@@ -111,6 +112,7 @@ def build_parts(
     RewardError, ModelError or OutputDirError."""
     args = own_options(args, model, quantization_config, peft_config)
     given = check_optimizers(optimizers)
+    learning.settle(args, quietly=given[0] is not None)
     processes = Processes.start(args.use_cpu)
     processes.run_on_main(lambda: RunDir.probe(args.output_dir))
     for text in doubtful(args):
@@ -351,7 +353,7 @@ def _load_data(
     return prompts, evaluation
 
 
-def describe(policy: Policy, plan: BatchPlan, processes: Processes) -> str:
+def describe(args: GRPOConfig, policy: Policy, plan: BatchPlan, processes: Processes) -> str:
     """The run in one line."""
     trained = sum(p.numel() for _, p in policy.trainable())
     trains = "all weights"
@@ -361,7 +363,8 @@ def describe(policy: Policy, plan: BatchPlan, processes: Processes) -> str:
         f"{plan.describe()}; {trains}, {trained / 1e6:.3g}M trained, computing in "
         f"{policy.precision} on {policy.device.type}"
     )
-    return line + (f"; {processes.size} processes" if processes.size > 1 else "")
+    line += f"; {processes.size} processes" if processes.size > 1 else ""
+    return line + learning.said(args)
 
 
 def own_options(
@@ -404,6 +407,7 @@ def _translated(args: Any, model: Any, by_name: bool, peft_config: Any) -> GRPOC
     """Another trainer's arguments as options. There, what trains without a ``peft_config`` is the
     model itself, unless it has an adapter."""
     given = given_options(args)
+    given.setdefault("learning_rate", args.learning_rate)
     if by_name:
         adapter = (Path(model).expanduser() / "adapter_config.json").exists()
     else:

@@ -177,7 +177,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
                     resume=self.progress.step > 0,
                     total_steps=self.plan.total_steps,
                     done=self.progress.step,
-                    plan_line=describe(self.policy, self.plan, self.processes),
+                    plan_line=describe(args, self.policy, self.plan, self.processes),
                     eos_ids=self.eos_ids,
                     unwritten=self.unwritten,
                     branch=found is not None,
