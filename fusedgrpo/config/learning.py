@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 # Adam moves each weight by about the learning rate per step, whatever the size of the gradient. An
 # adapter starts from zero and has few weights: docs/decisions/0015-learning-rate.md.
-LEARNING_RATES = {"lora": 2e-5, "full": 1e-6}
+LEARNING_RATES = {"lora": 3e-5, "full": 1e-6}
 
 
 def learning_rate(config: GRPOConfig) -> float:

@@ -243,7 +243,7 @@ class GRPOConfig(TrainingArgumentsSurface):
 
     group("optimizer")
     learning_rate: float | None = option(
-        None, "peak learning rate; null: 2e-5 for an adapter, 1e-6 for all weights", low=0
+        None, "peak learning rate; null: 3e-5 for an adapter, 1e-6 for all weights", low=0
     )
     weight_decay: float = option(0.0, "AdamW's weight decay", low=0)
     adam_beta1: float = option(0.9, "AdamW's first beta", low=0, below=1)

@@ -18,7 +18,7 @@ DIFFERENT = {
     "dtype": "TRL loads float32, which doubles the memory of a bfloat16 model",
     "model_revision": "null and main are the same revision",
     "project": "null is the tracker's environment variable, or fusedgrpo",
-    "learning_rate": "null is 2e-5 for an adapter and TRL's 1e-6 for all weights",
+    "learning_rate": "null is 3e-5 for an adapter and TRL's 1e-6 for all weights",
     "lora_alpha": "null is 2 * lora_r: TRL's 32 at its rank of 16",
     "lora_dropout": "dropout between sampling and scoring makes the ratio wrong",
     "disable_dropout": "dropout in the update alone makes ratio and KL wrong from step 1 on",
