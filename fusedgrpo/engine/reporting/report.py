@@ -19,6 +19,7 @@ from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
 from fusedgrpo.engine.reporting.completions_log import first_and_last, prompt_text
 from fusedgrpo.engine.reporting.formatting import gigabytes, number
+from fusedgrpo.engine.reporting.held_out_log import read_checks
 from fusedgrpo.engine.reporting.judging.findings import INTERVALS, Finding
 from fusedgrpo.engine.reporting.judging.verdict import Verdict, judge
 from fusedgrpo.engine.reporting.metrics_log import (
@@ -86,7 +87,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     path = Path(path) if path is not None else run_dir / "report.html"
     sections = [
         _head(run_dir, rows, config),
-        _verdict_card(judge(rows, config)),
+        _verdict_card(judge(rows, config, read_checks(run_dir / "held_out"))),
         _advice(all_advice(rows, config)),
         _plots(plots.write_plots(rows, run_dir / "plots")),
         _first_and_last(rows),

@@ -187,13 +187,17 @@ def test_repeated_rows_of_a_rollout_are_not_taken_for_evidence() -> None:
 
 def test_held_out_prompts_are_compared_one_by_one_where_they_are_known() -> None:
     """The interval of the differences is far below that of the means."""
-    rows: list[dict[str, Any]] = [{"step": step, "eval_reward": 0.5} for step in (0, 20)]
     before = {row: row / 40 for row in range(40)}
     after = {row: value + 0.04 + 0.01 * (row % 3) for row, value in before.items()}
-    found = judge(rows, prompts={0: before, 20: after})
+
+    def check(values: dict[int, float]) -> list[dict[str, Any]]:
+        return [{"row": row, "reward": value, "rewards": {}} for row, value in values.items()]
+
+    found = judge([], {}, {0: check(before), 20: check(after)})
     assert found.kind == "green"
-    assert "(+0.05 ± 0.005, 40 prompts)" in found.reasons[0].text
-    assert judge(rows, prompts={0: before}).kind == "amber"  # of one of them only
+    assert found.reasons[0].text.startswith("Held-out prompts, most likely answers: mean reward")
+    assert "(+0.05 ± 0.0054, 40 prompts)" in found.reasons[0].text
+    assert judge([], {}, {0: check(before)}).kind == "unclear"
 
 
 def test_a_reward_that_weighs_nothing_or_is_a_penalty_is_read_as_such() -> None:

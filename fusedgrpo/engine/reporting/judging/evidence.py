@@ -9,6 +9,13 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from fusedgrpo.engine.reporting.held_out_log import (
+    GREEDY,
+    Checks,
+    check_rows,
+    rewards_by_prompt,
+    sets_of,
+)
 from fusedgrpo.engine.reporting.judging.changes import Change, of_evaluations, of_training
 from fusedgrpo.engine.reporting.metrics_log import (
     Row,
@@ -29,12 +36,17 @@ _STYLE = re.compile(
 
 @dataclass(frozen=True)
 class Evidence:
-    """rows: of ``metrics.jsonl``, in order. config: the run's options. prompts: by step of an
-    evaluation the reward of each held-out prompt (its row in the data), where they are known."""
+    """rows: of ``metrics.jsonl``, in order. config: the run's options. checks: the most likely
+    answers to held-out prompts, by step."""
 
     rows: Sequence[Row]
     config: Mapping[str, Any] = field(default_factory=dict)
-    prompts: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    checks: Checks = field(default_factory=dict)
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        """The rows that evaluations are read from, with the means of the checks as rows."""
+        return [*self.rows, *check_rows(self.checks)]
 
     @cached_property
     def rollouts(self) -> list[Row]:
@@ -75,14 +87,16 @@ class Evidence:
     @cached_property
     def held_out(self) -> dict[str, Change]:
         """By name of an evaluation set, "" where there is one, the change of its reward."""
+        prompts = {
+            f"{name}_{GREEDY}" if name else GREEDY: rewards_by_prompt(self.checks, name)
+            for name in sets_of(self.checks)
+        }
         found = {}
-        keys = {key for row in self.rows for key in row if _EVALUATED.fullmatch(key)}
-        for key in sorted(keys):
-            match = _EVALUATED.fullmatch(key)
-            name = (match["set"] if match else None) or ""
-            prompts = self.prompts if not name else None
-            if (change := self._evaluated(key, prompts)) is not None:
-                found[name] = change
+        for key in sorted({key for row in self.evaluations for key in row}):
+            if match := _EVALUATED.fullmatch(key):
+                name = match["set"] or ""
+                if (change := self._evaluated(key, prompts.get(name))) is not None:
+                    found[name] = change
         return found
 
     @cached_property
@@ -92,7 +106,7 @@ class Evidence:
         for name in self.held_out:
             before = f"eval_{name}_" if name else "eval_"
             for reward, change in self._each(before + "rewards/{}/mean", self._evaluated).items():
-                found[f"{name}: {reward}" if name else reward] = change
+                found[f"{reward} ({name})" if name else reward] = change
         return found
 
     def is_style(self, name: str) -> bool:
@@ -116,7 +130,7 @@ class Evidence:
     def _evaluated(
         self, key: str, prompts: Mapping[int, Mapping[int, float]] | None = None
     ) -> Change | None:
-        steps, values = series(self.rows, key)
+        steps, values = series(self.evaluations, key)
         std = key.removesuffix("/mean") + "/std" if key.endswith("/mean") else f"{key}_std"
-        _, spreads = series(self.rows, std)
+        _, spreads = series(self.evaluations, std)
         return of_evaluations(steps, values, max(spreads) if spreads else None, prompts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusedgrpo.engine.reporting.formatting import number
+from fusedgrpo.engine.reporting.held_out_log import GREEDY, Checks
 from fusedgrpo.engine.reporting.judging import health
 from fusedgrpo.engine.reporting.judging.changes import FEWEST, Change
 from fusedgrpo.engine.reporting.judging.evidence import Evidence
@@ -22,6 +23,7 @@ from fusedgrpo.engine.reporting.metrics_log import Row
 Kind = Literal["green", "amber", "red", "unclear"]
 
 LOST = 0.5  # a reward that keeps less of what it was is lost, one that keeps more has fallen
+SOLVED = 0.95  # of the greatest reward, before training
 CEILING = 0.9  # of the greatest value of a reward: from there it has nowhere to rise to
 # Signs that held-out prompts speak against: where these got better, the sign is a remark.
 OUTWEIGHED = {"truncated", "entropy", "clipping", "mismatch", "kl", "silent", "too_easy"}
@@ -44,10 +46,10 @@ class Verdict:
 def judge(
     rows: Sequence[Row],
     config: Mapping[str, Any] | None = None,
-    prompts: Mapping[int, Mapping[int, float]] | None = None,
+    checks: Checks | None = None,
 ) -> Verdict:
     """The verdict on the run that wrote ``rows``; the arguments are those of ``Evidence``."""
-    evidence = Evidence(rows, config or {}, prompts or {})
+    evidence = Evidence(rows, config or {}, checks or {})
     weighed = [
         *_held_out(evidence),
         *_held_out_components(evidence),
@@ -94,26 +96,38 @@ def _lost(bad: Sequence[Finding]) -> bool:
 
 
 def _held_out(evidence: Evidence) -> Iterator[Finding]:
-    for name, change in evidence.held_out.items():
-        label = f"Held-out prompts ({name})" if name else "Held-out prompts"
+    changes = evidence.held_out
+    risen = evidence.sum is not None and evidence.sum.rose
+    for name, change in changes.items():
+        others = any(other.rose for key, other in changes.items() if key != name)
+        label = _label(name)
         since = "" if change.begins[1] == 0 else f" since {when(change.begins)}"
         text = f"{label}: mean reward {in_words(change)}{since}."
         if change.fell:
-            level = "warning" if change.slight else "bad"
+            level = "warning" if change.slight or others else "bad"
             yield Finding("held_out", level, text, change.ends, *_earlier(evidence, change))  # type: ignore[arg-type]
         elif change.rose:
             yield Finding("held_out", "good", text, change.ends)
-        else:
-            risen = evidence.sum is not None and evidence.sum.rose
-            more = (
+        elif change.first >= SOLVED * _top([change.first, change.best]):
+            yield Finding("held_out", "note", f"{text} They were solved before.", change.ends)
+        elif risen and not others:
+            text += (
                 " No change beyond noise, though the reward in training rose: what was learned "
                 "holds for the prompts that were trained on, or is no skill."
-                if risen
-                else " No change beyond noise."
             )
-            yield Finding("held_out", "warning" if risen else "note", text + more, change.ends)
+            yield Finding("held_out", "warning", text, change.ends)
+        else:
+            yield Finding("held_out", "note", f"{text} No change beyond noise.", change.ends)
         if change.fell_back and not change.fell:
             yield _peak(evidence, label, change)
+
+
+def _label(name: str) -> str:
+    """A set of held-out prompts in words; ``GREEDY`` in its name says how they were answered."""
+    greedy = name == GREEDY or name.endswith(f"_{GREEDY}")
+    name = name.removesuffix(GREEDY).removesuffix("_") if greedy else name
+    label = f"Held-out prompts ({name})" if name else "Held-out prompts"
+    return f"{label}, most likely answers" if greedy else label
 
 
 def _held_out_components(evidence: Evidence) -> Iterator[Finding]:
