@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo import host
+from fusedgrpo.engine.reporting import held_out_section as held_out
 from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
 from fusedgrpo.engine.reporting.completions_log import first_and_last, prompt_text
@@ -84,12 +85,14 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
             f"{str(metrics)!r} has no rows: nothing to report on. Is this a run's output_dir?"
         )
     config = _read_config(run_dir / "config.resolved.yaml")
+    checks = read_checks(run_dir / "held_out")
     path = Path(path) if path is not None else run_dir / "report.html"
     sections = [
         _head(run_dir, rows, config),
-        _verdict_card(judge(rows, config, read_checks(run_dir / "held_out"))),
+        _verdict_card(judge(rows, config, checks)),
         _advice(all_advice(rows, config)),
         _plots(plots.write_plots(rows, run_dir / "plots")),
+        held_out.held_out_section(checks),
         _first_and_last(rows),
         _cost(rows),
         _samples(first_and_last(run_dir / "completions")),
@@ -122,7 +125,7 @@ def _page(title: str, body: str) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{held_out.STYLE}</style></head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
     )
 

@@ -111,3 +111,23 @@ def test_a_run_without_completions_and_config_is_reported_too(tmp_path):
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl' has no rows"):
         write_report(tmp_path)
+
+
+def test_the_same_prompts_are_shown_before_and_after(tmp_path):
+    run = make_run(tmp_path, make_rows([0.5] * 20))
+    (run / "held_out").mkdir()
+
+    def answer(row, reward, text):
+        return {"row": row, "prompt": "1 + <b>1</b>", "completion": text, "length": 3,
+                "reward": reward, "rewards": {"accuracy": reward}}  # fmt: skip
+
+    before = [answer(0, 0.0, "three"), answer(1, 1.0, "two"), answer(2, 0.0, "x")]
+    after = [answer(0, 1.0, "<i>two</i>"), answer(1, 0.0, "five"), answer(2, 0.0, "y")]
+    for step, records in ((0, before), (20, after)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (run / f"held_out/step-{step:06d}.jsonl").write_text(text)
+    page = write_report(run).read_text()
+    assert "3 prompts, step 0 and step 20: 1 lost, 1 newly solved, 1 never." in page
+    assert page.index(">lost<") < page.index(">newly solved<") < page.index(">never<")
+    assert "&lt;i&gt;two&lt;/i&gt;" in page and "<b>1</b>" not in page
+    assert Tags(page).open == []
