@@ -319,6 +319,12 @@ class GRPOConfig(TrainingArgumentsSurface):
         free=True,
     )
     eval_on_start: bool = option(False, "evaluate before the first step, too", free=True)
+    held_out_check: bool = option(
+        True,
+        "for the report, answer at most 128 held-out prompts greedily before, during and after "
+        "the run",
+        free=True,
+    )
     load_best_model_at_end: bool = option(
         False, "end with the weights of the best evaluation, each of which is saved", free=True
     )

@@ -18,6 +18,7 @@ from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import Example
 from fusedgrpo.engine.evaluating import Evaluating
+from fusedgrpo.engine.held_out_check import HeldOutCheck
 from fusedgrpo.engine.learner import UpdateResult
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.metric_names import merged
@@ -133,6 +134,7 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
         self.memory_peaks: dict[str, float] = {}
         self.collector = Collector(self)
         self.run_control = RunControl(parts.args, parts.plan)
+        self.held_out_check = HeldOutCheck(self)
         self.checkpointer = Checkpointer(self)
         self.events = CallbackEvents(self, theirs)
         self.learner.changing = self._before_update
@@ -207,9 +209,13 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
                     self.checkpointer.save_if_due(outputs, args.save_strategy != "no")
                 if self.run_control.evaluates_first(self.progress.step):
                     outputs.evaluated_first(self._evaluate(outputs))
+                checks = self.held_out_check.steps()
+                self._check_held_out(outputs, self.progress.step in checks)
                 while not (self.finished or self.control.should_training_stop):
                     row = self.step(outputs)
                     summary.add(row["loss"])
+                    self._check_held_out(outputs, self.progress.step in checks)
+                self._check_held_out(outputs, bool(checks))
                 self.checkpointer.settle(outputs)
             self.checkpointer.load_best(outputs)
             measured = measured_phases(self.memory_peaks)
@@ -366,6 +372,13 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
             return self.evaluate()
         finally:
             self.evaluates_loss = True
+
+    def _check_held_out(self, outputs: RunLogger, due: bool) -> None:
+        """Answer the held-out prompts, unless this was done after the same step already."""
+        step = self.progress.step
+        if due and self.processes.run_on_main(lambda: outputs.lacks_answers(step)):
+            outputs.display.phase("check")
+            outputs.answered(step, self.held_out_check.run())
 
     def _skip_to(self, prompts: int) -> None:
         """Leave out what is left of an epoch that a callback has stopped."""

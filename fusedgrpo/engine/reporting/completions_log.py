@@ -79,7 +79,7 @@ class CompletionsLog:
     def write(self, step: int, records: Sequence[Mapping[str, Any]]) -> Path:
         """Write the records of one rollout; the file is complete or not there. Raises OSError."""
         self.directory.mkdir(exist_ok=True)
-        path = self.directory / f"step-{step:06d}.jsonl"
+        path = self.path_of(step)
         unfinished = path.with_name(f".{path.name}.tmp")
         # A prompt may hold half a surrogate pair, which UTF-8 cannot; it becomes "?".
         with unfinished.open("w", encoding="utf-8", errors="replace") as file:
@@ -88,6 +88,9 @@ class CompletionsLog:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
         return path
+
+    def path_of(self, step: int) -> Path:
+        return self.directory / f"step-{step:06d}.jsonl"
 
     def drop_after(self, step: int) -> str | None:
         """Put the files of later steps, which a resumed run is going to sample again, into a folder

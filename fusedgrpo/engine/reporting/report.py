@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo import host
+from fusedgrpo.engine.reporting import held_out_section as held_out
 from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
 from fusedgrpo.engine.reporting.completions_log import first_and_last, prompt_text
 from fusedgrpo.engine.reporting.formatting import gigabytes, number
+from fusedgrpo.engine.reporting.held_out_log import read_checks
+from fusedgrpo.engine.reporting.judging.findings import INTERVALS, Finding
+from fusedgrpo.engine.reporting.judging.verdict import Verdict, judge
 from fusedgrpo.engine.reporting.metrics_log import (
     Row,
     finite,
     read_metrics,
     reward_names,
-    rollout_rows,
     series,
     trend,
 )
@@ -43,8 +46,11 @@ h1 { font-size: 26px; margin: 0 } h2 { font-size: 18px; margin: 36px 0 12px }
 .soft { color: var(--soft) }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 20px }
 .verdict { margin-top: 20px; border-left: 6px solid #94a3b8; font-size: 17px }
-.verdict.good { border-left-color: #059669 } .verdict.bad { border-left-color: #dc2626 }
-.verdict p { margin: 4px 0 } .verdict p + p { font-size: 15px }
+.verdict.green { border-left-color: #059669 } .verdict.red { border-left-color: #dc2626 }
+.verdict.amber { border-left-color: #d97706 }
+.verdict p { margin: 4px 0 } .verdict ul { margin: 6px 0; padding-left: 22px; font-size: 15px }
+.verdict .bad::marker { color: #dc2626 } .verdict .warning::marker { color: #d97706 }
+.verdict .good::marker { color: #059669 }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px }
 .plots img { width: 100%; display: block }
 .wide { overflow-x: auto }
@@ -79,12 +85,14 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
             f"{str(metrics)!r} has no rows: nothing to report on. Is this a run's output_dir?"
         )
     config = _read_config(run_dir / "config.resolved.yaml")
+    checks = read_checks(run_dir / "held_out")
     path = Path(path) if path is not None else run_dir / "report.html"
     sections = [
         _head(run_dir, rows, config),
-        _verdict_card(rows),
+        _verdict_card(judge(rows, config, checks)),
         _advice(all_advice(rows, config)),
         _plots(plots.write_plots(rows, run_dir / "plots")),
+        held_out.held_out_section(checks),
         _first_and_last(rows),
         _cost(rows),
         _samples(first_and_last(run_dir / "completions")),
@@ -94,37 +102,6 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     page = _page(f"fusedgrpo: {run_dir.resolve().name}", "\n".join(sections))
     path.write_text(page, encoding="utf-8", errors="replace")
     return path
-
-
-def verdict(rows: Sequence[Row]) -> tuple[str, list[str]]:
-    """Whether the run learned: ``good``, ``bad`` or ``unclear``, and why in sentences."""
-    ends = trend([row["reward"] for row in rollout_rows(rows)])
-    if ends is None:
-        kind = "unclear"
-        said = ["Too short to tell: a verdict needs the rewards of at least 10 rollouts."]
-    else:
-        if ends.rose:
-            kind, head = "good", "The run learned: the mean reward rose"
-        elif ends.fell:
-            kind, head = "bad", "The run got worse: the mean reward fell"
-        else:
-            kind, head = "unclear", "No clear change: the mean reward went"
-        said = [
-            f"{head} from {number(ends.first)} (first {ends.window} rollouts) to "
-            f"{number(ends.last)} (last {ends.window}), a change of {ends.change:+.3g}.",
-            f"The noise of that change is about {ends.noise:.2g} (one standard error); "
-            "twice that is asked for before it counts.",
-        ]
-    _, held_out = series(rows, "eval_reward")
-    if held_out:
-        first, last = number(held_out[0]), number(held_out[-1])
-        said.append(
-            f"Held-out prompts: mean reward {first} at the first evaluation, {last} at the last."
-        )
-    skipped = sum(bool(row.get("skipped_update")) for row in rows)
-    if skipped:
-        said.append(f"{skipped} updates were skipped because their gradient was not finite.")
-    return kind, said
 
 
 def _duration(seconds: float) -> str:
@@ -148,7 +125,7 @@ def _page(title: str, body: str) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{held_out.STYLE}</style></head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
@@ -164,10 +141,26 @@ def _head(run_dir: Path, rows: Sequence[Row], config: Mapping[str, Any]) -> str:
     )
 
 
-def _verdict_card(rows: Sequence[Row]) -> str:
-    kind, (head, *more) = verdict(rows)
-    text = f"<p><b>{escape(head)}</b></p>" + "".join(f"<p>{escape(line)}</p>" for line in more)
-    return f'<div class="card verdict {kind}">{text}</div>'
+def _verdict_card(found: Verdict) -> str:
+    """The verdict, with what it rests on and what to do; what is only good to know is folded."""
+    decisive = [reason for reason in found.reasons if reason.level != "note"]
+    rest = [reason for reason in found.reasons if reason.level == "note"]
+    parts = [f"<p><b>{escape(found.headline)}</b></p>", _reasons(decisive)]
+    if rest:
+        parts.append(f"<details><summary>Also seen</summary>{_reasons(rest)}</details>")
+    parts.append(f'<p class="soft">{escape(INTERVALS)}</p>')
+    return f'<div class="card verdict {found.kind}">{"".join(parts)}</div>'
+
+
+def _reasons(reasons: Sequence[Finding]) -> str:
+    items = []
+    for reason in reasons:
+        todo = " ".join(
+            [reason.advice, *(f"{name}: {value:g}." for name, value in reason.change.items())]
+        )
+        advice = f'<div class="soft">{escape(todo)}</div>' if todo.strip() else ""
+        items.append(f'<li class="{reason.level}">{escape(reason.text)}{advice}</li>')
+    return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
 def _advice(lines: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ FILES = {
 }
 DIRECTORIES = {
     "completions": "completions",
+    "held_out": "held_out",
     "plots": "plots",
     "trackers": "trackers",
     "checkpoints": "checkpoints",
@@ -53,6 +54,7 @@ class RunDir:
     log: Path
     report: Path
     completions: Path
+    held_out: Path
     plots: Path
     trackers: Path
     checkpoints: Path

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import yaml
@@ -20,7 +21,8 @@ from fusedgrpo.engine.execution import Progress, unwatched
 from fusedgrpo.engine.reporting.advisor import Advisor
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
 from fusedgrpo.engine.reporting.display import Display
-from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, read_metrics
+from fusedgrpo.engine.reporting.formatting import number
+from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, finite, read_metrics
 from fusedgrpo.engine.reporting.report import write_report
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.run_facts import run_facts
@@ -118,6 +120,7 @@ class RunLogger:
         self.metrics = stack.enter_context(MetricsLog(run.metrics))
         self.advisor = Advisor(settings, eos_token_ids=eos_ids)
         self.completions_log = CompletionsLog(run.completions)
+        self.held_out_log = CompletionsLog(run.held_out)
         said: list[str | None] = []
         self._failed_at: dict[str, list[int]] = {}
         if done:
@@ -127,6 +130,7 @@ class RunLogger:
             if branch:
                 said.append(abandon_after(run.checkpoints, done))
                 said.append(self.completions_log.drop_after(done + sampled_ahead))
+                said.append(self.held_out_log.drop_after(done))
             self.advisor.start()
             for row in read_metrics(run.metrics):
                 self.advisor.observe(row)  # it said all this before the run was interrupted
@@ -259,6 +263,20 @@ class RunLogger:
         self.display.note(f"Before the first step: eval_reward {shown}.")
         self.tell(("on_evaluate", 0, metrics))
 
+    def lacks_answers(self, step: int) -> bool:
+        """Whether the answers to held-out prompts after ``step`` are still to be written."""
+        return not self.held_out_log.path_of(step).exists()
+
+    def answered(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write the most likely answers to held-out prompts after ``step``."""
+        self.writing(
+            "answers to held-out prompts", step, lambda: self.held_out_log.write(step, records)
+        )
+        rewards = [value for record in records if (value := finite(record["reward"])) is not None]
+        when = f"After step {step}" if step else "Before the first step"
+        mean = number(fmean(rewards) if rewards else None)
+        self.display.note(f"{when}, {len(records)} held-out prompts, greedily: reward {mean}.")
+
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """List the data rows that were left out, beside the metrics."""
         if rows:
@@ -309,6 +327,11 @@ class NoLogger(RunLogger):
     ) -> T | None: ...
     def tell(self, *events: tuple[Any, ...]) -> None: ...
     def evaluated_first(self, metrics: Mapping[str, Any]) -> None: ...
+    def answered(self, step: int, records: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def lacks_answers(self, step: int) -> bool:
+        return False
+
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
     def finish(self, save_model: Callable[[Path], Path]) -> None: ...
 

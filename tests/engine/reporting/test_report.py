@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fusedgrpo.engine.reporting import plots
-from fusedgrpo.engine.reporting.report import verdict, write_report
+from fusedgrpo.engine.reporting.report import write_report
 from fusedgrpo.errors import DataError
 
 
@@ -55,47 +55,6 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-
-
-def test_a_rise_beyond_the_noise_is_called_learning_with_its_figures():
-    kind, (head, noise) = verdict(make_rows([0.2, 0.3] * 10 + [0.9, 1.0] * 10))
-    assert kind == "good"
-    assert "rose from 0.240 (first 5 rollouts) to 0.960 (last 5), a change of +0.72" in head
-    assert "noise of that change is about 0.035" in noise
-
-
-def test_a_rise_within_the_noise_is_not():
-    kind, (head, _) = verdict(make_rows([0.0, 1.0] * 10))
-    assert kind == "unclear"
-    assert head.startswith("No clear change")
-
-
-def test_a_fall_is_said():
-    kind, (head, _) = verdict(make_rows([0.9] * 10 + [0.1] * 10))
-    assert kind == "bad"
-    assert "got worse" in head
-
-
-def test_a_short_run_gets_no_verdict():
-    kind, (text,) = verdict(make_rows([0.0, 1.0]))
-    assert kind == "unclear"
-    assert "Too short to tell" in text
-
-
-def test_repeated_rows_of_a_rollout_are_not_taken_for_evidence():
-    rows = make_rows([0.0] * 10 + [1.0] * 10)
-    for i, row in enumerate(rows):
-        row["time/sample"] = 1.0 if i % 10 == 0 else 0.0
-    assert "Too short" in verdict(rows)[1][0]
-
-
-def test_held_out_rewards_and_skipped_updates_are_told():
-    rows = make_rows([0.5] * 10)
-    rows[0]["eval_reward"], rows[9]["eval_reward"] = 0.25, 0.75
-    rows[4]["skipped_update"] = 1
-    text = " ".join(verdict(rows)[1])
-    assert "mean reward 0.250 at the first evaluation, 0.750 at the last" in text
-    assert "1 updates were skipped" in text
 
 
 def test_the_report_holds_all_its_parts(tmp_path):
@@ -152,3 +111,23 @@ def test_a_run_without_completions_and_config_is_reported_too(tmp_path):
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl' has no rows"):
         write_report(tmp_path)
+
+
+def test_the_same_prompts_are_shown_before_and_after(tmp_path):
+    run = make_run(tmp_path, make_rows([0.5] * 20))
+    (run / "held_out").mkdir()
+
+    def answer(row, reward, text):
+        return {"row": row, "prompt": "1 + <b>1</b>", "completion": text, "length": 3,
+                "reward": reward, "rewards": {"accuracy": reward}}  # fmt: skip
+
+    before = [answer(0, 0.0, "three"), answer(1, 1.0, "two"), answer(2, 0.0, "x")]
+    after = [answer(0, 1.0, "<i>two</i>"), answer(1, 0.0, "five"), answer(2, 0.0, "y")]
+    for step, records in ((0, before), (20, after)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (run / f"held_out/step-{step:06d}.jsonl").write_text(text)
+    page = write_report(run).read_text()
+    assert "3 prompts, step 0 and step 20: 1 lost, 1 newly solved, 1 never." in page
+    assert page.index(">lost<") < page.index(">newly solved<") < page.index(">never<")
+    assert "&lt;i&gt;two&lt;/i&gt;" in page and "<b>1</b>" not in page
+    assert Tags(page).open == []

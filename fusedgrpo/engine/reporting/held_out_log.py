@@ -1,0 +1,66 @@
+"""``held_out/step-NNNNNN.jsonl``: the most likely answers to held-out prompts, by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fusedgrpo.engine.reporting.metrics_log import finite, read_jsonl
+
+GREEDY = "greedy"  # in the names of their metrics, after the set's
+
+Checks = Mapping[int, Sequence[Mapping[str, Any]]]  # step -> records
+
+
+def read_checks(directory: str | Path) -> Checks:
+    """The records of every check in ``directory``, in order of their steps."""
+    found = {}
+    for path in sorted(Path(directory).glob("step-*.jsonl")):
+        number = path.stem.partition("-")[2]
+        if number.isdecimal():
+            found[int(number)] = read_jsonl(path)
+    return found
+
+
+def sets_of(checks: Checks) -> list[str]:
+    """The sets of prompts, "" for one without a name, in order of appearance."""
+    names = (str(record.get("set") or "") for records in checks.values() for record in records)
+    return list(dict.fromkeys(names))
+
+
+def rewards_by_prompt(checks: Checks, name: str) -> dict[int, dict[int, float]]:
+    """Step -> row of the data -> reward, of one set."""
+    return {
+        step: {
+            record["row"]: value
+            for record in records
+            if (record.get("set") or "") == name
+            and (value := finite(record.get("reward"))) is not None
+        }
+        for step, records in checks.items()
+    }
+
+
+def check_rows(checks: Checks) -> list[dict[str, Any]]:
+    """The means of each check, named like those of an evaluation (``eval_greedy_reward``)."""
+    rows = []
+    for step, records in sorted(checks.items()):
+        row: dict[str, Any] = {"step": step}
+        for name in sets_of({step: records}):
+            of_set = [record for record in records if (record.get("set") or "") == name]
+            before = f"eval_{name}_{GREEDY}_" if name else f"eval_{GREEDY}_"
+            rewards = [record.get("rewards") or {} for record in of_set]
+            means = {"reward": _mean(record.get("reward") for record in of_set)} | {
+                f"rewards/{key}/mean": _mean(each.get(key) for each in rewards)
+                for key in dict.fromkeys(key for each in rewards for key in each)
+            }
+            row |= {before + key: mean for key, mean in means.items() if mean is not None}
+        rows.append(row)
+    return rows
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    known = [v for value in values if (v := finite(value)) is not None]
+    return fmean(known) if known else None

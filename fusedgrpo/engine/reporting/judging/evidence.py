@@ -1,0 +1,136 @@
+"""The rows of a run, sorted by what they are evidence of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from fusedgrpo.engine.reporting.held_out_log import (
+    GREEDY,
+    Checks,
+    check_rows,
+    rewards_by_prompt,
+    sets_of,
+)
+from fusedgrpo.engine.reporting.judging.changes import Change, of_evaluations, of_training
+from fusedgrpo.engine.reporting.metrics_log import (
+    Row,
+    finite,
+    reward_names,
+    rollout_rows,
+    series,
+)
+
+RECENT = 5  # rollouts, the fewest that "at the end" is said of
+_EVALUATED = re.compile(r"eval_(?:(?P<set>.+)_)?reward")
+# Rewards for how an answer looks, by their names: that one of these rose says little of the answer.
+_STYLE = re.compile(
+    r"format|length|(?:^|_)len(?:_|$)|brevity|concise|overlong|repetition|think|tag|xml|style|bonus",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """rows: of ``metrics.jsonl``, in order. config: the run's options. checks: the most likely
+    answers to held-out prompts, by step."""
+
+    rows: Sequence[Row]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    checks: Checks = field(default_factory=dict)
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        """The rows that evaluations are read from, with the means of the checks as rows."""
+        return [*self.rows, *check_rows(self.checks)]
+
+    @cached_property
+    def rollouts(self) -> list[Row]:
+        return rollout_rows(row for row in self.rows if row["step"] > 0)
+
+    @cached_property
+    def updates(self) -> list[Row]:
+        """The rows of optimizer steps."""
+        return [row for row in self.rows if row["step"] > 0]
+
+    def training(self, key: str) -> Change | None:
+        return of_training(*series(self.rollouts, key))
+
+    def values(self, key: str) -> list[float]:
+        return series(self.rollouts, key)[1]
+
+    def at_the_end(self, key: str) -> float | None:
+        """Mean over the last tenth of the rollouts, 5 at least; None where it has none there."""
+        last = series(self.rollouts[-max(RECENT, len(self.rollouts) // 10) :], key)[1]
+        return fmean(last) if last else None
+
+    @property
+    def last_steps(self) -> tuple[int, int]:
+        """The steps that ``at_the_end`` is about."""
+        last = self.rollouts[-max(RECENT, len(self.rollouts) // 10) :]
+        return (last[0]["step"], last[-1]["step"])
+
+    @cached_property
+    def sum(self) -> Change | None:
+        return self.training("reward")
+
+    @cached_property
+    def components(self) -> dict[str, Change]:
+        """The change of each reward function by itself in training. What is weighted negatively
+        has its sign turned, what weighs nothing is left out."""
+        return self._each("rewards/{}/mean", self.training)
+
+    @cached_property
+    def held_out(self) -> dict[str, Change]:
+        """By name of an evaluation set, "" where there is one, the change of its reward."""
+        prompts = {
+            f"{name}_{GREEDY}" if name else GREEDY: rewards_by_prompt(self.checks, name)
+            for name in sets_of(self.checks)
+        }
+        found = {}
+        for key in sorted({key for row in self.evaluations for key in row}):
+            if match := _EVALUATED.fullmatch(key):
+                name = match["set"] or ""
+                if (change := self._evaluated(key, prompts.get(name))) is not None:
+                    found[name] = change
+        return found
+
+    @cached_property
+    def held_out_components(self) -> dict[str, Change]:
+        """Likewise of each reward function, with the set's name before it."""
+        found = {}
+        for name in self.held_out:
+            before = f"eval_{name}_" if name else "eval_"
+            for reward, change in self._each(before + "rewards/{}/mean", self._evaluated).items():
+                found[f"{reward} ({name})" if name else reward] = change
+        return found
+
+    def is_style(self, name: str) -> bool:
+        return _STYLE.search(name) is not None
+
+    def option(self, name: str) -> float | None:
+        return finite(self.config.get(name))
+
+    def _each(self, key: str, change_of: Any) -> dict[str, Change]:
+        names = reward_names(self.rows)
+        weights = self.config.get("reward_weights")
+        if not isinstance(weights, list) or len(weights) != len(names):
+            weights = [1.0] * len(names)
+        found = {}
+        for name, weight in zip(names, weights, strict=True):
+            change = change_of(key.format(name)) if weight else None
+            if change is not None:
+                found[name] = change if weight > 0 else change.turned()
+        return found
+
+    def _evaluated(
+        self, key: str, prompts: Mapping[int, Mapping[int, float]] | None = None
+    ) -> Change | None:
+        steps, values = series(self.evaluations, key)
+        std = key.removesuffix("/mean") + "/std" if key.endswith("/mean") else f"{key}_std"
+        _, spreads = series(self.evaluations, std)
+        return of_evaluations(steps, values, max(spreads) if spreads else None, prompts)

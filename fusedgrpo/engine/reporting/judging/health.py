@@ -1,0 +1,218 @@
+"""Signs that a run is ill, whatever its reward does: each a rule with its evidence.
+
+The limits and where they come from are in docs/reading-a-run.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import fmean
+
+from fusedgrpo.engine.reporting.formatting import number
+from fusedgrpo.engine.reporting.judging.evidence import RECENT, Evidence
+from fusedgrpo.engine.reporting.judging.findings import Finding
+from fusedgrpo.engine.reporting.metrics_log import finite, series
+
+ENTROPY = (0.05, 0.1)  # nats a token, and share of the beginning: collapsed below both
+LENGTH = (0.1, 2.0, 8.0)  # share of the beginning; or so many tokens where there were so many
+KL = (1.0, 5.0)  # nats a token: far, and out of hand
+TRUNCATED = (0.5, 0.95)
+SILENT = 0.9  # share of completions in groups whose rewards are all equal
+SKIPPED = 0.1  # share of updates
+CLIPPED = 0.3  # share of tokens whose ratio is clipped
+SOLVED = 0.9  # of the greatest reward that was seen, from the beginning on
+LOW_RATE = 5e-6  # of an adapter
+
+
+def findings(evidence: Evidence) -> list[Finding]:
+    """All signs, in the order of RULES."""
+    return [finding for rule in RULES for finding in rule(evidence)]
+
+
+def updates(evidence: Evidence) -> Iterator[Finding]:
+    """Gradients that were not finite, or are none."""
+    rows = evidence.updates
+    skipped = [row["step"] for row in rows if row.get("skipped_update")]
+    if skipped:
+        share = len(skipped) / len(rows)
+        text = f"{len(skipped)} of {len(rows)} updates were skipped: their gradient was not finite."
+        streak = all(row.get("skipped_update") for row in rows[-RECENT:])
+        level = (
+            "bad" if streak and len(rows) >= RECENT else "warning" if share > SKIPPED else "note"
+        )
+        rate = evidence.option("learning_rate")
+        yield Finding(
+            "skipped",
+            level,  # type: ignore[arg-type]
+            text,
+            (skipped[0], skipped[-1]),
+            "Lower learning_rate, or set bf16: false to see whether the precision is to blame; "
+            "nonfinite/ has the batches."
+            if level != "note"
+            else "",
+            {"learning_rate": rate / 3} if level != "note" and rate else {},
+        )
+    norms = series(rows, "grad_norm")[1]
+    if len(norms) >= 2 * RECENT and sum(norm == 0 for norm in norms) > 0.9 * len(norms):
+        yield Finding(
+            "no_gradient",
+            "warning",
+            f"{sum(norm == 0 for norm in norms)} of {len(norms)} updates had no gradient at all.",
+            (rows[0]["step"], rows[-1]["step"]),
+        )
+
+
+def collapse_of_entropy(evidence: Evidence) -> Iterator[Finding]:
+    change, last = evidence.training("entropy"), evidence.at_the_end("entropy")
+    if change is None or last is None or change.first <= 0:
+        return
+    if last < ENTROPY[0] and last < ENTROPY[1] * change.first:
+        coefficient = evidence.option("entropy_coef") or 0.0
+        yield Finding(
+            "entropy",
+            "warning",
+            f"The entropy collapsed from {number(change.first)} to {number(last)} nats a token: "
+            "the completions of a group are all but the same, and nothing new is tried.",
+            evidence.last_steps,
+            "A higher epsilon_high, an entropy bonus or a lower learning_rate keeps it up.",
+            {"epsilon_high": 0.28} if coefficient else {"entropy_coef": 0.001},
+        )
+
+
+def collapse_of_length(evidence: Evidence) -> Iterator[Finding]:
+    change = evidence.training("completions/mean_length")
+    last = evidence.at_the_end("completions/mean_length")
+    if change is None or last is None:
+        return
+    share, few, many = LENGTH
+    if last < share * change.first or (last <= few and change.first >= many):
+        yield Finding(
+            "length",
+            "bad",
+            f"The completions shrank from {change.first:.0f} to {last:.1f} tokens.",
+            evidence.last_steps,
+            "Look at completions/: a reward that an empty answer gets is being farmed.",
+        )
+
+
+def divergence(evidence: Evidence) -> Iterator[Finding]:
+    last = evidence.at_the_end("kl")
+    if last is None or last <= KL[0]:
+        return
+    beta, rate = evidence.option("beta") or 0.0, evidence.option("learning_rate")
+    change = {"beta": max(2 * beta, 0.01)} | ({"learning_rate": rate / 3} if rate else {})
+    yield Finding(
+        "kl",
+        "bad" if last > KL[1] else "warning",
+        f"The policy is {number(last)} nats a token away from the model it began as: what that "
+        "could do may be lost.",
+        evidence.last_steps,
+        "A larger beta or a lower learning_rate holds it.",
+        change,
+    )
+
+
+def truncation(evidence: Evidence) -> Iterator[Finding]:
+    last = evidence.at_the_end("completions/clipped_ratio")
+    if last is None or last <= TRUNCATED[0]:
+        return
+    limit = evidence.option("max_completion_length")
+    limits = "" if limit is None else f" at max_completion_length={limit:.0f}"
+    yield Finding(
+        "truncated",
+        "warning",
+        f"{last:.0%} of the completions are cut off{limits}.",
+        evidence.last_steps,
+        "Raise max_completion_length, or ask for shorter answers in the prompt.",
+        {} if limit is None else {"max_completion_length": round(2 * limit)},
+    )
+
+
+def silence(evidence: Evidence) -> Iterator[Finding]:
+    """Groups without signal: all solved, or all out of reach."""
+    last = evidence.at_the_end("frac_reward_zero_std")
+    if last is None or last < SILENT:
+        return
+    begins = evidence.values("frac_reward_zero_std")[: len(evidence.rollouts) // 5 or 1]
+    always = fmean(begins) >= SILENT
+    rewards = evidence.values("reward")
+    level, top = evidence.at_the_end("reward") or 0.0, max(rewards)
+    text = f"In {last:.0%} of the groups all completions get the same reward and teach nothing"
+    if not always:
+        # What remains of a task that was learned, which is no fault.
+        yield Finding(
+            "silent",
+            "note",
+            f"{text}, at the end.",
+            evidence.last_steps,
+            "Harder prompts would go on teaching.",
+        )
+        return
+    solved = top > 0 and level >= SOLVED * top and not _at_the_floor(evidence, level)
+    yield Finding(
+        "too_easy" if solved else "too_hard",
+        "warning" if solved else "bad",
+        f"{text}, from the beginning: "
+        + ("the prompts are solved already." if solved else "no completion gets more than others."),
+        (evidence.rollouts[0]["step"], evidence.rollouts[-1]["step"]),
+        "Take harder prompts."
+        if solved
+        else "Take prompts that the model can half do, or a reward that gives parts of an answer "
+        "their due; check that a right answer does get a reward.",
+        {} if solved else {"num_generations": 2 * round(evidence.option("num_generations") or 8)},
+    )
+
+
+def _at_the_floor(evidence: Evidence, level: float) -> bool:
+    """Whether rewards are 0 or less: then there is nothing that could be solved."""
+    return level <= 0
+
+
+def clipping(evidence: Evidence) -> Iterator[Finding]:
+    last = evidence.at_the_end("clip_ratio/region_mean")
+    if last is not None and last > CLIPPED:
+        rate = evidence.option("learning_rate")
+        yield Finding(
+            "clipping",
+            "warning",
+            f"{last:.0%} of the tokens are clipped: the policy moves further than epsilon within "
+            "one rollout.",
+            evidence.last_steps,
+            "Lower learning_rate or num_iterations.",
+            {"learning_rate": rate / 3} if rate else {},
+        )
+
+
+def low_rate(evidence: Evidence) -> Iterator[Finding]:
+    rate, change = evidence.option("learning_rate"), evidence.sum
+    if evidence.config.get("finetuning_type") != "lora" or not rate or rate >= LOW_RATE:
+        return
+    if change is not None and not change.rose:
+        yield Finding(
+            "learning_rate",
+            "note",
+            f"learning_rate {rate:g} is one for all weights; an adapter hardly moves with it.",
+            None,
+            "Adapters want about 1e-5, small models more.",
+            {"learning_rate": 1e-5},
+        )
+
+
+def sampler(evidence: Evidence) -> Iterator[Finding]:
+    """Sampled by other numbers than trained by."""
+    key = "sampling/sampling_logp_difference/mean"
+    values = [v for row in evidence.rollouts if (v := finite(row.get(key))) is not None]
+    if values and fmean(values[-RECENT:]) > 0.1:
+        yield Finding(
+            "mismatch",
+            "warning",
+            f"Sampled and trained log-probs differ by {number(fmean(values[-RECENT:]))} nats a "
+            "token in the mean: the updates are off-policy.",
+            evidence.last_steps,
+        )
+
+
+RULES: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+    updates, collapse_of_length, collapse_of_entropy, divergence, truncation, silence, clipping,
+    sampler, low_rate,
+)  # fmt: skip
