@@ -22,6 +22,7 @@ from fusedgrpo.commands.init import init
 from fusedgrpo.commands.options import options
 from fusedgrpo.commands.plan import plan
 from fusedgrpo.commands.push import push
+from fusedgrpo.commands.show import show
 from fusedgrpo.commands.train import train
 from fusedgrpo.commands.training_command import ANY_WORDS, TrainingCommand
 
@@ -38,6 +39,7 @@ app.command()(options)
 app.command()(export)
 app.command("eval", cls=TrainingCommand, context_settings=ANY_WORDS)(evaluate)
 app.command()(push)
+app.command()(show)
 
 
 def _say_version(asked: bool) -> None:

@@ -110,7 +110,13 @@ def _step_of(path: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
+def steps_in(directory: str | Path) -> dict[int, Path]:
+    """The files of ``directory`` by the steps that they are about, in order."""
+    paths = sorted(Path(directory).glob("step-*.jsonl"), key=_step_of)
+    return {_step_of(path): path for path in paths}
+
+
 def first_and_last(directory: str | Path) -> list[list[dict[str, Any]]]:
     """The records of the first and the last rollout in ``directory`` (none, one or two lists)."""
-    paths = sorted(Path(directory).glob("step-*.jsonl"), key=_step_of)
+    paths = list(steps_in(directory).values())
     return [read_jsonl(path) for path in (paths if len(paths) < 2 else (paths[0], paths[-1]))]

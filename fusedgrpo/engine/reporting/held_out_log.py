@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fusedgrpo.engine.reporting.completions_log import steps_in
 from fusedgrpo.engine.reporting.metrics_log import finite, read_jsonl
 
 GREEDY = "greedy"  # in the names of their metrics, after the set's
@@ -16,12 +17,7 @@ Checks = Mapping[int, Sequence[Mapping[str, Any]]]  # step -> records
 
 def read_checks(directory: str | Path) -> Checks:
     """The records of every check in ``directory``, in order of their steps."""
-    found = {}
-    for path in sorted(Path(directory).glob("step-*.jsonl")):
-        number = path.stem.partition("-")[2]
-        if number.isdecimal():
-            found[int(number)] = read_jsonl(path)
-    return found
+    return {step: read_jsonl(path) for step, path in steps_in(directory).items()}
 
 
 def sets_of(checks: Checks) -> list[str]:

@@ -1,0 +1,141 @@
+"""``fusedgrpo show``: what a run's policy said, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusedgrpo.errors import ConfigError
+
+WIDTH = 60  # characters of a prompt in a list
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="output_dir of a run.")],
+    step: Annotated[
+        int | None, typer.Option(help="The rollout that this step trained on; else the last.")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="One prompt of it, by its number in the list.")
+    ] = None,
+    held_out: Annotated[
+        bool,
+        typer.Option("--held_out", help="Held-out prompts instead, before training and after."),
+    ] = False,
+) -> None:
+    """Show completions of a run: a line for each prompt of a rollout, or all answers to one."""
+    if held_out and step is not None:
+        raise ConfigError("--step: --held_out compares the first check with the last.")
+    lines = _held_out(run, prompt) if held_out else _rollout(run, step, prompt)
+    typer.echo("\n".join(lines))
+
+
+def _rollout(run: Path, step: int | None, prompt: int | None) -> list[str]:
+    from fusedgrpo.engine.reporting.completions_log import steps_in
+    from fusedgrpo.engine.reporting.metrics_log import read_jsonl
+
+    found = steps_in(run / "completions")
+    if not found:
+        raise ConfigError(f"{run}: has no completions/; name the output_dir of a run.")
+    at = [number for number in found if step is None or number <= step]
+    if not at:
+        raise ConfigError(f"--step {step}: the first rollout is that of step {min(found)}.")
+    records = read_jsonl(found[at[-1]])
+    groups = [list(group) for _, group in groupby(records, key=lambda record: record.get("group"))]
+    head = f"step {at[-1]} of {max(found)}: {len(groups)} prompts, {len(records)} completions"
+    if prompt is None:
+        return [head, *(_line(i, group) for i, group in enumerate(groups))]
+    return [head, *_answers(_chosen(groups, prompt))]
+
+
+def _line(number: int, group: Sequence[Mapping[str, Any]]) -> str:
+    from fusedgrpo.engine.reporting.formatting import number as shown
+
+    rewards = _numbers(group, "reward")
+    mean = sum(rewards) / len(rewards) if rewards else None
+    spread = f"{min(rewards):.3g} to {max(rewards):.3g}" if rewards else "no reward"
+    return f"{number:>4}  reward {shown(mean):>6} ({spread})  {_prompt(group[0], WIDTH)}"
+
+
+def _answers(group: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All answers to a prompt, the best first."""
+    from fusedgrpo.engine.reporting.metrics_log import finite
+
+    ordered = sorted(group, key=lambda record: -(finite(record.get("reward")) or 0.0))
+    lines = ["", _prompt(group[0], None)]
+    for record in ordered:
+        lines += ["", f"--- {_scores(record)}", _text(record)]
+    return lines
+
+
+def _held_out(run: Path, prompt: int | None) -> list[str]:
+    from fusedgrpo.engine.reporting.held_out_log import read_checks
+    from fusedgrpo.engine.reporting.judging.prompts import compared, counts
+
+    checks = read_checks(run / "held_out")
+    if not checks:
+        raise ConfigError(
+            f"{run}: has no held_out/: a run has one that was given an eval_dataset or a val_size."
+        )
+    prompts = compared(checks)
+    if not prompts:
+        raise ConfigError(f"{run}: only step {min(checks)} was checked, there is no after yet.")
+    words = ", ".join(f"{count} {status}" for status, count in counts(prompts).items())
+    head = f"step {min(checks)} against step {max(checks)}: {len(prompts)} prompts, {words}"
+    if prompt is None:
+        return [
+            head,
+            *(
+                f"{i:>4}  {one.status:<12}  {_prompt(one.after, WIDTH)}"
+                for i, one in enumerate(prompts)
+            ),
+        ]
+    one = _chosen(prompts, prompt)
+    lines = [head, "", _prompt(one.after, None)]
+    for when, record in (("before", one.before), ("after", one.after)):
+        lines += ["", f"--- {when}: {_scores(record)}", _text(record)]
+    return lines
+
+
+def _chosen(among: Sequence[Any], number: int) -> Any:
+    if not 0 <= number < len(among):
+        raise ConfigError(f"--prompt {number}: there are 0 to {len(among) - 1}.")
+    return among[number]
+
+
+def _numbers(group: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    from fusedgrpo.engine.reporting.metrics_log import finite
+
+    return [value for record in group if (value := finite(record.get(key))) is not None]
+
+
+def _scores(record: Mapping[str, Any]) -> str:
+    from fusedgrpo.engine.reporting.formatting import number
+    from fusedgrpo.engine.reporting.metrics_log import finite
+
+    scores = {"reward": record.get("reward"), **(record.get("rewards") or {})}
+    if "advantage" in record:
+        scores["advantage"] = record["advantage"]
+    words = [f"{name} {number(finite(value))}" for name, value in scores.items()]
+    return ", ".join([*words, f"{record.get('length')} tokens", str(record.get("finish_reason"))])
+
+
+def _prompt(record: Mapping[str, Any], width: int | None) -> str:
+    from fusedgrpo.engine.reporting.completions_log import prompt_text
+    from fusedgrpo.engine.reporting.formatting import escaped, printable, shorten
+
+    prompt = record.get("prompt") or ""
+    if width is None:
+        return printable(prompt_text(prompt))
+    last = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return escaped(shorten(" ".join(last.split()), width))
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    from fusedgrpo.engine.reporting.formatting import printable
+
+    return printable(str(record.get("completion")))

@@ -1,0 +1,91 @@
+"""What ``fusedgrpo show`` prints of a run's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fusedgrpo.cli import app
+from fusedgrpo.errors import ConfigError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    def record(group: int, prompt: Any, text: str, reward: float | None) -> dict[str, Any]:
+        return {
+            "group": group, "row": group, "prompt": prompt, "completion": text, "length": 3,
+            "finish_reason": "stop", "rewards": {"accuracy": reward}, "reward": reward,
+            "advantage": 0.5,
+        }  # fmt: skip
+
+    def write(folder: str, step: int, records: list[dict[str, Any]]) -> None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = "".join(json.dumps({"step": step} | each) + "\n" for each in records)
+        (tmp_path / folder / f"step-{step:06d}.jsonl").write_text(text)
+
+    chat = [{"role": "system", "content": "Short."}, {"role": "user", "content": "1 +\x1b[2J 1?"}]
+    for step in (1, 4):
+        told = [record(0, chat, "three", 0.0), record(0, chat, "two\x1b[2J", 1.0)]
+        write("completions", step, [*told, record(1, "plain", "none", None)])
+    write("held_out", 0, [record(0, chat, "three", 0.0), record(1, "p", "right", 1.0)])
+    write("held_out", 4, [record(0, chat, "two", 1.0), record(1, "p", "wrong", 0.0)])
+    return tmp_path
+
+
+def said(*words: Any) -> str:
+    done = CliRunner().invoke(app, ["show", *map(str, words)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_rollout_is_listed_and_a_prompt_is_shown_with_its_best_answer_first(run: Path) -> None:
+    head, first, second = said(run).splitlines()
+    assert head == "step 4 of 4: 2 prompts, 3 completions"
+    assert first.split() == [
+        r"0",
+        r"reward",
+        r"0.500",
+        r"(0",
+        r"to",
+        r"1)",
+        r"1",
+        r"+\x1b[2J",
+        r"1?",
+    ]
+    assert "reward      - (no reward)  plain" in second
+    # Between rollouts the one that a step trained on.
+    text = said(run, "--step", 3, "--prompt", 0)
+    assert text.startswith("step 1 of 4") and "system: Short." in text
+    assert text.index("two") < text.index("three") and "\x1b" not in text
+    assert "accuracy 1.00, advantage 0.500, 3 tokens, stop" in text
+
+
+def test_held_out_prompts_are_shown_before_and_after(run: Path) -> None:
+    lines = said(run, "--held_out").splitlines()
+    assert lines[0] == "step 0 against step 4: 2 prompts, 1 lost, 1 newly solved"
+    assert [line.split()[1] for line in lines[1:]] == ["lost", "newly"]
+    text = said(run, "--held_out", "--prompt", 1)
+    assert text.index("before: reward 0.00") < text.index("three") < text.index("after: reward")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--step", "0"], "--step 0: the first rollout is that of step 1"),
+        (["--prompt", "7"], "--prompt 7: there are 0 to 1"),
+        (["--held_out", "--step", "1"], "--step: --held_out compares the first check"),
+    ],
+)
+def test_what_is_not_there_is_said(run: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        said(run, *words)
+
+
+def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
+    for words in ([], ["--held_out"]):
+        with pytest.raises(ConfigError, match="has no "):
+            said(tmp_path, *words)
