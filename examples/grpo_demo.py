@@ -13,14 +13,15 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on the disk
 # CPU threads spin only shortly before they sleep: on a busy machine many times faster.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
-from fusedgrpo.engine.rollout.sampler import SamplingParams
 
 PAIRS = [(a, b) for a in range(1, 10) for b in range(1, 10)]
 SYSTEM = "Answer with the number only."
@@ -55,21 +56,14 @@ def right_sum(completions, solution, **kwargs):
     return [float(answer(text) == right) for text, right in zip(texts, solution, strict=True)]
 
 
-def accuracy(trainer: GRPOTrainer) -> tuple[float, list[str]]:
-    """Share of all 81 sums that the most likely answer gets right; and some of the answers."""
-    examples = trainer.held_out.examples
-    params = SamplingParams(max_new_tokens=MAX_TOKENS, greedy=True)
-    groups = trainer.sampler.sample([e.prompt_ids for e in examples], 1, params, seed=0)
-    texts = [group.completions[0].text.strip() for group in groups]
-    right = [answer(text) == e.columns["solution"] for text, e in zip(texts, examples, strict=True)]
-    shown = [f"{a} + {b}: {text!r}" for (a, b), text in zip(PAIRS, texts, strict=True)]
-    return sum(right) / len(right), shown[10::20]
-
-
-def report(when: str, trainer: GRPOTrainer) -> float:
-    share, answers = accuracy(trainer)
-    print(f"{when} training: {share:.0%} of the 81 sums right, such as {'; '.join(answers)}")
-    return share
+def report(when: str, answers: Sequence[Mapping[str, Any]]) -> float:
+    """Print and return the share of all 81 sums that the most likely answer gets right."""
+    right = sum(record["reward"] for record in answers) / len(answers)
+    texts = (f"{a} + {b}: {r['completion'].strip()!r}"
+             for (a, b), r in zip(PAIRS, answers, strict=True))  # fmt: skip
+    shown = "; ".join(list(texts)[10::20])
+    print(f"{when} training: {right:.0%} of the 81 sums right, such as {shown}")
+    return right
 
 
 def main() -> None:
@@ -100,13 +94,15 @@ def main() -> None:
         train_dataset=[row(a, b) for a, b in PAIRS],
         eval_dataset=[row(a, b) for a, b in PAIRS],
     )
-    before = report("before", trainer)
     trainer.train()
-    after = report("after", trainer)
 
+    from fusedgrpo.engine.reporting.held_out_log import read_checks
     from fusedgrpo.engine.reporting.metrics_log import read_metrics, series
 
-    _, rewards = series(read_metrics(Path(options.output_dir) / "metrics.jsonl"), "reward")
+    written = Path(options.output_dir)
+    checks = read_checks(written / "held_out")  # the sums answered greedily, by step
+    before, after = report("before", checks[0]), report("after", checks[max(checks)])
+    _, rewards = series(read_metrics(written / "metrics.jsonl"), "reward")
     first, last = rewards[:5], rewards[-5:]
     print(
         f"mean reward: first {len(first)} steps {sum(first) / len(first):.3f}, "
