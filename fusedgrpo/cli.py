@@ -60,12 +60,22 @@ def every_command(
 
 @app.command()
 def report(
-    output_dir: Annotated[Path, typer.Argument(help="output_dir of a run, finished or not.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="output_dir of a run, finished or not; or of several.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; comparison.html for several runs.")
+    ] = None,
 ) -> None:
-    """Draw the plots and write report.html anew from what a run has written so far."""
+    """Draw the plots and write report.html anew from what a run has written so far; of several
+    runs, one page that compares them."""
     from fusedgrpo.engine.reporting.report import write_report
+    from fusedgrpo.engine.reporting.runs_page import write_runs_page
 
-    typer.echo(str(write_report(output_dir)))
+    if len(runs) == 1:
+        typer.echo(str(write_report(runs[0], output)))
+    else:
+        typer.echo(str(write_runs_page(runs, output or Path("comparison.html"))))
 
 
 @app.command()

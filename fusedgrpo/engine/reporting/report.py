@@ -99,8 +99,8 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         _config(config),
         _versions(),
     ]
-    page = _page(f"fusedgrpo: {run_dir.resolve().name}", "\n".join(sections))
-    path.write_text(page, encoding="utf-8", errors="replace")
+    text = page(f"fusedgrpo: {run_dir.resolve().name}", "\n".join(sections))
+    path.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 
@@ -119,7 +119,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
+    """A whole page around ``body``, which asks the network for nothing."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" '

@@ -123,7 +123,7 @@ def of_evaluations(
     paired = _differences(steps, prompts) if prompts else None
     if paired is not None and len(paired) > 1:
         first, last, many = paired[:, 0].mean(), paired[:, 1].mean(), 1
-        margin = _bootstrapped(paired[:, 1] - paired[:, 0])
+        margin = bootstrapped(paired[:, 1] - paired[:, 0])
     elif count >= EVALUATIONS:
         noise, freedom = _scatter(np.asarray(values, dtype=float))
         margin = quantile(freedom) * noise * math.sqrt(1 + 1 / many)
@@ -198,7 +198,7 @@ def _differences(
     return np.asarray([(before[row], after[row]) for row in both], dtype=float).reshape(-1, 2)
 
 
-def _bootstrapped(differences: np.ndarray) -> float:
+def bootstrapped(differences: np.ndarray) -> float:
     """Half the width of the percentile interval of their mean, over resampled prompts."""
     generator = np.random.default_rng(0)
     drawn = generator.integers(0, len(differences), (RESAMPLES, len(differences)))
