@@ -48,7 +48,8 @@ h1 { font-size: 26px; margin: 0 } h2 { font-size: 18px; margin: 36px 0 12px }
 .verdict { margin-top: 20px; border-left: 6px solid #94a3b8; font-size: 17px }
 .verdict.green { border-left-color: #059669 } .verdict.red { border-left-color: #dc2626 }
 .verdict.amber { border-left-color: #d97706 }
-.verdict p { margin: 4px 0 } .verdict ul { margin: 6px 0; padding-left: 22px; font-size: 15px }
+.verdict p { margin: 4px 0 } .verdict .soft, .verdict summary { font-size: 15px }
+.verdict ul { margin: 6px 0; padding-left: 22px; font-size: 15px }
 .verdict .bad::marker { color: #dc2626 } .verdict .warning::marker { color: #d97706 }
 .verdict .good::marker { color: #059669 }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px }

@@ -126,7 +126,9 @@ def _drawn(groups: Sequence[Sequence[Run]], key: str, title: str) -> bytes | Non
             if (found := several.band(group, key, plots.smooth)) is None:
                 continue
             drawn, colour = True, plots.COLOURS[i % len(plots.COLOURS)]
-            label = group[0].name + (f" and {len(group) - 1} more seeds" if group[1:] else "")
+            label = group[0].name + (
+                f", and {len(group) - 1} with other seeds" if group[1:] else ""
+            )
             axes.plot(found.steps, found.mean, color=colour, label=label)
             if group[1:]:
                 edges = list(zip(found.mean, found.spread, strict=True))
