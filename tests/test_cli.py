@@ -267,6 +267,25 @@ def test_eval_compares_base_and_trained_on_the_same_prompts(place: Path) -> None
         call("eval", "run", "--output", folder)
 
 
+def test_eval_loads_once_and_says_what_two_loads_would(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedgrpo.models import loading
+
+    loads: list[Any] = []
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *given: loads.append(given) or load(*given))
+    words = ("eval", "run", "--bf16=false", "--n=2", "--max_samples=3", "--output")
+    call(*words, "once")
+    assert len(loads) == 1
+    monkeypatch.setattr("fusedgrpo.commands.evaluate._is_base_with_adapter", lambda options: False)
+    call(*words, "twice")
+    assert len(loads) == 3
+    for file in ("base.jsonl", "trained.jsonl", "results.json"):
+        once, twice = ((place / folder / file).read_text() for folder in ("once", "twice"))
+        assert once.replace('"once"', '"twice"') == twice, file
+
+
 def test_a_run_that_trained_all_weights_is_a_model_already(place: Path) -> None:
     full = ("--finetuning_type", "full", "--output_dir", "whole", "--max_steps", 1)
     call("train", *OPTIONS, *full)
