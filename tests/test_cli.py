@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from fusedgrpo import __version__
 from fusedgrpo.cli import app
+from fusedgrpo.commands.export import _plain_lora
 from fusedgrpo.commands.given import read_words
 from fusedgrpo.commands.runs import find_trained
 from fusedgrpo.config.schema import GRPOConfig
@@ -235,6 +237,19 @@ def test_export_says_how_others_take_it(place: Path, monkeypatch: pytest.MonkeyP
         call("export", "run")
     with pytest.raises(ConfigError, match="has no weights"):
         call("export", ".", "--merge")
+
+
+@pytest.mark.parametrize(
+    "change", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"use_dora": True}, {"r": 1024}]
+)
+def test_vllm_is_not_given_an_adapter_that_it_refuses(
+    place: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    shutil.copytree(place / "run" / "adapter", tmp_path / "adapter")
+    assert _plain_lora(find_trained(tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert not _plain_lora(find_trained(tmp_path / "adapter"))
 
 
 def test_eval_compares_base_and_trained_on_the_same_prompts(place: Path) -> None:

@@ -114,8 +114,8 @@ def _both(
 def _answers_of_both(
     before: GRPOConfig, after: GRPOConfig, n: int, folders: list[Path]
 ) -> dict[str, Answers]:
-    """What base and trained model say and get. Where they are one model with its adapter off and
-    on it is loaded once, else one after the other."""
+    """The answers of base and trained model. Where these are one model with its adapter off and on,
+    it is loaded once, else one after the other."""
     from fusedgrpo.engine.memory.oom_retry import release
     from fusedgrpo.engine.trainer import GRPOTrainer
 
