@@ -147,7 +147,8 @@ def push(directory):
     """A run that pushes its checkpoint and its end, and one whose Hub takes neither."""
     Hub.notes = directory
     options = RUNS["fewer prompts than processes"] | {
-        "max_steps": 1, "push_to_hub": True, "hub_strategy": "every_save", "save_strategy": "steps",
+        "max_steps": 1, "save_strategy": "steps", "save_steps": 1,
+        "push_to_hub": True, "hub_strategy": "every_save",
     }  # fmt: skip
     with mock.patch("huggingface_hub.HfApi", Hub):
         for name in ("taken", "refused"):
