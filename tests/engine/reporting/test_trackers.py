@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -179,3 +180,32 @@ def test_files_go_where_the_user_says(tmp_path, monkeypatch):
         assert keyword not in opened(name, monkeypatch, **ours).arguments[1]
         given = opened(name, monkeypatch, **ours, logging_dir=said).arguments[1]
         assert given[keyword] == str(said)
+
+
+def test_mlflow_takes_the_given_project_and_keeps_what_a_run_began_with(tmp_path, monkeypatch):
+    stored: list[dict[str, Any]] = []
+
+    class MLflow(Recorder):
+        """Like accelerate's: the variable goes before the argument, and a run that goes on has
+        parameters, which cannot be changed."""
+
+        requires_logging_directory = False
+
+        def __init__(self, experiment_name: str, run_name: str):
+            self.experiment_name = "the variable's"
+
+        @property
+        def tracker(self) -> Any:
+            return SimpleNamespace(data=SimpleNamespace(params={"lr": "0.2"}))
+
+        def start(self) -> None:
+            stored.append({"experiment": self.experiment_name})
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            stored.append(values)
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", MLflow)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["mlflow"])
+    place = Place(run_name="run", directory=tmp_path, project="mine")
+    Trackers("mlflow", place, {"lr": 0.1, "beta": 0.0}).close()
+    assert stored == [{"experiment": "mine"}, {"beta": 0.0}]
