@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from fusedgrpo import __version__
 from fusedgrpo.cli import app
+from fusedgrpo.commands.export import _plain_lora
 from fusedgrpo.commands.given import read_words
 from fusedgrpo.commands.runs import find_trained
 from fusedgrpo.config.schema import GRPOConfig
@@ -237,6 +239,19 @@ def test_export_says_how_others_take_it(place: Path, monkeypatch: pytest.MonkeyP
         call("export", ".", "--merge")
 
 
+@pytest.mark.parametrize(
+    "change", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"use_dora": True}, {"r": 1024}]
+)
+def test_vllm_is_not_given_an_adapter_that_it_refuses(
+    place: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    shutil.copytree(place / "run" / "adapter", tmp_path / "adapter")
+    assert _plain_lora(find_trained(tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert not _plain_lora(find_trained(tmp_path / "adapter"))
+
+
 def test_eval_compares_base_and_trained_on_the_same_prompts(place: Path) -> None:
     said = call("eval", "run", "--dataset", "data.jsonl", "--n", 3, "--max_samples=3")
     folder = place / "run" / "evaluations" / "001"
@@ -265,6 +280,25 @@ def test_eval_compares_base_and_trained_on_the_same_prompts(place: Path) -> None
     assert texts["base"] != texts["trained"]  # the run was at learning rate 0.1
     with pytest.raises(ConfigError, match="is not empty"):
         call("eval", "run", "--output", folder)
+
+
+def test_eval_loads_once_and_says_what_two_loads_would(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedgrpo.models import loading
+
+    loads: list[Any] = []
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *given: loads.append(given) or load(*given))
+    words = ("eval", "run", "--bf16=false", "--n=2", "--max_samples=3", "--output")
+    call(*words, "once")
+    assert len(loads) == 1
+    monkeypatch.setattr("fusedgrpo.commands.evaluate._is_base_with_adapter", lambda options: False)
+    call(*words, "twice")
+    assert len(loads) == 3
+    for file in ("base.jsonl", "trained.jsonl", "results.json"):
+        once, twice = ((place / folder / file).read_text() for folder in ("once", "twice"))
+        assert once.replace('"once"', '"twice"') == twice, file
 
 
 def test_a_run_that_trained_all_weights_is_a_model_already(place: Path) -> None:

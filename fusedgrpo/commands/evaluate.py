@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +17,8 @@ from fusedgrpo.errors import ConfigError
 if TYPE_CHECKING:
     from fusedgrpo.config.schema import GRPOConfig
     from fusedgrpo.engine.comparison import Estimate
+    from fusedgrpo.engine.rollout.sampler import Sampler
+    from fusedgrpo.engine.trainer import GRPOTrainer
 
 # Options of the run that evaluating has its own of: nothing is trained, saved or resumed.
 _ASIDE = (
@@ -71,11 +74,9 @@ def evaluate(
         raise ConfigError(f"{folder} is not empty, and is left as it is; give another --output.")
     before, after = _both(trained, given, adapter, folder)
     typer.echo(f"Base: {_named(before)}. Trained: {_named(after)}. Data: {before.dataset}")
-    folders = [home, Path.cwd()]
-    policies = {"base": before, "trained": after}
-    answers = {name: _answers(name, options, n, folders) for name, options in policies.items()}
+    answers = _answers_of_both(before, after, n, [home, Path.cwd()])
     results = compared(answers["base"].means, answers["trained"].means, before.seed)
-    _write(folder, answers, results, policies, n)
+    _write(folder, answers, results, {"base": before, "trained": after}, n)
     typer.echo(table(results))
     typer.echo(f"Completions and numbers: {folder}")
 
@@ -110,53 +111,80 @@ def _both(
     return base, GRPOConfig(**options | targets | {"adapter_name_or_path": str(trained.weights)})
 
 
-def _answers(name: str, options: GRPOConfig, n: int, folders: list[Path]) -> Answers:
-    """All that the policy of that name says and gets. The trainer that it takes is let go after."""
+def _answers_of_both(
+    before: GRPOConfig, after: GRPOConfig, n: int, folders: list[Path]
+) -> dict[str, Answers]:
+    """The answers of base and trained model. Where these are one model with its adapter off and on,
+    it is loaded once, else one after the other."""
+    from fusedgrpo.engine.memory.oom_retry import release
+    from fusedgrpo.engine.trainer import GRPOTrainer
+
+    def alone(name: str, options: GRPOConfig) -> Answers:
+        trainer = GRPOTrainer(args=options, search_paths=folders)
+        with contextlib.closing(trainer.reward_funcs):
+            return _answers(name, trainer, trainer.sampler, n)
+
+    if not _is_base_with_adapter(after):
+        base = alone("base", before)
+        release()  # one model at a time
+        return {"base": base, "trained": alone("trained", after)}
+    trainer = GRPOTrainer(args=after, search_paths=folders)
+    assert trainer.policy.adapters is not None
+    with contextlib.closing(trainer.reward_funcs):
+        with trainer.policy.adapters.off():
+            base = _answers("base", trainer, trainer.run_sampler.make_of_base(), n)
+        return {"base": base, "trained": _answers("trained", trainer, trainer.sampler, n)}
+
+
+def _is_base_with_adapter(options: GRPOConfig) -> bool:
+    """Whether the trained model is the base again where its adapter is switched off. A sampler of
+    somebody else's may take the adapter's weights elsewhere and see no switch."""
+    from fusedgrpo.engine.rollout.choice import OURS
+    from fusedgrpo.models.adapters.files import find_adapter
+
+    adapter = find_adapter(options)
+    return adapter is not None and adapter.leaves_base_as_it_is and options.sampler in OURS
+
+
+def _answers(name: str, trainer: GRPOTrainer, sampler: Sampler, n: int) -> Answers:
+    """All that the policy of that name, which ``sampler`` samples from, says and gets."""
     from fusedgrpo.engine.comparison import prompt_means
     from fusedgrpo.engine.evaluation import sample_and_score
-    from fusedgrpo.engine.memory.oom_retry import release
     from fusedgrpo.engine.reporting.completions_log import completion_records
     from fusedgrpo.engine.scoring import per_completion
     from fusedgrpo.engine.seeding import derive
-    from fusedgrpo.engine.trainer import GRPOTrainer
 
-    trainer = GRPOTrainer(args=options, search_paths=folders)
-    data, rewards = trainer.data, trainer.reward_funcs
+    data, rewards, options = trainer.data, trainer.reward_funcs, trainer.args
     means: dict[str, Any] = {}
     records: list[dict[str, Any]] = []
-    try:
-        for mode, count in (("greedy", 1), ("sampled", n)):
-            typer.echo(f"{name}: {len(data)} prompts, {mode} x {count} ...", err=True)
-            rollout, scored = sample_and_score(
-                data,
-                trainer.sampler,
-                rewards,
-                n=count,
-                params=dataclasses.replace(trainer.sampling, greedy=mode == "greedy"),
-                batch_size=options.per_device_eval_batch_size,
-                seed=derive(options.seed, "eval"),
-                state=trainer.collector.reward_state(),
-                processes=trainer.processes,
-            )
-            ids = rollout.group_ids
-            for measure, values in _measured(rewards.names, rollout, scored).items():
-                means[f"{mode} {measure}"] = prompt_means(values, ids)
-            made = completion_records(
-                rollout,
-                prompts=[example.prompt for example in per_completion(rollout, data.examples)],
-                names=rewards.names,
-                rewards=scored.values,
-                total=scored.total,
-                advantages=scored.total,
-                extra=scored.extra,
-            )
-            records += [{"mode": mode, **record} for record in made]
-    finally:
-        rewards.close()
+    for mode, count in (("greedy", 1), ("sampled", n)):
+        typer.echo(f"{name}: {len(data)} prompts, {mode} x {count} ...", err=True)
+        rollout, scored = sample_and_score(
+            data,
+            sampler,
+            rewards,
+            n=count,
+            params=dataclasses.replace(trainer.sampling, greedy=mode == "greedy"),
+            batch_size=options.per_device_eval_batch_size,
+            seed=derive(options.seed, "eval"),
+            state=trainer.collector.reward_state(),
+            processes=trainer.processes,
+        )
+        ids = rollout.group_ids
+        for measure, values in _measured(rewards.names, rollout, scored).items():
+            means[f"{mode} {measure}"] = prompt_means(values, ids)
+        made = completion_records(
+            rollout,
+            prompts=[example.prompt for example in per_completion(rollout, data.examples)],
+            names=rewards.names,
+            rewards=scored.values,
+            total=scored.total,
+            advantages=scored.total,
+            extra=scored.extra,
+        )
+        records += [{"mode": mode, **record} for record in made]
     for record in records:
         del record["advantage"]  # of a group that trains
-    del trainer
-    release()
     return Answers(means, records)
 
 

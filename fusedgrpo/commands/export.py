@@ -198,10 +198,15 @@ def _vllm(model: Path, trained: Trained, as_adapter: bool) -> None:
 
 def _plain_lora(trained: Trained) -> bool:
     """Whether vLLM serves the adapter beside its base: LoRA without anything more, on a model that
-    is no GGUF file."""
+    is as it was and no GGUF file."""
+    from fusedgrpo.config.schema import GRPOConfig
+    from fusedgrpo.models.adapters.files import find_adapter
+
+    adapter = find_adapter(GRPOConfig(model_name_or_path=str(trained.weights), use_cpu=True))
     settings = _settings(trained)
-    more = ("use_dora", "modules_to_save", "trainable_token_indices")
-    plain = settings.get("peft_type") == "LORA" and not any(settings.get(name) for name in more)
+    more = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")
+    plain = adapter is not None and adapter.leaves_base_as_it_is
+    plain = plain and not any(settings.get(name) for name in more)
     base = Path(settings.get("base_model_name_or_path") or "")
     converted = base.is_dir() and not (base / "config.json").exists()
     return plain and not converted and _rank(settings) <= _RANKS[-1]

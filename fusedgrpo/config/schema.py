@@ -348,10 +348,16 @@ class GRPOConfig(TrainingArgumentsSurface):
         free=True,
     )
     run_name: str | None = option(
-        None, "name of the run in the trackers; null: WANDB_NAME, or that of output_dir", free=True
+        None,
+        "name of the run in the trackers; null: that of their environment variables, such as "
+        "WANDB_NAME, or of output_dir",
+        free=True,
     )
     logging_dir: str | None = option(
-        None, "where trackers write files; null: trackers in output_dir", free=True
+        None,
+        "where TensorBoard, Aim, W&B and SwanLab write files; null: the first two to trackers in "
+        "output_dir, the others where they do by themselves",
+        free=True,
     )
     disable_tqdm: bool | None = option(
         None, "true: lines in place of the live panel in a terminal", free=True

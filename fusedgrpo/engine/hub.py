@@ -66,6 +66,6 @@ def upload(
 
 def _refused(what: str, repo: str, error: Exception) -> HubError:
     return HubError(
-        f"The Hub has not taken {what}: {reason(error)} Is there a token that may write to {repo} "
-        "(HF_TOKEN, hub_token, or hf auth login)?"
+        f"The Hub has not taken {what}: {reason(error).rstrip('.')}. Is there a token that may "
+        f"write to {repo} (HF_TOKEN, hub_token, or hf auth login)?"
     )

@@ -68,10 +68,15 @@ class RunSampler:
         self.weights = "adapter"
         return self._made()
 
-    def _made(self) -> Sampler:
+    def make_of_base(self) -> Sampler:
+        """Another sampler, made and used while the policy's adapters are switched off: that of
+        the model without them."""
+        return self._made("adapter")
+
+    def _made(self, weights: RolloutWeights | None = None) -> Sampler:
         options: dict[str, Any] = {"skip_special_tokens": self.args.skip_special_tokens}
         if self.weights is not None:
-            options["rollout_weights"] = self.weights
+            options["rollout_weights"] = weights or self.weights
         made = self.chosen.make(
             self.policy, self.tokenizer, self.eos_ids, execution=self.execution, **options
         )

@@ -79,6 +79,7 @@ def two(tmp_path_factory):
     done = launch(directory)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "; 2 processes" in done.stdout
+    (directory / "said.txt").write_text(done.stdout)
     return directory
 
 
@@ -137,6 +138,21 @@ def test_a_step_that_depends_on_the_number_of_processes_is_not_resumed_by_anothe
 @pytest.mark.slow
 def test_what_a_callback_asks_for_in_one_process_happens_in_both(two):
     assert [row["step"] for row in rows(two / "stopped")] == [1, 2]
+
+
+@pytest.mark.slow  # the runs of the other tests
+def test_only_the_first_process_pushes_and_none_waits_for_a_hub_that_refuses(two):
+    assert not (two / "hub1.txt").exists()
+    asked = [
+        f"create {name}\n" * 2 + f"upload {name} adapter Training in progress, step 1\n"
+        f"create {name}\nupload {name} adapter End of training\n"
+        for name in ("taken", "refused")
+    ]
+    assert (two / "hub0.txt").read_text() == "".join(asked)
+    said = (two / "said.txt").read_text()
+    assert said.count("Pushed: done") == 1 and said.count("and was not pushed") == 1
+    for name in ("taken", "refused"):
+        assert [row["step"] for row in rows(two / name)] == [1]
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -120,6 +122,39 @@ class StopsInTheLastProcess(TrainerCallback):
         control.should_training_stop |= last and state.global_step == 2
 
 
+class Hub:
+    """Takes the place of ``huggingface_hub.HfApi``: notes which process calls it, and refuses
+    uploads to ``refused``."""
+
+    notes: ClassVar[Path]
+
+    def note(self, *said):
+        with (self.notes / f"hub{torch.distributed.get_rank()}.txt").open("a") as file:
+            print(*said, file=file)
+
+    def create_repo(self, repo_id, **more):
+        self.note("create", repo_id)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, **more):
+        self.note("upload", repo_id, Path(folder_path).name, commit_message)
+        if repo_id == "refused":
+            raise OSError("no such right")
+        return "done"
+
+
+def push(directory):
+    """A run that pushes its checkpoint and its end, and one whose Hub takes neither."""
+    Hub.notes = directory
+    options = RUNS["fewer prompts than processes"] | {
+        "max_steps": 1, "save_strategy": "steps", "save_steps": 1,
+        "push_to_hub": True, "hub_strategy": "every_save",
+    }  # fmt: skip
+    with mock.patch("huggingface_hub.HfApi", Hub):
+        for name in ("taken", "refused"):
+            make(directory / name, hub_model_id=name, **options).train()
+
+
 def run_all(directory):
     for name, options in RUNS.items():
         trainer = make(directory / name, **options)
@@ -136,6 +171,7 @@ def run_all(directory):
     # And the other way round, where there is one from a single process.
     if (directory / "from_one").exists():
         make(directory / "from_one", **options).train(resume_from_checkpoint=True)
+    push(directory)
 
 
 def fails_in_process_1(completion_ids, **kwargs):

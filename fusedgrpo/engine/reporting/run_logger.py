@@ -28,7 +28,7 @@ from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.run_facts import run_facts
 from fusedgrpo.engine.reporting.sample_dump import dump_samples
 from fusedgrpo.engine.reporting.status_line import rollout_progress
-from fusedgrpo.engine.reporting.trackers import Trackers
+from fusedgrpo.engine.reporting.trackers import Place, Trackers
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.errors import OutputDirError
@@ -134,14 +134,15 @@ class RunLogger:
             self.advisor.start()
             for row in read_metrics(run.metrics):
                 self.advisor.observe(row)  # it said all this before the run was interrupted
-        self.trackers = Trackers(
-            config.report_to,
+        place = Place(
             run_name=config.run_name or run.path.name,
             named=config.run_name is not None,
             project=config.project,
-            directory=Path(config.logging_dir).expanduser() if config.logging_dir else run.trackers,
-            config=settings,
+            directory=run.trackers,
+            logging_dir=Path(config.logging_dir).expanduser() if config.logging_dir else None,
+            steps=done,
         )
+        self.trackers = Trackers(config.report_to, place, settings)
         stack.callback(self.trackers.close)
         self.display = stack.enter_context(
             Display(

@@ -9,8 +9,9 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusedgrpo.engine.callbacks import Callback
 from fusedgrpo.engine.reporting.metrics_log import Row, finite
@@ -22,17 +23,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fusedgrpo")
 
 PROJECT = "fusedgrpo"
-# What accelerate calls ``run_name`` is the project of these: the variable that names it, and under
-# which name they take the run's.
-_PROJECTS = {
-    "wandb": ("WANDB_PROJECT", "name"),
-    "trackio": ("TRACKIO_PROJECT", "name"),
-    "swanlab": ("SWANLAB_PROJ_NAME", "experiment_name"),
-    "mlflow": ("MLFLOW_EXPERIMENT_NAME", "run_name"),
-    "comet_ml": ("COMET_PROJECT_NAME", ""),
+
+
+class _Names(NamedTuple):
+    """How a tracker is told of the project and the run. project: the variables that name the
+    project, which accelerate calls ``run_name``. run, run_variables: the keyword that takes the
+    run's name, and the variables that name it. directory: the keyword that takes the place of its
+    files."""
+
+    project: tuple[str, ...]
+    run: str = ""
+    run_variables: tuple[str, ...] = ()
+    directory: str = ""
+
+
+_NAMES = {
+    "wandb": _Names(("WANDB_PROJECT",), "name", ("WANDB_NAME",), "dir"),
+    "trackio": _Names(("TRACKIO_PROJECT",), "name"),
+    "swanlab": _Names(
+        ("SWANLAB_PROJ_NAME", "SWANLAB_PROJECT_NAME"),
+        "experiment_name",
+        ("SWANLAB_EXP_NAME", "SWANLAB_EXPERIMENT_NAME"),
+        "logdir",
+    ),
+    "mlflow": _Names(("MLFLOW_EXPERIMENT_NAME",), "run_name"),
+    "comet_ml": _Names(("COMET_PROJECT_NAME",)),
+    "clearml": _Names(("CLEARML_PROJECT",), "task_name", ("CLEARML_TASK",)),
 }
-# The variable that names the run, where the tracker does not read it itself.
-_RUN_NAMES = {"wandb": "WANDB_NAME"}
 
 
 def tracker_classes(report_to: str | Iterable[str] | None) -> dict[str, type[GeneralTracker]]:
@@ -71,32 +88,77 @@ def tracker_classes(report_to: str | Iterable[str] | None) -> dict[str, type[Gen
     return {name: LOGGER_TYPE_TO_CLASS[name] for name in names}
 
 
-def _arguments(
-    name: str, run_name: str, project: str | None = None, named: bool = True
-) -> tuple[list[str], dict[str, str]]:
-    """How the project and the run are said to a tracker class of accelerate: as they were given,
-    else as its environment variables say."""
-    if not named:
-        run_name = os.environ.get(_RUN_NAMES.get(name, ""), run_name)
-    if name in _PROJECTS:
-        variable, run = _PROJECTS[name]
-        return [project or os.environ.get(variable, PROJECT)], ({run: run_name} if run else {})
-    if name == "clearml":
-        project = project or os.environ.get("CLEARML_PROJECT", PROJECT)
-        return [run_name], {"project_name": project}
-    # The name of a directory under ours, and not the way to another.
-    return [re.sub(r"[/\\]", "-", run_name)[:200].strip(". ") or "run"], {}
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run is kept in its trackers.
+
+    run_name: name of the run; where it was not ``named`` by anybody, the tracker's environment
+    variable goes before. project: that of the run; None for the one that the tracker's environment
+    variable names, or "fusedgrpo". directory: where trackers write that need to be told;
+    logging_dir: what the user says instead, which is for those as well that have a place of their
+    own. steps: behind a run that goes on.
+    """
+
+    run_name: str
+    directory: Path
+    named: bool = True
+    project: str | None = None
+    logging_dir: Path | None = None
+    steps: int = 0
+
+    def opened(self, name: str, tracker_class: type[GeneralTracker]) -> GeneralTracker:
+        """The tracker of that name, with this project and run; not started."""
+        if name not in _NAMES:
+            return self._opened_in_directory(name, tracker_class)
+        names = _NAMES[name]
+        run_name = (not self.named and _said(names.run_variables)) or self.run_name
+        project = self.project or _said(names.project) or PROJECT
+        keywords = {names.run: run_name} if names.run else {}
+        if names.directory and self.logging_dir is not None:
+            self.logging_dir.mkdir(parents=True, exist_ok=True)
+            keywords[names.directory] = str(self.logging_dir)
+        if name == "clearml":
+            return tracker_class(run_name, project_name=project, **keywords)
+        tracker: Any = tracker_class(project, **keywords)
+        if name == "mlflow":
+            tracker.experiment_name = project  # its class lets the variable go before
+        return tracker
+
+    def _opened_in_directory(
+        self, name: str, tracker_class: type[GeneralTracker]
+    ) -> GeneralTracker:
+        # The name of a directory under ours, and not the way to another.
+        arguments = [re.sub(r"[/\\]", "-", self.run_name)[:200].strip(". ") or "run"]
+        keywords: dict[str, Any] = {}
+        directory = self.logging_dir or self.directory
+        if name == "tensorboard":
+            if self.logging_dir is None and (said := _said(("TENSORBOARD_LOGGING_DIR",))):
+                directory = Path(said).expanduser()
+            if self.steps:
+                # Of steps that are done again, it shows the new ones.
+                keywords["purge_step"] = self.steps + 1
+        if tracker_class.requires_logging_directory:
+            directory.mkdir(parents=True, exist_ok=True)
+            arguments.append(str(directory))
+        return tracker_class(*arguments, **keywords)
+
+
+def _said(variables: Iterable[str]) -> str | None:
+    return next((value for name in variables if (value := os.environ.get(name))), None)
+
+
+def _not_kept_yet(name: str, tracker: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` as the tracker takes them: a run of MLflow that goes on (MLFLOW_RUN_ID) keeps
+    those that it began with and refuses others."""
+    kept = tracker.tracker.data.params if name == "mlflow" else {}
+    return {key: value for key, value in settings.items() if key not in kept}
 
 
 class Trackers(Callback):
     """The trackers of one run. One that fails is dropped with one warning.
 
     report_to: see :func:`tracker_classes`.
-    run_name: name of the run; where it was not ``named`` by anybody, the tracker's environment
-    variable goes before.
-    project: that of the run; None for the one that the tracker's environment variable names, or
-    "fusedgrpo". MLFLOW_EXPERIMENT_NAME goes before either.
-    directory: where trackers that write files put them.
+    place: project, name and directory of the run.
     config: stored with the run as its hyper-parameters.
 
     Raises:
@@ -106,12 +168,8 @@ class Trackers(Callback):
     def __init__(
         self,
         report_to: str | Iterable[str] | None,
-        *,
-        run_name: str,
-        directory: str | Path,
+        place: Place,
         config: Mapping[str, Any],
-        project: str | None = None,
-        named: bool = True,
     ):
         classes = tracker_classes(report_to)
         self._trackers: dict[str, GeneralTracker] = {}
@@ -127,14 +185,9 @@ class Trackers(Callback):
         }
         for name, tracker_class in classes.items():
             try:
-                arguments, keywords = _arguments(name, run_name, project, named)
-                if tracker_class.requires_logging_directory:
-                    Path(directory).mkdir(parents=True, exist_ok=True)
-                    arguments.append(str(directory))
-                tracker = tracker_class(*arguments, **keywords)
-                self._trackers[name] = tracker
+                tracker = self._trackers[name] = place.opened(name, tracker_class)
                 tracker.start()
-                tracker.store_init_configuration(settings)
+                tracker.store_init_configuration(_not_kept_yet(name, tracker, settings))
             except Exception as error:  # noqa: BLE001 - not logged in, no network, full disk, ...
                 self._drop(name, error)
 

@@ -51,6 +51,19 @@ class AdapterFiles:
             )
         return os.path.dirname(weights)
 
+    @property
+    def leaves_base_as_it_is(self) -> bool:
+        """Whether the model with this adapter is its base once more where the adapter is switched
+        off. Some start by taking a part out of the base (PiSSA, OLoRA), train its biases or bring
+        embeddings of their own; of other kinds than LoRA it is not known. Raises ModelError."""
+        settings = self.settings
+        return (
+            settings.peft_type.value == "LORA"
+            and settings.bias == "none"
+            and settings.init_lora_weights in (True, False, "gaussian")
+            and self.vocabulary() is None
+        )
+
     def vocabulary(self) -> int | None:
         """Rows of the embeddings that are in its file; None if there are none."""
         file = self.file(WEIGHTS)

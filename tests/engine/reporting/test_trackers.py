@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 from accelerate import tracking
 
-from fusedgrpo.engine.reporting.trackers import Trackers, tracker_classes
+from fusedgrpo.engine.reporting.trackers import Place, Trackers, tracker_classes
 from fusedgrpo.errors import ConfigError
 
 
@@ -47,9 +48,8 @@ def recorder(monkeypatch):
 
 
 def open_trackers(tmp_path, report_to="recorder"):
-    return Trackers(
-        report_to, run_name="run", directory=tmp_path, config={"lr": 0.1, "funcs": ["a"]}
-    )
+    place = Place(run_name="run", directory=tmp_path)
+    return Trackers(report_to, place, {"lr": 0.1, "funcs": ["a"]})
 
 
 @pytest.mark.parametrize("nothing", [None, "none", "", [], ["none"]])
@@ -113,45 +113,99 @@ def test_all_means_what_is_installed(monkeypatch):
     assert list(tracker_classes("all")) == ["tensorboard", "wandb"]
 
 
-@pytest.mark.parametrize(
-    ("name", "variable", "given"),
-    [
-        ("wandb", "WANDB_PROJECT", (("mine",), {"name": "a/../b"})),
-        ("trackio", "TRACKIO_PROJECT", (("mine",), {"name": "a/../b"})),
-        ("swanlab", "SWANLAB_PROJ_NAME", (("mine",), {"experiment_name": "a/../b"})),
-        ("mlflow", "MLFLOW_EXPERIMENT_NAME", (("mine",), {"run_name": "a/../b"})),
-        ("comet_ml", "COMET_PROJECT_NAME", (("mine",), {})),
-        ("clearml", "CLEARML_PROJECT", (("a/../b",), {"project_name": "mine"})),
-        ("recorder", "", (("a-..-b", "DIRECTORY"), {})),
-    ],
-)
-def test_a_run_is_a_run_of_a_project_and_no_way_out_of_its_directory(
-    name, variable, given, tmp_path, monkeypatch
-):
-    calls = []
+def opened(name, monkeypatch, **place):
+    """The arguments and attributes of the tracker that a run in ``place`` would open."""
 
     class Named(Recorder):
-        requires_logging_directory = name == "recorder"
+        requires_logging_directory = name in ("recorder", "tensorboard")
 
         def __init__(self, *arguments: Any, **named: Any):
-            calls.append((tuple(a.replace(str(tmp_path), "DIRECTORY") for a in arguments), named))
+            self.arguments = arguments, named
 
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, Named)
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [name])
-    for project in ("mine", None):
-        if variable and project:
-            monkeypatch.setenv(variable, project)
-        elif variable:
-            monkeypatch.delenv(variable)
-        Trackers(name, run_name="a/../b", directory=tmp_path, config={}).close()
-    assert calls[0] == given
-    assert calls[1] == eval(repr(given).replace("mine", "fusedgrpo"))
-    # What was given goes before; the run's name, where nobody gave one, comes after.
+    tracker: Any = Place(**place).opened(name, Named)
+    return tracker
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "run_variable", "given"),
+    [
+        ("wandb", "WANDB_PROJECT", "WANDB_NAME", (("mine",), {"name": "a/../b"})),
+        ("trackio", "TRACKIO_PROJECT", "", (("mine",), {"name": "a/../b"})),
+        ("swanlab", "SWANLAB_PROJ_NAME", "SWANLAB_EXP_NAME",
+         (("mine",), {"experiment_name": "a/../b"})),
+        ("mlflow", "MLFLOW_EXPERIMENT_NAME", "", (("mine",), {"run_name": "a/../b"})),
+        ("comet_ml", "COMET_PROJECT_NAME", "", (("mine",), {})),
+        ("clearml", "CLEARML_PROJECT", "CLEARML_TASK",
+         (("a/../b",), {"project_name": "mine", "task_name": "a/../b"})),
+        ("recorder", "", "", (("a-..-b", "DIRECTORY"), {})),
+    ],
+)  # fmt: skip
+def test_a_run_is_a_run_of_a_project_and_no_way_out_of_its_directory(
+    name, variable, run_variable, given, tmp_path, monkeypatch
+):
+    def arguments(**place):
+        tracker = opened(name, monkeypatch, directory=tmp_path, run_name="a/../b", **place)
+        ours, named = tracker.arguments
+        return tuple(a.replace(str(tmp_path), "DIRECTORY") for a in ours), named
+
+    def renamed(old, new):
+        return eval(repr(given).replace(old, new))
+
+    for name_of_another in ("WANDB_PROJECT", "WANDB_NAME"):  # of the machine that tests
+        monkeypatch.delenv(name_of_another, raising=False)
+    monkeypatch.setenv(variable or "UNUSED", "mine")
+    assert arguments() == given
+    monkeypatch.delenv(variable or "UNUSED")
+    assert arguments() == renamed("mine", "fusedgrpo")
+    # What was given goes before the variables; the run's name, where nobody gave one, after them.
     monkeypatch.setenv(variable or "UNUSED", "another")
-    monkeypatch.setenv("WANDB_NAME", "theirs")
-    again: Any = {"run_name": "a/../b", "directory": tmp_path, "config": {}, "project": "mine"}
-    Trackers(name, **again).close()
-    Trackers(name, **again, named=False).close()
-    assert calls[2] == given
-    run = "theirs" if name == "wandb" else "a/../b"
-    assert calls[3] == eval(repr(given).replace("a/../b", run))
+    monkeypatch.setenv(run_variable or "UNUSED", "theirs")
+    assert arguments(project="mine") == given
+    run = "theirs" if run_variable else "a/../b"
+    assert arguments(project="mine", named=False) == renamed("a/../b", run)
+
+
+def test_files_go_where_the_user_says(tmp_path, monkeypatch):
+    ours: dict[str, Any] = {"directory": tmp_path / "ours", "run_name": "run"}
+    said = tmp_path / "said"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "variable"))
+    arguments = opened("tensorboard", monkeypatch, **ours).arguments
+    assert arguments == (("run", str(tmp_path / "variable")), {})
+    arguments = opened("tensorboard", monkeypatch, **ours, logging_dir=said, steps=4).arguments
+    assert arguments == (("run", str(said)), {"purge_step": 5})
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    assert opened("tensorboard", monkeypatch, **ours).arguments[0][1] == str(tmp_path / "ours")
+    for name, keyword in {"wandb": "dir", "swanlab": "logdir"}.items():
+        assert keyword not in opened(name, monkeypatch, **ours).arguments[1]
+        given = opened(name, monkeypatch, **ours, logging_dir=said).arguments[1]
+        assert given[keyword] == str(said)
+
+
+def test_mlflow_takes_the_given_project_and_keeps_what_a_run_began_with(tmp_path, monkeypatch):
+    stored: list[dict[str, Any]] = []
+
+    class MLflow(Recorder):
+        """Like accelerate's: the variable goes before the argument, and a run that goes on has
+        parameters, which cannot be changed."""
+
+        requires_logging_directory = False
+
+        def __init__(self, experiment_name: str, run_name: str):
+            self.experiment_name = "the variable's"
+
+        @property
+        def tracker(self) -> Any:
+            return SimpleNamespace(data=SimpleNamespace(params={"lr": "0.2"}))
+
+        def start(self) -> None:
+            stored.append({"experiment": self.experiment_name})
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            stored.append(values)
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", MLflow)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["mlflow"])
+    place = Place(run_name="run", directory=tmp_path, project="mine")
+    Trackers("mlflow", place, {"lr": 0.1, "beta": 0.0}).close()
+    assert stored == [{"experiment": "mine"}, {"beta": 0.0}]
