@@ -345,11 +345,20 @@ class GRPOConfig(TrainingArgumentsSurface):
     logging_dir: str | None = option(
         None, "where trackers write files; null: trackers in output_dir", free=True
     )
+    trackio_space_id: str | None = option(
+        None, "Space on the Hugging Face Hub for trackio's board; null: on this machine", free=True
+    )
     disable_tqdm: bool | None = option(
         None, "true: lines in place of the live panel in a terminal", free=True
     )
     dataloader_num_workers: int = option(
         0, "taken and without effect: prompts are read once, by this process", low=0, free=True
+    )
+    accelerator_config: dict[str, Any] | None = option(
+        None,
+        "taken and without effect: accelerate's data loaders are not used; what of it would be "
+        "another run is refused",
+        free=True,
     )
     push_to_hub: bool = option(
         False, "upload the result, and what hub_strategy says, to the Hugging Face Hub", free=True

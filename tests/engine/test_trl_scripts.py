@@ -145,7 +145,7 @@ def test_ref_model_is_there_where_trl_has_one(tmp_path: Path) -> None:
 
 
 def test_without_args_the_run_is_named_after_its_model() -> None:
-    from fusedgrpo.engine.setup import own_options
+    from fusedgrpo.engine.own_options import own_options
 
     assert own_options(None, "some/model", None).output_dir == "model-GRPO"
 

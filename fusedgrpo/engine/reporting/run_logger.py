@@ -135,6 +135,7 @@ class RunLogger:
             run_name=config.run_name or run.path.name,
             named=config.run_name is not None,
             project=config.project,
+            more={"trackio": {"space_id": config.trackio_space_id}},
             directory=Path(config.logging_dir).expanduser() if config.logging_dir else run.trackers,
             config=settings,
         )

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fusedgrpo.engine.callbacks import Callback
@@ -96,6 +97,7 @@ class Trackers(Callback):
     variable goes before.
     project: that of the run; None for the one that the tracker's environment variable names, or
     "fusedgrpo". MLFLOW_EXPERIMENT_NAME goes before either.
+    more: keyword arguments of a tracker, by its name; those that are None are left out.
     directory: where trackers that write files put them.
     config: stored with the run as its hyper-parameters.
 
@@ -112,6 +114,7 @@ class Trackers(Callback):
         config: Mapping[str, Any],
         project: str | None = None,
         named: bool = True,
+        more: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ):
         classes = tracker_classes(report_to)
         self._trackers: dict[str, GeneralTracker] = {}
@@ -131,7 +134,8 @@ class Trackers(Callback):
                 if tracker_class.requires_logging_directory:
                     Path(directory).mkdir(parents=True, exist_ok=True)
                     arguments.append(str(directory))
-                tracker = tracker_class(*arguments, **keywords)
+                own = {k: v for k, v in more.get(name, {}).items() if v is not None}
+                tracker = tracker_class(*arguments, **keywords, **own)
                 self._trackers[name] = tracker
                 tracker.start()
                 tracker.store_init_configuration(settings)

@@ -117,7 +117,7 @@ def test_all_means_what_is_installed(monkeypatch):
     ("name", "variable", "given"),
     [
         ("wandb", "WANDB_PROJECT", (("mine",), {"name": "a/../b"})),
-        ("trackio", "TRACKIO_PROJECT", (("mine",), {"name": "a/../b"})),
+        ("trackio", "TRACKIO_PROJECT", (("mine",), {"name": "a/../b", "space_id": "mine"})),
         ("swanlab", "SWANLAB_PROJ_NAME", (("mine",), {"experiment_name": "a/../b"})),
         ("mlflow", "MLFLOW_EXPERIMENT_NAME", (("mine",), {"run_name": "a/../b"})),
         ("comet_ml", "COMET_PROJECT_NAME", (("mine",), {})),
@@ -143,8 +143,10 @@ def test_a_run_is_a_run_of_a_project_and_no_way_out_of_its_directory(
             monkeypatch.setenv(variable, project)
         elif variable:
             monkeypatch.delenv(variable)
-        Trackers(name, run_name="a/../b", directory=tmp_path, config={}).close()
+        more = {"trackio": {"space_id": project}}
+        Trackers(name, run_name="a/../b", directory=tmp_path, config={}, more=more).close()
     assert calls[0] == given
+    given[1].pop("space_id", None)
     assert calls[1] == eval(repr(given).replace("mine", "fusedgrpo"))
     # What was given goes before; the run's name, where nobody gave one, comes after.
     monkeypatch.setenv(variable or "UNUSED", "another")
