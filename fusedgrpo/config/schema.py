@@ -20,6 +20,7 @@ from fusedgrpo.config.reading import Problem, label_of, left_out, plain, raise_a
 from fusedgrpo.config.redaction import redacted, remember
 from fusedgrpo.config.rules import broken_rules, one_of
 from fusedgrpo.config.script_surface import TrainingArgumentsSurface
+from fusedgrpo.config.trl_fields import as_called
 from fusedgrpo.config.values import group, is_free, limits_of, option, takes_text, takes_truth
 from fusedgrpo.config.yaml_file import parse_override, read_config_file
 from fusedgrpo.errors import ConfigError, did_you_mean
@@ -392,6 +393,7 @@ class GRPOConfig(TrainingArgumentsSurface):
                 raise ConfigError("Options are given by name, and output_dir once.")
             if output_dir:
                 given["output_dir"] = output_dir[0]
+            given = as_called(given, {spec.name: spec.default for spec in fields(self)})
             derived = [spec for spec in fields(self) if spec.name not in _HINTS]
             own = {spec.name: given.pop(spec.name) for spec in derived if spec.name in given}
             values, problems = resolve(given, _HINTS, _LIMITS)

@@ -112,9 +112,9 @@ def test_every_option_survives_yaml_and_json(tmp_path: Path) -> None:
 
 
 def test_every_option_has_help_and_a_default_inside_its_own_range() -> None:
-    defaults = {spec.name: spec.default for spec in dataclasses.fields(GRPOConfig)}
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(GRPOConfig())}
     assert GRPOConfig(**defaults) == GRPOConfig()
-    assert all(spec.metadata["help"] for spec in dataclasses.fields(GRPOConfig))
+    assert all(spec.metadata["help"] for spec in dataclasses.fields(GRPOConfig()))
 
 
 def test_a_resumed_run_may_differ_in_what_changes_no_result() -> None:

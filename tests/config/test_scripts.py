@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from fusedgrpo.config.from_trl import given_options, is_foreign
 from fusedgrpo.config.parsers import ELSEWHERE
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.config.trl_fields import NAMES
 from fusedgrpo.engine.own_options import own_options
 from fusedgrpo.errors import ConfigError
 
@@ -86,6 +87,22 @@ def test_settings_of_accelerates_loaders_are_taken_unless_they_are_another_run(
             GRPOConfig(accelerator_config=given)
 
 
+@pytest.mark.parametrize("kind", [GRPOConfig, Derived])
+def test_options_of_trl_that_are_none_here_are_typed_as_they_are_given(
+    kind: type[GRPOConfig],
+) -> None:
+    parser = HfArgumentParser(kind)
+    words = ["--use_vllm", "False", "--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
+    words += ["--activation_checkpointing", "false", "--vllm_server_timeout", "240.0"]
+    (config,) = parser.parse_args_into_dataclasses(words)
+    assert type(config) is kind and config == kind(gradient_checkpointing=False)
+    assert dataclasses.replace(config, seed=3).seed == 3
+    assert not {"use_vllm", "torch_compile"} & dataclasses.asdict(config).keys()
+    assert "--use_vllm" not in parser.format_help()
+    with pytest.raises(ConfigError, match=r"^torch_compile: not supported"):
+        parser.parse_args_into_dataclasses(["--torch_compile"])
+
+
 def test_a_stream_is_read_by_the_process_that_trains() -> None:
     args = GRPOConfig(dataloader_num_workers=4, accelerator_config={"non_blocking": True})
     own = own_options(args, "some/model", None, stream=True)
@@ -120,9 +137,21 @@ def test_trls_parser_takes_it_beside_its_own_dataclasses(tmp_path: Path) -> None
     assert (config.learning_rate, config.beta) == (1e-4, 0.5)
     assert (model.model_name_or_path, model.use_peft) == ("a/b", True)
     assert script.dataset_name == "d" and config.model_name_or_path is None
+    # Dropped by TRL's own script, were it unknown to the parser.
+    (tmp_path / "v.yaml").write_text("use_vllm: true\nfp16_full_eval: false\ndeepspeed: a.json\n")
+    with pytest.raises(ConfigError) as caught:
+        trl.TrlParser(kinds).parse_args_and_config(
+            ["--config", str(tmp_path / "v.yaml"), "--vllm_mode", "server"],
+            fail_with_unknown_args=False,
+        )
+    for name in ("use_vllm", "deepspeed", "vllm_mode"):
+        assert f"{name}: not supported" in str(caught.value)
+    assert "fp16" not in str(caught.value)
     theirs = {spec.name for kind in kinds if kind is not GRPOConfig for spec in
               dataclasses.fields(kind)}  # fmt: skip
-    assert theirs & {spec.name for spec in dataclasses.fields(GRPOConfig)} == set(ELSEWHERE)
+    ours = {spec.name for spec in dataclasses.fields(GRPOConfig())}
+    assert theirs & ours == set(ELSEWHERE)
+    assert set(NAMES) == {spec.name for spec in dataclasses.fields(trl.GRPOConfig)} - ours
 
 
 def trls(tmp_path: Path, **options: Any) -> Any:
