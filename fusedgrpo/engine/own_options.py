@@ -49,7 +49,12 @@ def own_options(
                 "4 bits yourself."
             )
         given = {**(own.model_init_kwargs or {}), "quantization_config": quantization_config}
-        own.model_init_kwargs = given
+        try:
+            own.model_init_kwargs = given
+        except ConfigError as error:  # of an argument, by its name
+            raise ConfigError(
+                text.removeprefix("model_init_kwargs.") for text in error.problems
+            ) from None
     if stream:
         _read_stream_here(own)
     if (compared := metric_schedule.metric_name(own)) is not None:
