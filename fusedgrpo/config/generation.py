@@ -19,9 +19,16 @@ OPTIONS = {
     "stop": "stop_strings",
     "stop_strings": "stop_strings",
 }
+_SEARCH = (
+    "completions are sampled, one by one: what a search finds is no draw from the policy, and "
+    "ratios and advantages are about such draws"
+)
 _HARMLESS = {
     "do_sample": Refused("completions are sampled", (True,)),
-    "num_beams": Refused("completions are sampled, one by one", (1,)),
+    "num_beams": Refused(_SEARCH, (1,)),
+    "num_beam_groups": Refused(_SEARCH, (1,)),
+    "length_penalty": Refused(_SEARCH, (1.0,)),
+    "early_stopping": Refused(_SEARCH, (False,)),
     "num_return_sequences": Refused("num_generations says how many there are", (1,)),
     "use_cache": Refused("the cache is always used", (True,)),
 }

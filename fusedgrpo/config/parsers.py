@@ -13,6 +13,7 @@ from dataclasses import Field
 from types import NoneType
 from typing import Any, get_args, get_origin
 
+from fusedgrpo.config.trl_fields import NAMES, Typed, trl_fields
 from fusedgrpo.config.values import same_option
 
 # Options that a script has from ``trl.ModelConfig`` and ``trl.ScriptArguments``. As in
@@ -26,14 +27,15 @@ ELSEWHERE = (
 
 class ParsedFields:
     """In place of ``__dataclass_fields__``: the class, which is what parsers read, shows those in
-    ``ELSEWHERE`` as none of its constructor's; an instance, which ``dataclasses.replace`` reads,
-    has them all."""
+    ``ELSEWHERE`` as none of its constructor's, and TRL's beside them; an instance, which
+    ``dataclasses.replace`` reads, has the options and no others."""
 
     def __init__(self, fields: Mapping[str, Field[Any]]):
-        self._of_instance = {name: _with_init(spec, True) for name, spec in fields.items()}
-        self._of_class = {
+        own = {name: spec for name, spec in fields.items() if name not in NAMES}
+        self._of_instance = {name: _with_init(spec, True) for name, spec in own.items()}
+        self._of_class = trl_fields() | {
             name: _with_init(spec, False) if name in ELSEWHERE else spec
-            for name, spec in fields.items()
+            for name, spec in own.items()
         }
 
     def __get__(self, instance: Any, owner: type) -> dict[str, Field[Any]]:
@@ -68,4 +70,4 @@ def parsed_annotations(hints: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = float | None if NoneType in origins else float
         elif tuple in origins:
             found[name] = str | None
-    return found
+    return found | dict.fromkeys(NAMES, Typed)

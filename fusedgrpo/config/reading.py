@@ -14,6 +14,7 @@ from fusedgrpo.config.aliases import ALIASES
 from fusedgrpo.config.foreign import REFUSED
 from fusedgrpo.config.from_pretrained import settle
 from fusedgrpo.config.generation import settle_generation
+from fusedgrpo.config.loaders import LoaderSettings, read_loader_settings
 from fusedgrpo.config.not_here import why_not
 from fusedgrpo.config.redaction import marks
 from fusedgrpo.config.values import check_text, read_value
@@ -69,6 +70,8 @@ def resolve(
                     f"expected text, got {value!r}. Leave the option out for its default."
                 )
             value = read_value(value, hints[name], limits[name])
+            if name == "accelerator_config" and value is not None:
+                value = LoaderSettings(value)
         except ValueError as error:
             problems.append((name, f"{label}: {why_not(name, value) or error}"))
             continue
@@ -116,6 +119,8 @@ def _tidy(name: str, value: Any) -> Any:
         return _reward_funcs(value)
     if name == "dtype" and type(value).__module__ == "torch":
         return str(value).removeprefix("torch.")
+    if name == "accelerator_config":
+        return read_loader_settings(value)
     if name in ("logging_steps", "save_steps", "eval_steps") and isinstance(value, float):
         return int(value) if value.is_integer() else value  # parsers of a command line: 10.0
     if not isinstance(value, (str, bool, list, tuple, NoneType)):  # == may be anything: an array's

@@ -20,6 +20,7 @@ from fusedgrpo.config.reading import Problem, label_of, left_out, plain, raise_a
 from fusedgrpo.config.redaction import redacted, remember
 from fusedgrpo.config.rules import broken_rules, one_of
 from fusedgrpo.config.script_surface import TrainingArgumentsSurface
+from fusedgrpo.config.trl_fields import as_called
 from fusedgrpo.config.values import group, is_free, limits_of, option, takes_text, takes_truth
 from fusedgrpo.config.yaml_file import parse_override, read_config_file
 from fusedgrpo.errors import ConfigError, did_you_mean
@@ -359,11 +360,20 @@ class GRPOConfig(TrainingArgumentsSurface):
         "output_dir, the others where they do by themselves",
         free=True,
     )
+    trackio_space_id: str | None = option(
+        None, "Space on the Hugging Face Hub for trackio's board; null: on this machine", free=True
+    )
     disable_tqdm: bool | None = option(
         None, "true: lines in place of the live panel in a terminal", free=True
     )
     dataloader_num_workers: int = option(
         0, "taken and without effect: prompts are read once, by this process", low=0, free=True
+    )
+    accelerator_config: dict[str, Any] | None = option(
+        None,
+        "taken and without effect: accelerate's data loaders are not used; what of it would be "
+        "another run is refused",
+        free=True,
     )
     push_to_hub: bool = option(
         False, "upload the result, and what hub_strategy says, to the Hugging Face Hub", free=True
@@ -397,6 +407,7 @@ class GRPOConfig(TrainingArgumentsSurface):
                 raise ConfigError("Options are given by name, and output_dir once.")
             if output_dir:
                 given["output_dir"] = output_dir[0]
+            given = as_called(given, {spec.name: spec.default for spec in fields(self)})
             derived = [spec for spec in fields(self) if spec.name not in _HINTS]
             own = {spec.name: given.pop(spec.name) for spec in derived if spec.name in given}
             values, problems = resolve(given, _HINTS, _LIMITS)

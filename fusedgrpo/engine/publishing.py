@@ -30,6 +30,7 @@ class Publishing:
     processing_class: Any
     reward_funcs: RewardFunctions
     data: Any
+    _repository: str | None = None
     plan: Any
     progress: checkpointing.Progress
     checkpointer: Checkpointer
@@ -120,17 +121,23 @@ class Publishing:
 
     @property
     def hub_model_id(self) -> str:
-        """The repository that is pushed to: ``hub_model_id``, or the output directory's name."""
+        """The repository that is pushed to: its full name once it is made, until then
+        ``hub_model_id``, or the output directory's name."""
+        return self._repository or self._asked_repository
+
+    @property
+    def _asked_repository(self) -> str:
         return self.args.hub_model_id or self._directory.resolve().name
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> str:
         """Make the repository, if it is not there; returns its full name. Raises HubError."""
-        return hub.create(
-            self.hub_model_id,
+        self._repository = hub.create(
+            self._asked_repository,
             token=token or self.args.hub_token,
             private=self.args.hub_private_repo if private is None else private,
             revision=self.args.hub_revision,
         )
+        return self._repository
 
     def push_to_hub(
         self,
@@ -200,5 +207,5 @@ class Publishing:
         try:
             return f"Pushed: {self.push_to_hub()}"  # in all processes: callbacks are told in all
         except hub.HubError as error:
-            again = f"fusedgrpo push {self._directory} --repo {self.hub_model_id}"
+            again = f"fusedgrpo push {self._directory} --repo {self._asked_repository}"
             return f"The run is whole, and was not pushed. {error} Later: {again}"

@@ -22,6 +22,7 @@ from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.optimizer import build_scheduler
+from fusedgrpo.engine.planned_work import follow_plan
 from fusedgrpo.engine.reporting.metrics_log import Row
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
@@ -30,7 +31,6 @@ from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.run_control import RunControl
 from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.same_run import RunIdentity
-from fusedgrpo.engine.setup import follow_plan
 from fusedgrpo.errors import CheckpointError
 from fusedgrpo.models.policy import Policy
 

@@ -10,28 +10,24 @@ from typing import Any
 from transformers.trainer_utils import TrainOutput
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine import checkpointing, metric_schedule, nonfinite
+from fusedgrpo.engine import checkpointing
 from fusedgrpo.engine.callback_events import CallbackEvents
 from fusedgrpo.engine.callbacks import sorted_callbacks
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.collector import Collector
-from fusedgrpo.engine.data.dataset import Example
-from fusedgrpo.engine.evaluating import Evaluating
+from fusedgrpo.engine.data.run_data import all_examples
 from fusedgrpo.engine.held_out_check import HeldOutCheck
-from fusedgrpo.engine.learner import UpdateResult
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
-from fusedgrpo.engine.metric_names import merged
 from fusedgrpo.engine.publishing import Publishing
 from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
 from fusedgrpo.engine.reporting.run_logger import NoLogger, RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.resuming import Resuming
-from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
-from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.run_control import RunControl
-from fusedgrpo.engine.setup import all_examples, build_parts, describe
+from fusedgrpo.engine.setup import build_parts, describe
+from fusedgrpo.engine.step_records import StepRecords
 from fusedgrpo.engine.train_summary import TrainSummary
 from fusedgrpo.engine.trl_surface import METHODS, refuse_arguments
 from fusedgrpo.engine.warmup import warm_up
@@ -39,7 +35,7 @@ from fusedgrpo.errors import ConfigError
 from fusedgrpo.models import missing_backward
 
 
-class GRPOTrainer(Evaluating, Publishing, Resuming):
+class GRPOTrainer(Publishing, Resuming, StepRecords):
     """Trains a causal language model with GRPO. Arguments and behaviour follow ``trl.GRPOTrainer``.
 
     model: a name or path, of a model or of an adapter; a transformers model; or a peft model; None
@@ -302,154 +298,3 @@ class GRPOTrainer(Evaluating, Publishing, Resuming):
     def _check_more_to_do(self) -> None:
         if self.progress.step and self.finished:
             raise ConfigError("This trainer has finished its run. Make a new one to train again.")
-
-    def _before_update(self) -> None:
-        """Gradients are there, and nothing is changed yet."""
-        self.events.fire("on_pre_optimizer_step")
-        self.checkpointer.begins()
-
-    def _tell_of_step(self) -> None:
-        """The step is counted: what is to come of it is the callbacks' to say."""
-        self.events.means.add(self.unwritten.rows[-1])
-        self.events.end_step()
-        self.unwritten.evaluation_due = self.control.should_evaluate
-        self._log_if_due()
-
-    def _log_if_due(self) -> None:
-        if self.control.should_log and (logs := self.events.means.take()):
-            self.log(logs)
-
-    def _save_if_due(self, outputs: RunLogger) -> None:
-        due = outputs.writes and self.events.saves
-        saved = self.processes.run_on_main(lambda: self.checkpointer.save_if_due(outputs, due))
-        if saved is not None:
-            self.events.fire("on_save")
-            self._push_saved(saved)
-
-    def _measure(self, row: dict[str, Any]) -> None:
-        """Add to a row what all processes together took."""
-        for name in [name for name in row if name.startswith("memory/")]:
-            row[name] = max(self.processes.gather(row[name]))
-            self.memory_peaks[name] = max(self.memory_peaks.get(name, 0), row[name])
-        if self.memory_plan is not None:
-            row["memory/planned"] = self.memory_plan.peak
-        if retries := sum(self.processes.gather(self.execution.oom_retry.take_retries())):
-            row["memory/retries"] = retries
-
-    def _finish_row(self, outputs: RunLogger) -> dict[str, Any]:
-        """Evaluate if the row of the last step waits for that, end the epoch if it is over, then
-        write and show the row."""
-        row = self.unwritten.rows[-1]
-        metrics: dict[str, Any] = {}
-        if self.unwritten.evaluation_due:
-            metrics = self._evaluate_for(row, outputs)
-        if self.events.epoch_ends(last=self.finished):
-            stopped = self.control.should_epoch_stop
-            behind = self.events.end_epoch()
-            self._log_if_due()
-            if self.control.should_evaluate and not metrics:
-                metrics = self._evaluate_for(row, outputs)
-            if stopped:
-                self._skip_to(behind)
-        outputs.write(self.unwritten, self.progress.step)
-        evaluated = [("on_evaluate", self.progress.step, metrics)] if metrics else []
-        self.processes.run_on_main(lambda: outputs.tell(*evaluated, ("on_step", row)))
-        return row
-
-    def _evaluate_for(self, row: dict[str, Any], outputs: RunLogger) -> dict[str, Any]:
-        metrics = self._evaluate(outputs)
-        compared = self.run_control.observe(self.progress.step, metrics)
-        metric_schedule.observe(self.learner.scheduler, compared)
-        self.events.follow()
-        row |= metrics
-        self.unwritten.evaluation_due = False
-        return metrics
-
-    def _evaluate(self, outputs: RunLogger) -> dict[str, Any]:
-        outputs.display.phase("evaluate")
-        self.evaluates_loss = self.run_control.metric_name == "eval_loss"
-        try:
-            return self.evaluate()
-        finally:
-            self.evaluates_loss = True
-
-    def _check_held_out(self, outputs: RunLogger, due: bool) -> None:
-        """Answer the held-out prompts, unless this was done after the same step already."""
-        step = self.progress.step
-        if due and self.processes.run_on_main(lambda: outputs.lacks_answers(step)):
-            outputs.display.phase("check")
-            outputs.answered(step, self.held_out_check.run())
-
-    def _skip_to(self, prompts: int) -> None:
-        """Leave out what is left of an epoch that a callback has stopped."""
-        with self.signals.held():
-            self.buffer = None
-            self.stream.cursor = self.progress.cursor = max(self.stream.cursor, prompts)
-
-    def _take(
-        self,
-        buffer: RolloutBuffer,
-        rewards: RewardBatch,
-        examples: Sequence[Example],
-        outputs: RunLogger,
-    ) -> None:
-        """The rollout is whole: from here on its prompts are used and its tokens counted."""
-        groups = buffer.rollout.groups
-        records = self.collector.records(buffer, rewards, examples)
-        tokens = sum(
-            len(group.prompt_ids) + len(c.ids) for group in groups for c in group.completions
-        )
-        with self.signals.held():
-            self.buffer = buffer
-            self.unwritten.completions[self.progress.step + 1] = records
-            self.stream.cursor += len(groups)
-            self.progress.cursor = self.stream.cursor
-            self.progress.rollouts += 1
-            self.progress.num_tokens += tokens
-        outputs.write(self.unwritten, self.progress.step + 1)
-        told = "on_rollout", self.progress.step + 1, records
-        self.processes.run_on_main(lambda: outputs.tell(told))
-
-    def _accept(
-        self,
-        result: UpdateResult,
-        samples: Sequence[TrainingSample],
-        outputs: RunLogger,
-        timer: PhaseTimer,
-    ) -> None:
-        """Count a step and make its row; halt on one that is not finite."""
-        nonfinite.check_weights(self.learner, result, self.progress.step + 1)
-        nonfinite.count(
-            self.progress,
-            self.learner,
-            result,
-            lambda: outputs.dump(
-                self.progress.step + 1,
-                samples,
-                decode=self.tokenizer.decode,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                seed=self.args.seed,
-                rollout=self.progress.rollouts - 1,
-            ),
-            self.args.max_nonfinite_steps,
-        )
-        assert self.buffer is not None
-        tokens = sum(len(sample.completion_ids) for sample in samples)
-        with self.signals.held():
-            self.buffer.done += 1
-            self.progress.step += 1
-            row = {
-                "step": self.progress.step,
-                "epoch": self.stream.epoch,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate,
-                "num_tokens": self.progress.num_tokens,
-                **result.metrics,
-                **({} if result.applied else {"skipped_update": 1}),
-                **timer.metrics(tokens),
-            }
-            self.unwritten.rows.append(merged(row, self.buffer.metrics))
-            self.unwritten.evaluation_due = self.run_control.evaluates(self.progress.step)
-            self.events.follow()

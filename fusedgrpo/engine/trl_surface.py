@@ -212,6 +212,11 @@ class TRLSurface:
         )
         return near[:, None].to(mask.dtype)
 
+    def end(self) -> None:
+        """Leave the group of processes, at the very end of a script: nothing that takes all of them
+        works from then on. Trackers are finished when ``train`` is."""
+        self.accelerator.end_training()
+
     def is_world_process_zero(self) -> bool:
         return self.processes.is_main
 

@@ -33,7 +33,10 @@ def pick_compute_dtype(bf16: bool | None, fp16: bool, device: torch.device) -> t
     """
     on_gpu = device.type == "cuda"
     if fp16 and not on_gpu:
-        raise ConfigError("fp16: true needs a CUDA device; on a CPU leave it out.")
+        raise ConfigError(
+            "fp16: true needs a CUDA device, and so does bnb_4bit_compute_dtype=float16; on a CPU "
+            "leave it out, or compute in float32."
+        )
     asked = asked_compute_dtype(bf16, fp16)
     if asked != torch.bfloat16 or host.has_bfloat16(device):
         return asked

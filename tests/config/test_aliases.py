@@ -9,7 +9,7 @@ from fusedgrpo.config.foreign import REFUSED
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ConfigError
 
-OPTIONS = {spec.name for spec in dataclasses.fields(GRPOConfig)}
+OPTIONS = {spec.name for spec in dataclasses.fields(GRPOConfig())}
 
 # Where our default is not TRL's, and why.
 DIFFERENT = {
@@ -80,7 +80,7 @@ def test_aliases_lead_to_options_and_hide_none() -> None:
 @pytest.mark.parametrize("name", ["GRPOConfig", "ModelConfig", "ScriptArguments"])
 def test_every_trl_option_is_supported_with_its_default_or_refused_by_name(name: str) -> None:
     trl = pytest.importorskip("trl")
-    ours = {spec.name: spec.default for spec in dataclasses.fields(GRPOConfig)}
+    ours = {spec.name: spec.default for spec in dataclasses.fields(GRPOConfig())}
     unknown, differ, loud = [], [], []
     for spec in dataclasses.fields(getattr(trl, name)):
         factory = spec.default_factory
@@ -105,5 +105,5 @@ def test_the_listed_differences_are_differences() -> None:
         for peer in (trl.GRPOConfig, trl.ModelConfig)
         for spec in dataclasses.fields(peer)
     }
-    ours = {spec.name: spec.default for spec in dataclasses.fields(GRPOConfig)}
+    ours = {spec.name: spec.default for spec in dataclasses.fields(GRPOConfig())}
     assert all(ours[name] != theirs[name] for name in DIFFERENT)

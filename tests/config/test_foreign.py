@@ -36,6 +36,7 @@ def test_options_of_other_trainers_are_refused_by_name(
     ("key", "value"),
     [
         ("use_vllm", False),
+        ("use_transformers_continuous_batching", True),
         ("deepspeed", None),
         ("plot_loss", True),
         ("overwrite_cache", True),

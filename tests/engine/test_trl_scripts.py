@@ -145,7 +145,7 @@ def test_ref_model_is_there_where_trl_has_one(tmp_path: Path) -> None:
 
 
 def test_without_args_the_run_is_named_after_its_model() -> None:
-    from fusedgrpo.engine.setup import own_options
+    from fusedgrpo.engine.own_options import own_options
 
     assert own_options(None, "some/model", None).output_dir == "model-GRPO"
 
@@ -303,6 +303,43 @@ def test_a_script_of_trl_runs_with_the_import_changed(tmp_path: Path, monkeypatc
     assert set(loaded.peft_config["default"].target_modules) == {"q_proj", "v_proj"}
     state = transformers.TrainerState.load_from_json(str(out / "trainer_state.json"))
     assert state.log_history == made.state.log_history[:-1]
+
+
+@pytest.mark.peer
+def test_trls_own_script_trains_an_adapter_on_four_bits_and_pushes_it(
+    tmp_path: Path, monkeypatch: Any, fake_hub: type[FakeHub], capsys: Any
+) -> None:
+    trl = pytest.importorskip("trl")
+    pytest.importorskip("bitsandbytes")
+    from trl.scripts import grpo
+
+    monkeypatch.setattr(trl, "GRPOTrainer", GRPOTrainer)
+    monkeypatch.setattr(trl, "GRPOConfig", GRPOConfig)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("my_rewards.py").write_text(
+        "def even(completion_ids, **_): return [float(ids[0] % 2) for ids in completion_ids]"
+    )
+    rows = datasets.DatasetDict(train=datasets.Dataset.from_list(PROMPTS))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    base = tiny.save(tmp_path / "base", tiny.model("Llama"))
+    words = [
+        *("--model_name_or_path", str(base), "--dataset_name", "any"),
+        *("--reward_funcs", "my_rewards.even", "--output_dir", "out", "--report_to", "none"),
+        *("--max_steps", "1", "--num_generations", "2", "--per_device_train_batch_size", "2"),
+        *("--max_completion_length", "4", "--use_cpu", "true", "--bf16", "false"),
+        *("--use_peft", "--load_in_4bit", "--lora_target_modules", "q_proj", "v_proj"),
+        *("--use_vllm", "False", "--gradient_checkpointing_kwargs", '{"use_reentrant": false}'),
+        *("--push_to_hub", "--hub_strategy", "end", "--save_strategy", "no"),
+    ]
+    parsed = grpo.make_parser().parse_args_and_config(words, fail_with_unknown_args=False)
+    grpo.main(*parsed)
+    assert Path("out/adapter_config.json").exists() and "grpo" in fake_hub.files["README.md"]
+    assert "on 4-bit weights" in Path("out/run.log").read_text()
+    assert "https://huggingface.co/me/out" in capsys.readouterr().out
+    parsed[2].load_in_4bit, parsed[2].load_in_8bit = False, True
+    with pytest.raises(ConfigError, match=r"^quantization_config: not supported: BitsAndBytes"):
+        grpo.main(*parsed)
 
 
 def test_the_data_sets_of_a_trainer_are_those_that_were_given(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_arguments_that_are_no_trainers_are_refused(tmp_path):
 
 
 def test_a_quantization_config_sets_the_options(tmp_path):
-    from fusedgrpo.engine.setup import own_options
+    from fusedgrpo.engine.own_options import own_options
 
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     own = own_options(args, "a/model", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})

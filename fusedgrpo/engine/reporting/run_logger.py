@@ -141,6 +141,7 @@ class RunLogger:
             directory=run.trackers,
             logging_dir=Path(config.logging_dir).expanduser() if config.logging_dir else None,
             steps=done,
+            more={"trackio": {"space_id": config.trackio_space_id}},
         )
         self.trackers = Trackers(config.report_to, place, settings)
         stack.callback(self.trackers.close)

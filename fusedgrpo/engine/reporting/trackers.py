@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,7 +96,8 @@ class Place:
     variable goes before. project: that of the run; None for the one that the tracker's environment
     variable names, or "fusedgrpo". directory: where trackers write that need to be told;
     logging_dir: what the user says instead, which is for those as well that have a place of their
-    own. steps: behind a run that goes on.
+    own. steps: behind a run that goes on. more: keyword arguments of a tracker, by its name; those
+    that are None are left out.
     """
 
     run_name: str
@@ -105,6 +106,7 @@ class Place:
     project: str | None = None
     logging_dir: Path | None = None
     steps: int = 0
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def opened(self, name: str, tracker_class: type[GeneralTracker]) -> GeneralTracker:
         """The tracker of that name, with this project and run; not started."""
@@ -113,7 +115,10 @@ class Place:
         names = _NAMES[name]
         run_name = (not self.named and _said(names.run_variables)) or self.run_name
         project = self.project or _said(names.project) or PROJECT
-        keywords = {names.run: run_name} if names.run else {}
+        own = self.more.get(name, {})
+        keywords = {key: value for key, value in own.items() if value is not None}
+        if names.run:
+            keywords[names.run] = run_name
         if names.directory and self.logging_dir is not None:
             self.logging_dir.mkdir(parents=True, exist_ok=True)
             keywords[names.directory] = str(self.logging_dir)

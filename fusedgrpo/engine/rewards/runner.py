@@ -23,7 +23,7 @@ from fusedgrpo.engine.rewards.reward_model import RewardModel, is_reward_model, 
 from fusedgrpo.engine.rewards.spec import Source, locate
 from fusedgrpo.engine.rewards.worker import Worker
 from fusedgrpo.engine.run_clock import RunClock
-from fusedgrpo.errors import RewardError, did_you_mean
+from fusedgrpo.errors import RewardError, brief, did_you_mean
 from fusedgrpo.named_code import code_folders
 
 logger = logging.getLogger("fusedgrpo")
@@ -227,11 +227,12 @@ class RewardFunctions:
         total = (values * self.weights).nansum(dim=1).masked_fill(unscored, math.nan)
         if unscored.any() and not self._said_unscored:
             self._said_unscored = True
+            first = int(unscored.int().argmax())
             logger.warning(
                 "%d of %d completions got no reward from any function (%s), the first for data "
-                "row %d: they do not count and their advantage is 0",
-                *(int(unscored.sum()), len(batch), ", ".join(self.names)),
-                batch.rows[int(unscored.int().argmax())],
+                "row %d: they do not count and their advantage is 0%s",
+                *(int(unscored.sum()), len(batch), ", ".join(self.names), batch.rows[first]),
+                _why_none(batch, first, replies),
             )
         seconds: dict[str, float] = {}
         extra: dict[str, list[Any]] = {}
@@ -245,6 +246,15 @@ class RewardFunctions:
             self._free_name(name): sum(numbers) / len(numbers) for name, numbers in logged.items()
         }
         return RewardBatch(values.contiguous(), total, seconds, extra, metrics, dropped)
+
+
+def _why_none(batch: Batch, index: int, replies: Sequence[Reply]) -> str:
+    """More of a completion without rewards; nothing where a failure of a function was said."""
+    if any(index in reply.failures for reply in replies):
+        return ""
+    given = {"prompts": batch.prompts[index], "completions": batch.completions[index]}
+    given |= {name: values[index] for name, values in batch.columns.items()}
+    return f". All reward functions returned None for the following kwargs: {brief(given)}"
 
 
 def _mean_of(metric: str, parts: Sequence[RewardBatch]) -> float:

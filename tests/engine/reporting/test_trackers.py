@@ -209,3 +209,13 @@ def test_mlflow_takes_the_given_project_and_keeps_what_a_run_began_with(tmp_path
     place = Place(run_name="run", directory=tmp_path, project="mine")
     Trackers("mlflow", place, {"lr": 0.1, "beta": 0.0}).close()
     assert stored == [{"experiment": "mine"}, {"beta": 0.0}]
+
+
+def test_what_a_tracker_alone_is_told(tmp_path, monkeypatch):
+    more = {"trackio": {"space_id": "me/board", "other": None}}
+    where = {"directory": tmp_path, "run_name": "run", "project": "mine", "more": more}
+    assert opened("trackio", monkeypatch, **where).arguments == (
+        ("mine",),
+        {"space_id": "me/board", "name": "run"},
+    )
+    assert opened("wandb", monkeypatch, **where).arguments == (("mine",), {"name": "run"})

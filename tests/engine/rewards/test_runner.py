@@ -145,8 +145,9 @@ def test_none_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
         [False, True],
         [True, True],
     ]
-    assert len(caplog.messages) == 1
-    assert "1 of 4 completions got no reward" in caplog.text and "data row 13" in caplog.text
+    (said,) = caplog.messages
+    assert "1 of 4 completions got no reward" in said and "data row 13" in said
+    assert "returned None for the following kwargs: {" in said and "'completions': 'abc'" in said
 
 
 def test_functions_run_at_the_same_time() -> None:

@@ -1,0 +1,46 @@
+"""The data sets of a run: what it trains on, and what it evaluates on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
+from fusedgrpo.engine.data.held_out import HeldOut, each_of, load_held_out
+from fusedgrpo.errors import ConfigError
+
+
+def all_examples(train: PromptDataset, held_out: HeldOut | None) -> list[Example]:
+    """All that may be sampled."""
+    return [example for part in (train, *each_of(held_out)) for example in part.examples]
+
+
+def load_data(
+    args: GRPOConfig, processing_class: Any, train: Any, held_out: Any, reading: dict[str, Any]
+) -> tuple[PromptDataset, HeldOut | None]:
+    """The prompts of training and of evaluation: of what was passed, else of ``args``.
+
+    reading: more arguments of ``load_prompts``. Raises ConfigError and DataError.
+    """
+    source = args.dataset if train is None else train
+    if source is None:
+        raise ConfigError(
+            "`train_dataset` is required: dataset is missing. Pass train_dataset, or give dataset "
+            "a file, a directory or a name in dataset_dir."
+        )
+    prompts = load_prompts(source, args, processing_class, **reading)
+    held_out = args.eval_dataset if held_out is None else held_out
+    evaluation: HeldOut | None = None
+    if held_out is not None:
+        evaluation = load_held_out(
+            held_out,
+            args.max_samples,
+            lambda one: load_prompts(one, args, processing_class, split="test", **reading),
+        )
+    elif args.val_size:
+        prompts, evaluation = prompts.split(args.val_size, args.seed)
+    if args.eval_strategy != "no" and evaluation is None:
+        raise ConfigError(
+            f"eval_strategy: {args.eval_strategy} needs an eval_dataset or a val_size."
+        )
+    return prompts, evaluation
