@@ -75,26 +75,36 @@ class PromptEncoder:
 
         Raises BadRowError for a prompt that cannot be used, DataError where no prompt could.
         """
+        return self.checked(self.encoded(prompt), prompt)
+
+    def encoded(self, prompt: Prompt, known: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """The token ids of a prompt, whatever they are. known: those of an earlier time, to save
+        making them. Raises as ``encode``."""
         messages = self._messages(prompt)
         try:
             _check_characters(prompt.given if messages is None else messages)
+            text = self._verbatim(prompt) if messages is None else ""
+            if known is not None:
+                return known
             if messages is not None:
-                ids = _flat(self._render(messages, tokenize=True)["input_ids"])
-            else:
-                ids = _flat(self._tokenized(self._verbatim(prompt)))
+                return tuple(_flat(self._render(messages, tokenize=True)["input_ids"]))
+            return tuple(_flat(self._tokenized(text)))
         except (BadRowError, DataError):
             raise
         except Exception as error:  # templates and tokenizers are other people's code
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise BadRowError(f"it cannot be encoded: {said[:300]}") from error
+
+    def checked(self, ids: tuple[int, ...], prompt: Prompt) -> tuple[int, ...]:
+        """``ids``, if they can be trained on. Raises as ``encode``."""
         if not ids:
             raise BadRowError("the prompt has no tokens")
         if self.limit is not None and len(ids) > self.limit:
             reason = f"the prompt has {len(ids)} tokens, the limit is {self.limit}"
             raise BadRowError(f"{reason} ({self.limit_reason})")
         self._check_vocabulary(ids)
-        self._look_at_ends(ids, prompt if messages is None else None)
-        return tuple(ids)
+        self._look_at_ends(ids, prompt if self._messages(prompt) is None else None)
+        return ids
 
     def _messages(self, prompt: Prompt) -> Messages | None:
         """The messages for the chat template; None where the text is taken as it is."""
@@ -182,7 +192,7 @@ class PromptEncoder:
         """Whether the user has applied a chat template already: special tokens are in the text."""
         return any(token in text for token in self._special_tokens)
 
-    def _look_at_ends(self, ids: list[int], text: Prompt | None) -> None:
+    def _look_at_ends(self, ids: tuple[int, ...], text: Prompt | None) -> None:
         """Say it once if a prompt begins with two BOS or ends with EOS. text: the prompt, where no
         template was applied."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -227,7 +237,7 @@ class PromptEncoder:
                 f"of the tokenizer's own chat template do not. The tokenizer's own is used."
             )
 
-    def _check_vocabulary(self, ids: list[int]) -> None:
+    def _check_vocabulary(self, ids: tuple[int, ...]) -> None:
         if self.vocab_size is None or (min(ids) >= 0 and max(ids) < self.vocab_size):
             return
         wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
