@@ -38,6 +38,19 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener = None
 
 
+class Unseen:
+    """Listens and shows nothing: a run that has a panel says in it what it is about."""
+
+    def begin(self, what: str, counted: bool) -> None: ...
+    def at(self, done: int, total: int | None, unit: str) -> None: ...
+    def end(self) -> None: ...
+
+
+def are_shown() -> bool:
+    """Whether somebody listens."""
+    return _listener is not None
+
+
 @contextmanager
 def stage(what: str, *, counted: bool = False) -> Iterator[None]:
     """Work that may take long, in a few words: ``"loading the model"``. Stages follow each other.

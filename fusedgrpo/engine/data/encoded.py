@@ -57,7 +57,7 @@ class EncodedRows:
 
     @classmethod
     def of(cls, encoder: PromptEncoder, rows: Rows) -> EncodedRows:
-        """Those of rows with these digests (None for a bad row), read by these layouts."""
+        """For rows with these digests (None for a bad row), read by these layouts."""
         folder = _folder() if len(rows) >= LARGE else None
         key = None if folder is None else _key(encoder, rows)
         if folder is None or key is None:
@@ -127,7 +127,7 @@ def _key(encoder: PromptEncoder, rows: Rows) -> str | None:
 
 
 def _layout(layout: Layout) -> str:
-    """What tells it from others: not the address of a function that has made the rows already."""
+    """The fields by which it differs from others; a function has made the rows already."""
     fields = [spec.name for spec in dataclasses.fields(layout) if spec.compare]  # type: ignore[arg-type]
     return f"{type(layout).__qualname__} {[(name, getattr(layout, name)) for name in fields]}"
 

@@ -78,8 +78,7 @@ class PromptEncoder:
         return self.checked(self.encoded(prompt), prompt)
 
     def encoded(self, prompt: Prompt, known: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """The token ids of a prompt, whatever they are. known: those of an earlier time, to save
-        making them. Raises as ``encode``."""
+        """The same unchecked. known: what they were at an earlier time, and need not be made again."""
         messages = self._messages(prompt)
         try:
             _check_characters(prompt.given if messages is None else messages)

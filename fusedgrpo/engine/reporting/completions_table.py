@@ -1,8 +1,8 @@
-"""Sampled completions as a table for a console."""
+"""Sampled completions as a table for a terminal, or as lines of a log."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusedgrpo.engine.reporting.completions_log import prompt_text
-from fusedgrpo.engine.reporting.formatting import number, printable, shorten
+from fusedgrpo.engine.reporting.formatting import number, one_line, printable, shorten
 
 
 def completions_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:
@@ -32,3 +32,19 @@ def completions_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:
                 Text(number(record["advantage"])),
             )
     return table
+
+
+def completion_lines(step: int, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The same in lines."""
+    yield f"completions of step {step}"
+    for _, group in groupby(records, key=lambda record: record["group"]):
+        for i, record in enumerate(group):
+            if i == 0:
+                yield f"  row {record['row']}: {one_line(prompt_text(record['prompt']))}"
+            scores = "  ".join(f"{n} {number(v)}" for n, v in record["rewards"].items())
+            yield (
+                f"    reward {number(record['reward'])}  ({scores})  "
+                f"advantage {number(record['advantage'])}  "
+                f"{record['length']} tokens, {record['finish_reason']}: "
+                f"{one_line(record['completion'])}"
+            )

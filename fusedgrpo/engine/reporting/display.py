@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from types import TracebackType
 from typing import Any
 
@@ -18,15 +17,14 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from fusedgrpo import stages
 from fusedgrpo.engine.callbacks import Callback
 from fusedgrpo.engine.reporting.advisor import Note
-from fusedgrpo.engine.reporting.completions_log import prompt_text
-from fusedgrpo.engine.reporting.completions_table import completions_table
+from fusedgrpo.engine.reporting.completions_table import completion_lines, completions_table
 from fusedgrpo.engine.reporting.formatting import (
     clock,
     gigabytes,
     number,
-    one_line,
     percent,
     printable,
 )
@@ -100,6 +98,7 @@ class Display(Callback):
         self._eval_reward: float | None = None
 
     def __enter__(self) -> Display:
+        self._stack.enter_context(stages.listening(stages.Unseen()))
         if self._in_notebook:
             self._live = NotebookOutput(self._panel, min(self.console.width, WIDEST))
             self._live.start()
@@ -218,18 +217,8 @@ class Display(Callback):
         if self.is_live:
             self.console.print(completions_table(step, records))
             return
-        self._print(f"completions of step {step}")
-        for _, group in groupby(records, key=lambda record: record["group"]):
-            for i, record in enumerate(group):
-                if i == 0:
-                    self._print(f"  row {record['row']}: {one_line(prompt_text(record['prompt']))}")
-                scores = "  ".join(f"{n} {number(v)}" for n, v in record["rewards"].items())
-                self._print(
-                    f"    reward {number(record['reward'])}  ({scores})  "
-                    f"advantage {number(record['advantage'])}  "
-                    f"{record['length']} tokens, {record['finish_reason']}: "
-                    f"{one_line(record['completion'])}"
-                )
+        for line in completion_lines(step, records):
+            self._print(line)
 
     def _print(self, line: str) -> None:
         self.console.print(Text(printable(line)), soft_wrap=True)

@@ -125,8 +125,9 @@ def counted_so_far(done: int, total: int | None, unit: str) -> str:
 @contextmanager
 def opening(*, bars: bool = True) -> Iterator[None]:
     """Inside, the stages of the main process are shown on standard error, or in the notebook that
-    this is. bars: False for lines in a terminal as well."""
-    if sys.stderr is None or os.environ.get("RANK", "0") != "0":
+    this is, unless somebody does that already. bars: False for lines in a terminal as well."""
+    elsewhere = stages.are_shown() or os.environ.get("RANK", "0") != "0"
+    if elsewhere or sys.stderr is None:
         yield
         return
     stream = forgiving(sys.stderr, "Standard error")
