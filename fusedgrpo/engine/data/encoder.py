@@ -78,7 +78,7 @@ class PromptEncoder:
         return self.checked(self.encoded(prompt), prompt)
 
     def encoded(self, prompt: Prompt, known: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """The same unchecked. known: what they were at an earlier time, and need not be made again."""
+        """The same unchecked. known: what they were before, and need not be made again."""
         messages = self._messages(prompt)
         try:
             _check_characters(prompt.given if messages is None else messages)
