@@ -136,17 +136,23 @@ def load_prompts(
     split: str = "train",
     clock: RunClock | None = None,
     formats: Formats | None = None,
+    said: set[str] | None = None,
 ) -> PromptDataset:
     """Read, encode and check all prompts of ``source``.
 
     source: a name or path (several, comma-separated), a ``datasets.Dataset`` or a list of dicts.
     vocab_size, context_length: the model's, where known. clock: says the date to chat
     templates; the system's if there is none. formats: the run's, with its search paths; without,
-    that of ``dataset_format``.
+    that of ``dataset_format``. said: see ``PromptEncoder``.
     Raises DataError for a source, column or row that cannot be used.
     """
     encoder = PromptEncoder(
-        config, tokenizer, vocab_size=vocab_size, context_length=context_length, clock=clock
+        config,
+        tokenizer,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        clock=clock,
+        said=said,
     )
     name, rows = _read_all(source, config, split, formats or Formats(config.dataset_format))
     with stages.stage(f"reading the prompts of {name}", counted=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.formats import Messages, Prompt
-from fusedgrpo.engine.data.rows import BadRowError
+from fusedgrpo.engine.data.rows import BadRowError, check_characters
 from fusedgrpo.engine.run_clock import RunClock, is_dated
 from fusedgrpo.errors import ConfigError, DataError, did_you_mean
 from fusedgrpo.models.tokenizer import chat_template_of, text_tokenizer
@@ -39,8 +39,9 @@ _MARKERS = {name: marker for marker, names in _TEMPLATES.items() for name in nam
 class PromptEncoder:
     """Encodes prompts for one model: chat template, limits and vocabulary.
 
-    tokenizer: a tokenizer, or a Processor that has one. clock: says the date to the template.
-    Raises ConfigError if no prompt at all can fit beside ``max_completion_length``.
+    tokenizer: a tokenizer, or a Processor that has one. clock: says the date to the template. said:
+    warnings that are not said again. Raises ConfigError if no prompt at all can fit beside
+    ``max_completion_length``.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class PromptEncoder:
         vocab_size: int | None,
         context_length: int | None,
         clock: RunClock | None = None,
+        said: set[str] | None = None,
     ):
         self.config = config
         self.tokenizer = text_tokenizer(tokenizer)
@@ -59,7 +61,7 @@ class PromptEncoder:
         self.vocab_size = vocab_size
         self.has_template = bool(self.chat_template)
         self.limit, self.limit_reason = _prompt_limit(config, context_length)
-        self._said: set[str] = set()
+        self._said = set[str]() if said is None else said
         self._special_tokens = list(self.tokenizer.all_special_tokens)
         self._wants_parts = self.has_template and self._template_wants_parts()
         if config.template and self.has_template:
@@ -81,7 +83,7 @@ class PromptEncoder:
         """The same unchecked. known: what they were before, and need not be made again."""
         messages = self._messages(prompt)
         try:
-            _check_characters(prompt.given if messages is None else messages)
+            check_characters(prompt.given if messages is None else messages)
             text = self._verbatim(prompt) if messages is None else ""
             if known is not None:
                 return known
@@ -250,24 +252,6 @@ class PromptEncoder:
         if (key or text) not in self._said:
             self._said.add(key or text)
             logger.warning(text)
-
-
-def _check_characters(value: Any) -> None:
-    """Raise BadRowError for half a character in any text: no tokenizer can encode it."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRowError(
-                f"it has half a character, {value[error.start]!r} (a lone surrogate), at position "
-                f"{error.start} of {value[:40]!r}"
-            ) from None
-    elif isinstance(value, dict):
-        for item in value.values():
-            _check_characters(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_characters(item)
 
 
 def _flat(ids: Any) -> list[int]:

@@ -210,7 +210,8 @@ class Display(Callback):
         self._table = metrics_table(rows)
 
     def _print_note(self, text: str) -> None:
-        self.console.print(Text.assemble(("note  ", "bold yellow"), plain(text)), soft_wrap=True)
+        line = Text.assemble(("note  ", "bold yellow"), plain(text))
+        self.console.print(line, soft_wrap=not self.is_live)  # in a log, an entry is a line
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Show sampled completions (records of ``completions/*.jsonl``), group by group."""

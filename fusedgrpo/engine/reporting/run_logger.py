@@ -284,6 +284,7 @@ class RunLogger:
             if rows := read_metrics(self.run.metrics):
                 write_report(self.run.path, self.run.report)  # which draws the plots, too
                 self.display.ends_with(rows)
+        self.display.advice([], self.advisor.current, [])
         self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")
         self.tell(("on_end", self.run.path))
 

@@ -56,6 +56,20 @@ def test_the_second_run_makes_nothing_and_has_the_same(made, tmp_path):
     assert not made
 
 
+def test_what_is_said_of_one_data_set_is_not_said_again_of_the_next(caplog):
+    said: set[str] = set()
+    for _ in range(2):
+        load_prompts(
+            [{"prompt": "w4 w5"}],
+            GRPOConfig(max_completion_length=8),
+            tiny.tokenizer(template=True),
+            vocab_size=tiny.VOCAB,
+            context_length=100,
+            said=said,
+        )
+    assert len(caplog.messages) == 1 and "text_as_user_turn" in caplog.messages[0]
+
+
 @pytest.mark.parametrize(
     "other",
     [
