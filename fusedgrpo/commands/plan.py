@@ -9,6 +9,7 @@ import typer
 from fusedgrpo.commands.given import read_words
 from fusedgrpo.commands.training_command import ConfigFile, Words
 from fusedgrpo.errors import ConfigError
+from fusedgrpo.stages import stage
 
 
 def plan(
@@ -22,17 +23,20 @@ def plan(
 
     Takes what train takes.
     """
-    from fusedgrpo.engine.memory.plan import plan_table
-    from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
-    from fusedgrpo.engine.rollout.choice import choose_sampler
-    from fusedgrpo.models.adapters.files import planned_options
-    from fusedgrpo.models.settings import model_settings
-    from fusedgrpo.named_code import code_folders
+    from fusedgrpo.engine.reporting.opening import opening
 
     given = read_words(words or [], config)
     if gpu:
         given.overrides["gpu_memory"] = gpu
     options = given.options()
+    with opening(), stage("importing torch and transformers"):
+        from fusedgrpo.engine.memory.plan import plan_table
+        from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+        from fusedgrpo.engine.rollout.choice import choose_sampler
+        from fusedgrpo.models.adapters.files import planned_options
+        from fusedgrpo.models.settings import model_settings
+        from fusedgrpo.named_code import code_folders
+
     card = card_bytes(options)
     if card is None:
         raise ConfigError("There is no GPU here: name the card's memory with --gpu 24GB.")
@@ -43,14 +47,15 @@ def plan(
             "the name of the model it was made of."
         )
     sampler = choose_sampler(options.sampler, None, code_folders(given.search_paths))
-    found = plan_memory(
-        planned_options(options),
-        settings,
-        gpu_bytes=card,
-        activation_offloading=options.activation_offloading,
-        sampler_memory=sampler.memory,
-        decoder=sampler.decodes,
-    )
+    with opening():
+        found = plan_memory(
+            planned_options(options),
+            settings,
+            gpu_bytes=card,
+            activation_offloading=options.activation_offloading,
+            sampler_memory=sampler.memory,
+            decoder=sampler.decodes,
+        )
     typer.echo(plan_table(found))
     if not found.fits:
         raise typer.Exit(1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fusedgrpo.commands.given import Given, read_words
+from fusedgrpo.commands.given import read_words
 from fusedgrpo.commands.training_command import ConfigFile, Words
+from fusedgrpo.stages import stage
 
 
 def train(
@@ -26,6 +27,7 @@ def train(
 
     fusedgrpo train run.yaml --learning_rate 1e-5 --beta=0.04
     """
+    from fusedgrpo.engine.reporting.opening import opening
     from fusedgrpo.engine.reporting.plain_log import make_plain
 
     given = read_words(words or [], config)
@@ -37,7 +39,9 @@ def train(
         )
     options = given.options()
     make_plain("transformers", "datasets", "peft", "accelerate", "huggingface_hub")
-    trainer = _trainer(options, given)
+    with opening(bars=not options.disable_tqdm), stage("importing torch and transformers"):
+        from fusedgrpo.engine.trainer import GRPOTrainer
+    trainer = GRPOTrainer(args=options, search_paths=given.search_paths)
     if not dry_run:
         trainer.train()
         return
@@ -49,9 +53,3 @@ def train(
             typer.echo(text)
     finally:
         trainer.reward_funcs.close()
-
-
-def _trainer(options: Any, given: Given) -> Any:
-    from fusedgrpo.engine.trainer import GRPOTrainer
-
-    return GRPOTrainer(args=options, search_paths=given.search_paths)

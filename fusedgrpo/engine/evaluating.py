@@ -17,6 +17,7 @@ from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.held_out import HeldOut, load_held_out
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.evaluation import evaluate, rollout_loss
+from fusedgrpo.engine.reporting.opening import opening
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.types import Rollout
@@ -26,6 +27,7 @@ from fusedgrpo.engine.trl_surface import TRLSurface
 from fusedgrpo.errors import ConfigError
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.settings import model_limits
+from fusedgrpo.stages import stage
 
 
 class Evaluating(TRLSurface):
@@ -71,18 +73,19 @@ class Evaluating(TRLSurface):
             return together
         started = time.time()
         n = self.args.num_generations_eval or self.args.num_generations
-        found = evaluate(
-            held_out,
-            self.sampler,
-            self.reward_funcs,
-            loss=self._loss if self.evaluates_loss else None,
-            n=n,
-            params=self.sampling,
-            batch_size=self.args.per_device_eval_batch_size,
-            seed=derive(self.args.seed, "eval"),
-            state=self.collector.reward_state(),
-            processes=self.processes,
-        )
+        with opening(bars=not self.args.disable_tqdm), stage("evaluating", counted=True):
+            found = evaluate(
+                held_out,
+                self.sampler,
+                self.reward_funcs,
+                loss=self._loss if self.evaluates_loss else None,
+                n=n,
+                params=self.sampling,
+                batch_size=self.args.per_device_eval_batch_size,
+                seed=derive(self.args.seed, "eval"),
+                state=self.collector.reward_state(),
+                processes=self.processes,
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         clock = speed_metrics(  # type: ignore[no-untyped-call]
             metric_key_prefix, started, num_samples=len(held_out) * n

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fusedgrpo import stages
 from fusedgrpo.engine.advantages import Estimator
 from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.engine.distributed import Processes
@@ -40,7 +41,7 @@ def sample_and_score(
     per_batch = max(1, batch_size * processes.size // n)
     groups: list[Group] = []
     scored: list[RewardBatch] = []
-    for start in range(0, len(data), per_batch):
+    for start in stages.count(range(0, len(data), per_batch), "batches"):
         examples = data.examples[start : start + per_batch]
         part = sampler.sample(
             [example.prompt_ids for example in examples],

@@ -146,7 +146,12 @@ def build_parts(
         if limits is None:
             policy = Policy.load(args, model, peft_config)
             limits = model_limits(args, policy.causal_lm)
-        reading = {**(limits or {}), "clock": clock, "formats": formats}
+        reading: dict[str, Any] = {
+            **(limits or {}),
+            "clock": clock,
+            "formats": formats,
+            "said": set(),
+        }
         train_dataset = training_rows(train_dataset, args, processes.size)
         train, held_out = load_data(args, processing_class, train_dataset, eval_dataset, reading)
         memory_plan = None

@@ -20,6 +20,7 @@ from fusedgrpo.engine.data.run_data import all_examples
 from fusedgrpo.engine.held_out_check import HeldOutCheck
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.publishing import Publishing
+from fusedgrpo.engine.reporting.opening import opening
 from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
 from fusedgrpo.engine.reporting.run_logger import NoLogger, RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
@@ -88,20 +89,21 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
             }
         )
         self.callbacks, theirs = sorted_callbacks(callbacks)
-        parts = build_parts(
-            args,
-            model,
-            reward_funcs,
-            train_dataset,
-            eval_dataset,
-            tokenizer if processing_class is None else processing_class,
-            reward_processing_classes=reward_processing_classes,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            optimizers=optimizers,
-            sampler=sampler,
-            search_paths=search_paths,
-        )
+        with opening(bars=not getattr(args, "disable_tqdm", None)):
+            parts = build_parts(
+                args,
+                model,
+                reward_funcs,
+                train_dataset,
+                eval_dataset,
+                tokenizer if processing_class is None else processing_class,
+                reward_processing_classes=reward_processing_classes,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                optimizers=optimizers,
+                sampler=sampler,
+                search_paths=search_paths,
+            )
         self.args = parts.args
         self.execution = parts.execution
         self.processes = parts.execution.processes
@@ -192,6 +194,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
             if self.memory_plan is not None:
                 outputs.display.note(f"Memory, planned:\n{plan_table(self.memory_plan)}")
             if args.rehearsal or (args.rehearsal is None and self.policy.device.type == "cuda"):
+                outputs.display.phase("warm up")
                 outputs.display.note(self.warm_up())
             row: dict[str, Any] = {}
             summary = TrainSummary(self.progress.step, self.plan.completions_per_step)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fusedgrpo.errors import CheckpointError, reason
+from fusedgrpo.models import loading_bars
 
 
 def save(model: Any, path: Path) -> None:
@@ -30,7 +31,8 @@ def save(model: Any, path: Path) -> None:
         delattr(model.config, name)
     model.generation_config = GenerationConfig()
     try:
-        model.save_pretrained(path)
+        with loading_bars.told():
+            model.save_pretrained(path)
     finally:
         model.generation_config = own
         for name, value in misplaced.items():

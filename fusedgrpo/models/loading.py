@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from fusedgrpo import host
+from fusedgrpo import host, stages
 from fusedgrpo.errors import ConfigError, ModelError
+from fusedgrpo.models import loading_bars
 from fusedgrpo.models.adapters.attached import has_adapters, unwrapped
 from fusedgrpo.models.adapters.checks import prepare
 from fusedgrpo.models.adapters.files import check_options, find_adapter, put_onto
@@ -221,14 +223,15 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
     if config.load_in_4bit:
         arguments["quantization_config"] = _four_bit(config, device)
     try:
-        loaded: Any = auto.from_pretrained(
-            source,
-            dtype=weights_dtype(config, device),
-            device_map={"": device},
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            **arguments,
-        )
+        with stages.stage("loading the model"), _bars("gguf_file" in arguments):
+            loaded: Any = auto.from_pretrained(
+                source,
+                dtype=weights_dtype(config, device),
+                device_map={"": device},
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **arguments,
+            )
     except Exception as error:  # as for tokenizers
         raise no_model(config, source, error) from error
     model, report = loaded
@@ -240,6 +243,12 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
             f"random. Expected a complete {type(model).__name__}."
         )
     return model
+
+
+@contextlib.contextmanager
+def _bars(gguf: bool) -> Iterator[None]:
+    with loading_bars.told(), loading_bars.told_of_gguf() if gguf else contextlib.nullcontext():
+        yield
 
 
 def _forget_gguf(model: Any) -> None:

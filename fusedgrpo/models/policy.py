@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fusedgrpo import stages
 from fusedgrpo.kernels import LogProbs, linear_logprob
 from fusedgrpo.models import packed_attention as attention
 from fusedgrpo.models.adapters.attached import Adapters, has_adapters, unwrapped
@@ -80,7 +81,8 @@ class Policy:
         self.trains_as_it_samples = trains_as_it_samples
         self._said_positions = False
         self.adapters = Adapters(model) if has_adapters(model) else None
-        self.layout: Layout = choose_layout(self, shared_prompt)
+        with stages.stage("trying the model on packed sequences"):
+            self.layout: Layout = choose_layout(self, shared_prompt)
         self._reference_model: nn.Module | None = None
         self._reference_adapter: list[Tensor] | None = None
         if keep_reference == "model":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 # Logger -> beginnings of its messages.
 POINTLESS = {
@@ -11,6 +12,9 @@ POINTLESS = {
     # not bring it offline.
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
 }
+# Beginnings of warnings. tqdm's, on import in a notebook without ipywidgets: the bars that would
+# be drawn with them are not drawn here.
+POINTLESS_WARNINGS = ("IProgress not found",)
 
 
 class _Without(logging.Filter):
@@ -23,7 +27,9 @@ class _Without(logging.Filter):
 
 
 def silence() -> None:
-    """Drop the messages of ``POINTLESS``; once, however often it is called."""
+    """Drop the messages that are listed above; once, however often it is called."""
+    for beginning in POINTLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=beginning)
     for name, beginnings in POINTLESS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(own, _Without) for own in logger.filters):

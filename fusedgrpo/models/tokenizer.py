@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from fusedgrpo import stages
 from fusedgrpo.config.from_pretrained import PLACES
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ModelError, brief, reason
@@ -29,9 +30,10 @@ def load_tokenizer(config: GRPOConfig) -> Any:
     elif adapter is not None and adapter.file("tokenizer_config.json"):
         source, arguments = adapter.name, {"revision": adapter.revision}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, **places, **arguments
-        )
+        with stages.stage("loading the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=config.trust_remote_code, **places, **arguments
+            )
         tokenizer.get_vocab(), tokenizer.eos_token_id, tokenizer.pad_token_id
     except Exception as error:  # foreign code reads foreign files: there is nothing it cannot raise
         raise ModelError(

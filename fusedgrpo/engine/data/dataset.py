@@ -6,13 +6,16 @@ import hashlib
 import json
 import logging
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fusedgrpo import stages
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.columns import ANSWER, CONVENTION, NOT_COLUMNS
+from fusedgrpo.engine.data.encoded import EncodedRows
 from fusedgrpo.engine.data.encoder import PromptEncoder
 from fusedgrpo.engine.data.fingerprint import joined, row_digest
 from fusedgrpo.engine.data.formats import (
@@ -133,34 +136,33 @@ def load_prompts(
     split: str = "train",
     clock: RunClock | None = None,
     formats: Formats | None = None,
+    said: set[str] | None = None,
 ) -> PromptDataset:
     """Read, encode and check all prompts of ``source``.
 
     source: a name or path (several, comma-separated), a ``datasets.Dataset`` or a list of dicts.
     vocab_size, context_length: the model's, where known. clock: says the date to chat
     templates; the system's if there is none. formats: the run's, with its search paths; without,
-    that of ``dataset_format``.
+    that of ``dataset_format``. said: see ``PromptEncoder``.
     Raises DataError for a source, column or row that cannot be used.
     """
     encoder = PromptEncoder(
-        config, tokenizer, vocab_size=vocab_size, context_length=context_length, clock=clock
+        config,
+        tokenizer,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        clock=clock,
+        said=said,
     )
     name, rows = _read_all(source, config, split, formats or Formats(config.dataset_format))
-    examples: list[Example] = []
-    skipped: list[dict[str, Any]] = []
-    bad: list[dict[str, Any]] = []
-    kind: type | None = None
-    for index, (row, layout) in enumerate(rows):
-        try:
-            example = _encode(index, row, layout, encoder)
-            kind = kind or type(example.prompt)
-            if type(example.prompt) is not kind:
-                raise BadRowError("it mixes text prompts and messages with the rows before it")
-        except BadRowError as reason:
-            skipped.append({"row": index, "where": row.where, "reason": str(reason)})
-            bad += [] if row.left_out else skipped[-1:]
-            continue
-        examples.append(example)
+    with stages.stage(f"reading the prompts of {name}", counted=True):
+        found = [_read(row, layout) for row, layout in stages.count(rows, "rows")]
+    digests = [None if isinstance(each, BadRowError) else each[1] for each in found]
+    layouts = [layout for _, layout in rows]
+    known = EncodedRows.of(encoder, list(zip(digests, layouts, strict=True)))
+    with stages.stage(f"encoding {name}", counted=True):
+        examples, skipped, bad = _all_encoded(stages.count(rows, "rows"), found, encoder, known)
+    known.save()
     if bad and config.on_bad_row == "error":
         raise DataError(
             f"{name}: {len(bad)} of {len(rows)} rows cannot be used:\n{_listing(bad)}\n"
@@ -175,7 +177,8 @@ def load_prompts(
 
     columns = list(dict.fromkeys(key for example in examples for key in example.columns))
     examples = [replace(e, columns={key: e.columns.get(key) for key in columns}) for e in examples]
-    return PromptDataset(examples, columns, kind is list, name, skipped, encoder)
+    conversational = isinstance(examples[0].prompt, list)
+    return PromptDataset(examples, columns, conversational, name, skipped, encoder)
 
 
 def _read_all(
@@ -222,25 +225,73 @@ def _check_columns(columns: list[str], layout: Layout, source: str) -> None:
             )
 
 
-def _encode(index: int, row: Row, layout: Layout, encoder: PromptEncoder) -> Example:
-    if row.values is None:
-        raise BadRowError(row.reason)
+def _read(row: Row, layout: Layout) -> tuple[Prompt, bytes] | BadRowError:
+    """The prompt of a row and the row's digest, or the reason why there is none."""
     try:
-        if reason := media_reason(row.values):
-            raise BadRowError(reason)
-        prompt = layout.read(row.values)
-        prompt_ids = encoder.encode(prompt)
-        digest = row_digest(row.values)
+        if row.values is None:
+            raise BadRowError(row.reason)
+        if why := media_reason(row.values):
+            raise BadRowError(why)
+        return layout.read(row.values), row_digest(row.values)
+    except BadRowError as error:
+        return error
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    except Exception as error:  # noqa: BLE001 - values of any type may be in a row
+        return _unreadable(error)
+
+
+def _unreadable(error: Exception) -> BadRowError:
+    return BadRowError(f"it cannot be read: {type(error).__name__}: {error}")
+
+
+def _all_encoded(
+    rows: Iterable[tuple[Row, Layout]],
+    found: Sequence[tuple[Prompt, bytes] | BadRowError],
+    encoder: PromptEncoder,
+    known: EncodedRows,
+) -> tuple[list[Example], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The examples; the rows that are left out, and those of them that are bad."""
+    examples: list[Example] = []
+    skipped: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
+    kind: type | None = None
+    for index, ((row, _), read) in enumerate(zip(rows, found, strict=True)):
+        try:
+            if isinstance(read, BadRowError):
+                raise read
+            example = _encode(index, row, *read, encoder, known)
+            kind = kind or type(example.prompt)
+            if type(example.prompt) is not kind:
+                raise BadRowError("it mixes text prompts and messages with the rows before it")
+        except BadRowError as reason:
+            skipped.append({"row": index, "where": row.where, "reason": str(reason)})
+            bad += [] if row.left_out else skipped[-1:]
+            continue
+        examples.append(example)
+    return examples, skipped, bad
+
+
+def _encode(
+    index: int, row: Row, prompt: Prompt, digest: bytes, encoder: PromptEncoder, known: EncodedRows
+) -> Example:
+    assert row.values is not None
+    kept = known.kept(index)
+    try:
+        ids = encoder.encoded(prompt, kept)
+        if kept is None:
+            known.add(index, ids)
+        ids = encoder.checked(ids, prompt)
     except BadRowError:
         raise
     except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
     except Exception as error:  # values of any type may be in a row
-        raise BadRowError(f"it cannot be read: {type(error).__name__}: {error}") from error
+        raise _unreadable(error) from error
     columns = {key: value for key, value in row.values.items() if key not in NOT_COLUMNS}
     if prompt.answer is not None:
         columns.setdefault(ANSWER, prompt.answer)
-    return Example(index, prompt.given, prompt_ids, columns, prompt, digest)
+    return Example(index, prompt.given, ids, columns, prompt, digest)
 
 
 def _listing(skipped: list[dict[str, Any]]) -> str:

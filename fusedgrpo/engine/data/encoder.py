@@ -8,7 +8,7 @@ from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.formats import Messages, Prompt
-from fusedgrpo.engine.data.rows import BadRowError
+from fusedgrpo.engine.data.rows import BadRowError, check_characters
 from fusedgrpo.engine.run_clock import RunClock, is_dated
 from fusedgrpo.errors import ConfigError, DataError, did_you_mean
 from fusedgrpo.models.tokenizer import chat_template_of, text_tokenizer
@@ -39,8 +39,9 @@ _MARKERS = {name: marker for marker, names in _TEMPLATES.items() for name in nam
 class PromptEncoder:
     """Encodes prompts for one model: chat template, limits and vocabulary.
 
-    tokenizer: a tokenizer, or a Processor that has one. clock: says the date to the template.
-    Raises ConfigError if no prompt at all can fit beside ``max_completion_length``.
+    tokenizer: a tokenizer, or a Processor that has one. clock: says the date to the template. said:
+    warnings that are not said again. Raises ConfigError if no prompt at all can fit beside
+    ``max_completion_length``.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class PromptEncoder:
         vocab_size: int | None,
         context_length: int | None,
         clock: RunClock | None = None,
+        said: set[str] | None = None,
     ):
         self.config = config
         self.tokenizer = text_tokenizer(tokenizer)
@@ -59,7 +61,7 @@ class PromptEncoder:
         self.vocab_size = vocab_size
         self.has_template = bool(self.chat_template)
         self.limit, self.limit_reason = _prompt_limit(config, context_length)
-        self._said: set[str] = set()
+        self._said = set[str]() if said is None else said
         self._special_tokens = list(self.tokenizer.all_special_tokens)
         self._wants_parts = self.has_template and self._template_wants_parts()
         if config.template and self.has_template:
@@ -75,26 +77,35 @@ class PromptEncoder:
 
         Raises BadRowError for a prompt that cannot be used, DataError where no prompt could.
         """
+        return self.checked(self.encoded(prompt), prompt)
+
+    def encoded(self, prompt: Prompt, known: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """The same unchecked. known: what they were before, and need not be made again."""
         messages = self._messages(prompt)
         try:
-            _check_characters(prompt.given if messages is None else messages)
+            check_characters(prompt.given if messages is None else messages)
+            text = self._verbatim(prompt) if messages is None else ""
+            if known is not None:
+                return known
             if messages is not None:
-                ids = _flat(self._render(messages, tokenize=True)["input_ids"])
-            else:
-                ids = _flat(self._tokenized(self._verbatim(prompt)))
+                return tuple(_flat(self._render(messages, tokenize=True)["input_ids"]))
+            return tuple(_flat(self._tokenized(text)))
         except (BadRowError, DataError):
             raise
         except Exception as error:  # templates and tokenizers are other people's code
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise BadRowError(f"it cannot be encoded: {said[:300]}") from error
+
+    def checked(self, ids: tuple[int, ...], prompt: Prompt) -> tuple[int, ...]:
+        """``ids``, if they can be trained on. Raises as ``encode``."""
         if not ids:
             raise BadRowError("the prompt has no tokens")
         if self.limit is not None and len(ids) > self.limit:
             reason = f"the prompt has {len(ids)} tokens, the limit is {self.limit}"
             raise BadRowError(f"{reason} ({self.limit_reason})")
         self._check_vocabulary(ids)
-        self._look_at_ends(ids, prompt if messages is None else None)
-        return tuple(ids)
+        self._look_at_ends(ids, prompt if self._messages(prompt) is None else None)
+        return ids
 
     def _messages(self, prompt: Prompt) -> Messages | None:
         """The messages for the chat template; None where the text is taken as it is."""
@@ -182,7 +193,7 @@ class PromptEncoder:
         """Whether the user has applied a chat template already: special tokens are in the text."""
         return any(token in text for token in self._special_tokens)
 
-    def _look_at_ends(self, ids: list[int], text: Prompt | None) -> None:
+    def _look_at_ends(self, ids: tuple[int, ...], text: Prompt | None) -> None:
         """Say it once if a prompt begins with two BOS or ends with EOS. text: the prompt, where no
         template was applied."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -227,7 +238,7 @@ class PromptEncoder:
                 f"of the tokenizer's own chat template do not. The tokenizer's own is used."
             )
 
-    def _check_vocabulary(self, ids: list[int]) -> None:
+    def _check_vocabulary(self, ids: tuple[int, ...]) -> None:
         if self.vocab_size is None or (min(ids) >= 0 and max(ids) < self.vocab_size):
             return
         wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
@@ -241,24 +252,6 @@ class PromptEncoder:
         if (key or text) not in self._said:
             self._said.add(key or text)
             logger.warning(text)
-
-
-def _check_characters(value: Any) -> None:
-    """Raise BadRowError for half a character in any text: no tokenizer can encode it."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRowError(
-                f"it has half a character, {value[error.start]!r} (a lone surrogate), at position "
-                f"{error.start} of {value[:40]!r}"
-            ) from None
-    elif isinstance(value, dict):
-        for item in value.values():
-            _check_characters(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_characters(item)
 
 
 def _flat(ids: Any) -> list[int]:

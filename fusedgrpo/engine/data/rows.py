@@ -80,3 +80,21 @@ def kind_of(value: Any) -> str:
         return "null"
     text = value if isinstance(value, str) else brief(value)
     return f"{type(value).__name__} {text[:40]!r}"
+
+
+def check_characters(value: Any) -> None:
+    """Raise BadRowError for half a character in any text: no tokenizer can encode it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadRowError(
+                f"it has half a character, {value[error.start]!r} (a lone surrogate), at position "
+                f"{error.start} of {value[:40]!r}"
+            ) from None
+    elif isinstance(value, dict):
+        for item in value.values():
+            check_characters(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_characters(item)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusedgrpo import stages
 from fusedgrpo.engine.data.files import SUFFIXES, read_file
 from fusedgrpo.engine.data.formats import Layout
 from fusedgrpo.engine.data.formats.chosen import Formats
@@ -102,7 +103,8 @@ def _label(name: str) -> str:
 def _read_path(path: Path, split: str) -> Source:
     if path.is_dir():
         return _read_object(_load_directory(path, split), str(path))
-    return Source(str(path), list(read_file(path)))
+    with stages.stage(f"reading {path}", counted=True):
+        return Source(str(path), list(stages.count(read_file(path), "rows")))
 
 
 def _read_object(dataset: Any, name: str = "dataset") -> Source:
@@ -110,7 +112,9 @@ def _read_object(dataset: Any, name: str = "dataset") -> Source:
         dataset, count = undecoded(dataset), len(dataset)
     except Exception as error:  # a class of somebody's own, or a damaged cache
         raise DataError(f"{name}: cannot be read: {reason(error)}.") from error
-    return Source(name, list(each_row(name, count, lambda: dataset, lambda i: dataset[i])))
+    rows = each_row(name, count, lambda: dataset, lambda i: dataset[i])
+    with stages.stage(f"reading {name}", counted=True):
+        return Source(name, list(stages.count(rows, "rows", count)))
 
 
 def _load_directory(path: Path, split: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fusedgrpo import host
+from fusedgrpo import host, stages
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.batch_plan import decoded_together
 from fusedgrpo.engine.memory.advice import advice
@@ -47,12 +47,13 @@ def plan_memory(
     nearest change that does. Raises PlanError for a model that cannot be run on tensors without
     storage.
     """
-    return MemoryPlanner(settings, world_size, sampler_memory, decoder).plan(
-        config,
-        gpu_bytes=gpu_bytes,
-        prompt_tokens=prompt_tokens,
-        activation_offloading=activation_offloading,
-    )
+    with stages.stage("planning memory"):
+        return MemoryPlanner(settings, world_size, sampler_memory, decoder).plan(
+            config,
+            gpu_bytes=gpu_bytes,
+            prompt_tokens=prompt_tokens,
+            activation_offloading=activation_offloading,
+        )
 
 
 def card_bytes(config: GRPOConfig) -> int | None:

@@ -1,4 +1,4 @@
-"""Advice for a run that looks, or is, wrong: each thing once, in plain words.
+"""Advice for a run that looks, or is, wrong, in plain words, with the steps that it is about.
 
 Pure: rows of metrics in, sentences out. The display shows them while the run goes, the report
 gathers them again from ``metrics.jsonl``.
@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fusedgrpo.engine.reporting.metrics_log import Row, finite, rollout_rows, trend
+from fusedgrpo.engine.reporting.metrics_log import (
+    Row,
+    finite,
+    rollout_rows,
+    steps_in_words,
+    trend,
+)
 
 # Adam moves each weight by about the learning rate per step, whatever the size of the gradient.
 # Adapters start from zero and are few, so they need far more than the 1e-6 of full fine-tuning.
@@ -18,6 +25,24 @@ LOW_LORA_LR = 5e-6
 FEW_STEPS = 3  # in a row, before truncation is worth a word
 EQUAL_STEPS = 5  # in a row without any signal
 FLAT_STEPS = 50  # rollouts after which a reward should have moved
+OVER_AFTER = 5  # steps in a row without it, until what was said is over and may be said again
+
+
+@dataclass(slots=True)
+class Note:
+    """One piece of advice. first, last: the steps it is about, None for none; as long as it goes
+    on, ``last`` and ``text`` are those of now."""
+
+    text: str
+    first: int | None = None
+    last: int | None = None
+
+    @property
+    def dated(self) -> str:
+        """The text, its steps before it."""
+        if self.first is None or self.last is None:
+            return self.text
+        return f"{steps_in_words(range(self.first, self.last + 1))}: {self.text}"
 
 
 class Advisor:
@@ -30,37 +55,58 @@ class Advisor:
     def __init__(self, config: Mapping[str, Any], *, eos_token_ids: Sequence[int] = ()):
         self.config = config
         self.eos_token_ids = list(eos_token_ids)
+        self.ended: list[Note] = []  # by the last row: said before, and over now
+        self._current: dict[str, Note] = {}
         self._said: set[str] = set()
         self._recent: deque[Row] = deque(maxlen=EQUAL_STEPS)
         self._rewards: list[float] = []
-        self._silent_shares: deque[float] = deque(maxlen=2 * EQUAL_STEPS)
+        self._sampled: list[int] = []  # the steps of these
+        self._silent: deque[tuple[int, float]] = deque(maxlen=2 * EQUAL_STEPS)
 
-    def start(self) -> list[str]:
+    @property
+    def current(self) -> list[Note]:
+        """Notes that were said and are still so."""
+        return list(self._current.values())
+
+    def start(self) -> list[Note]:
         """Advice on the configuration alone, before the first step."""
-        return self._once({"lora_lr": self._low_learning_rate(), "eos": self._several_eos()})
+        return [Note(text) for text in (self._low_learning_rate(), self._several_eos()) if text]
 
-    def observe(self, row: Row) -> list[str]:
-        """Advice on the row of a finished step."""
+    def observe(self, row: Row) -> list[Note]:
+        """Notes that are new with the row of a finished step."""
         self._recent.append(row)
         if rollout_rows([row]):
             self._rewards.append(row["reward"])
+            self._sampled.append(row["step"])
             if (silent := finite(row.get("frac_reward_zero_std"))) is not None:
-                self._silent_shares.append(silent)
-        return self._once(
-            {
-                "loss": self._loss_near_zero(row),
-                "clipped": self._truncation(),
-                "equal": self._all_equal(),
-                "silent": self._few_groups_with_signal(),
-                "flat": self._flat_reward(),
-                "skipped": self._skipped_update(row),
-            }
-        )
+                self._silent.append((row["step"], silent))
+        step, begun = row["step"], []
+        explained = {"loss": (self._loss_near_zero(row), step), "flat": self._flat_reward()}
+        for key, (text, first) in explained.items():
+            if text and key not in self._said:  # told once, it stays true
+                self._said.add(key)
+                begun.append(Note(text, first, step))
+        conditions = {
+            "clipped": (self._truncation(), self._steps_ago(FEW_STEPS)),
+            "equal": (self._all_equal(), self._steps_ago(EQUAL_STEPS)),
+            "silent": (self._few_groups_with_signal(), self._silent[0][0] if self._silent else 0),
+            "skipped": (self._skipped_update(row), step),
+        }
+        self.ended = []
+        for key, (text, first) in conditions.items():
+            known = self._current.get(key)
+            if text and known is not None:
+                known.text, known.last = text, step
+            elif text:
+                begun.append(Note(text, first, step))
+                self._current[key] = begun[-1]
+            elif known is not None and step - (known.last or 0) >= OVER_AFTER:
+                self.ended.append(self._current.pop(key))
+        return begun
 
-    def _once(self, messages: Mapping[str, str | None]) -> list[str]:
-        new = {key: text for key, text in messages.items() if text and key not in self._said}
-        self._said.update(new)
-        return list(new.values())
+    def _steps_ago(self, steps: int) -> int:
+        """The step of the row so many rows back, this one included."""
+        return int(list(self._recent)[-steps:][0]["step"])
 
     def _mean(self, key: str, steps: int) -> float | None:
         """Mean of ``key`` over the last ``steps`` rows; None if one of them lacks it."""
@@ -115,7 +161,7 @@ class Advisor:
             return None
         reward = self._mean("reward", EQUAL_STEPS)
         text = (
-            f"In every group of the last {EQUAL_STEPS} steps all rewards were equal"
+            "In every group all rewards were equal"
             f"{'' if reward is None else f' (mean reward {reward:g})'}, so nothing was learned: "
         )
         if reward == 0:
@@ -123,7 +169,7 @@ class Advisor:
         return text + "the prompts are all solved or all out of reach, or the reward is too coarse."
 
     def _few_groups_with_signal(self) -> str | None:
-        shares = self._silent_shares
+        shares = [share for _, share in self._silent]
         if len(shares) < 2 * EQUAL_STEPS or not 0.8 <= (share := sum(shares) / len(shares)) < 1:
             return None
         return (
@@ -132,34 +178,32 @@ class Advisor:
             "num_generations give more signal per second."
         )
 
-    def _flat_reward(self) -> str | None:
+    def _flat_reward(self) -> tuple[str | None, int]:
         if len(self._rewards) != FLAT_STEPS:
-            return None
+            return None, 0
         ends = trend(self._rewards)
         if ends is None or ends.rose:
-            return None
+            return None, 0
         text = (
-            f"After {FLAT_STEPS} steps the reward has not risen ({ends.first:.3g} to "
+            f"After {FLAT_STEPS} rollouts the reward has not risen ({ends.first:.3g} to "
             f"{ends.last:.3g}, noise {ends.noise:.2g})."
         )
         rate = finite(self.config.get("learning_rate"))
         if self.config.get("finetuning_type") == "lora" and rate and rate < 1e-5:
             text += f" learning_rate {rate:g} is low for LoRA; try 1e-5 to 3e-4."
-        if self._silent_shares:
-            silent = sum(self._silent_shares) / len(self._silent_shares)
+        if self._silent:
+            silent = sum(share for _, share in self._silent) / len(self._silent)
             text += f" Groups without signal: {silent:.0%}."
-        return text
+        return text, self._sampled[0]
 
     def _skipped_update(self, row: Row) -> str | None:
         if not row.get("skipped_update"):
             return None
-        return (
-            f"The update of step {row['step']} was skipped, its gradient was not finite; "
-            "the weights were not touched."
-        )
+        return "The update was skipped, its gradient was not finite; the weights were not touched."
 
 
 def all_advice(rows: Iterable[Row], config: Mapping[str, Any]) -> list[str]:
-    """Everything an :class:`Advisor` says over a whole run."""
+    """Everything an :class:`Advisor` says over a whole run, with the steps of each."""
     advisor = Advisor(config)
-    return [*advisor.start(), *(text for row in rows for text in advisor.observe(row))]
+    said = [*advisor.start(), *(note for row in rows for note in advisor.observe(row))]
+    return [note.dated for note in said]  # by now it is known how long each went on

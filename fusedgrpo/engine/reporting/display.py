@@ -7,51 +7,37 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
-from rich.table import Table
 from rich.text import Text
 
+from fusedgrpo import stages
 from fusedgrpo.engine.callbacks import Callback
-from fusedgrpo.engine.reporting.completions_log import prompt_text
+from fusedgrpo.engine.reporting.advisor import Note
+from fusedgrpo.engine.reporting.completions_table import completion_lines, completions_table
 from fusedgrpo.engine.reporting.formatting import (
     clock,
     gigabytes,
     number,
-    one_line,
     percent,
     printable,
-    shorten,
-    sparkline,
 )
-from fusedgrpo.engine.reporting.metrics_log import Row, finite, reward_names
+from fusedgrpo.engine.reporting.metrics_log import Row, finite, mean_row, reward_names
+from fusedgrpo.engine.reporting.metrics_table import metrics_table
+from fusedgrpo.engine.reporting.notebook import NotebookOutput
+from fusedgrpo.engine.reporting.panel import PHASES, WIDEST, View, draw
 from fusedgrpo.engine.reporting.plain_log import plain
-from fusedgrpo.engine.reporting.terminal import forgiving
+from fusedgrpo.engine.reporting.terminal import drawn, forgiving, is_notebook, overwrites
 
 logger = logging.getLogger("fusedgrpo")
 
-PHASES = {"sample": "cyan", "score": "yellow", "update": "magenta"}
 RECENT = 20  # steps that speed, ETA and the time split are averaged over
-PANEL_WIDTH = 100
-
-
-def mean_row(rows: Iterable[Row]) -> dict[str, float]:
-    """The mean of every key over the rows that have it as a finite number."""
-    columns: dict[str, list[float]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if (v := finite(value)) is not None:
-                columns.setdefault(key, []).append(v)
-    return {key: fmean(values) for key, values in columns.items()}
 
 
 class Display(Callback):
@@ -79,7 +65,9 @@ class Display(Callback):
         console: Console | None = None,
     ):
         self.console = console or Console(
-            file=forgiving(sys.stdout, "Standard output"), highlight=False
+            file=forgiving(sys.stdout, "Standard output"),
+            highlight=False,
+            force_jupyter=None if panel else False,  # where lines are lines, and no outputs each
         )
         self.total_steps = total_steps
         self.plan_line = plan_line
@@ -91,14 +79,18 @@ class Display(Callback):
         if self._ascii and hasattr(self.console.file, "reconfigure"):
             # A completion may hold any character, and none of them may end the run.
             self.console.file.reconfigure(errors="replace")
-        self.is_live = panel and overwrites(self.console)
-        self._live: Live | None = None
+        self._in_notebook = panel and is_notebook(self.console)
+        self.is_live = self._in_notebook or (panel and overwrites(self.console))
+        self._live: Live | NotebookOutput | None = None
+        self._stack = ExitStack()
         self._lock = threading.Lock()  # rich draws the panel from a thread of its own
         self._row: Row = {}
         self._recent: deque[Row] = deque(maxlen=RECENT)
         self._unprinted: list[Row] = []
         self._rewards: deque[float] = deque(maxlen=40)
         self._notes: set[str] = set()
+        self._current: list[Note] = []
+        self._table: RenderableType | None = None
         self._started = time.monotonic()
         self._step_ends: deque[float] = deque([self._started], maxlen=RECENT + 1)
         self._phase: RenderableType = Text("starting")
@@ -106,11 +98,20 @@ class Display(Callback):
         self._eval_reward: float | None = None
 
     def __enter__(self) -> Display:
-        if self.is_live:
-            self._live = Live(
-                console=self.console, get_renderable=self._panel, refresh_per_second=4
-            )
+        self._stack.enter_context(stages.listening(stages.Unseen()))
+        if self._in_notebook:
+            self._live = NotebookOutput(self._panel, min(self.console.width, WIDEST))
             self._live.start()
+            self._stack.callback(self._live.stop)
+        elif self.is_live:
+            self._live = Live(
+                console=self.console,
+                get_renderable=self._panel,
+                refresh_per_second=4,
+                # One that goes to a file is to go on going there.
+                redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
+            )
+            self._stack.enter_context(drawn(self._live))
         else:
             self._print(self.plan_line)
         return self
@@ -123,13 +124,17 @@ class Display(Callback):
     ) -> None:
         if self._live is not None:
             self._phase = Text("done") if kind is None else Text("stopped", style="red")
-            self._live.stop()
-            self._live = None
+            self.advice([], self._current, [])  # it stays on the screen, above the panel
+        self._stack.close()
+        self._live = None
+        if self._table is not None and self._in_notebook:
+            self.console.print(self._table)
 
     def phase(self, name: str) -> None:
         """Say what is going on, such as ``"sample"``; lines say it before the first step only."""
         self._phase_name = name
-        self._phase = Spinner("line" if self._ascii else "dots", text=name, style="cyan")
+        self._phase = self._busy(name)
+        self._redraw()
         if not self.is_live and not self._recent:
             self._print(f"  {name} ...")
 
@@ -138,8 +143,22 @@ class Display(Callback):
         if not self.is_live:
             logger.info(text)
             self._print(f"  {text}")
-        elif isinstance(self._phase, Spinner):
-            self._phase.update(text=f"{self._phase_name}  {text}".rstrip())
+        elif self._phase_name:
+            self._phase = self._busy(f"{self._phase_name}  {text}".rstrip())
+            self._redraw()
+
+    def _busy(self, text: str) -> RenderableType:
+        if self._in_notebook:  # where nothing turns between two drawings
+            return Text(text, style="cyan")
+        if isinstance(self._phase, Spinner):
+            self._phase.update(text=text)  # and turns on
+            return self._phase
+        return Spinner("line" if self._ascii else "dots", text=text, style="cyan")
+
+    def _redraw(self) -> None:
+        """In a notebook; rich draws a terminal's panel by itself."""
+        if isinstance(self._live, NotebookOutput):
+            self._live.refresh()
 
     def on_step(self, row: Row) -> None:
         self.update(row["step"], row)
@@ -156,6 +175,7 @@ class Display(Callback):
             if (eval_reward := finite(row.get("eval_reward"))) is not None:
                 self._eval_reward = eval_reward
         if self.is_live:
+            self._redraw()
             return
         self._unprinted.append(row)
         if self._shows(step, len(self._recent) == 1):
@@ -168,25 +188,38 @@ class Display(Callback):
             return
         self._notes.add(text)
         logger.info(text)
-        self.console.print(Text.assemble(("note  ", "bold yellow"), plain(text)), soft_wrap=True)
+        self._print_note(text)
+
+    def advice(self, begun: Sequence[Note], ended: Sequence[Note], current: Sequence[Note]) -> None:
+        """Say what the advisor has found. The panel shows what is ``current``, and what has
+        ``ended`` goes above it, with all of its steps; in lines each is said when it begins."""
+        for note in begun:
+            logger.info(note.dated)
+        for note in ended:
+            logger.info("Over: %s", note.dated)
+        lasting = {id(note) for note in current}
+        passing = [note for note in begun if id(note) not in lasting]
+        for note in [*passing, *ended] if self.is_live else begun:
+            self._print_note(note.dated)
+        with self._lock:
+            self._current = list(current)
+        self._redraw()
+
+    def ends_with(self, rows: Sequence[Row]) -> None:
+        """The rows of the whole run, for the table that a notebook shows at its end."""
+        self._table = metrics_table(rows)
+
+    def _print_note(self, text: str) -> None:
+        line = Text.assemble(("note  ", "bold yellow"), plain(text))
+        self.console.print(line, soft_wrap=not self.is_live)  # in a log, an entry is a line
 
     def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Show sampled completions (records of ``completions/*.jsonl``), group by group."""
         if self.is_live:
             self.console.print(completions_table(step, records))
             return
-        self._print(f"completions of step {step}")
-        for _, group in groupby(records, key=lambda record: record["group"]):
-            for i, record in enumerate(group):
-                if i == 0:
-                    self._print(f"  row {record['row']}: {one_line(prompt_text(record['prompt']))}")
-                scores = "  ".join(f"{n} {number(v)}" for n, v in record["rewards"].items())
-                self._print(
-                    f"    reward {number(record['reward'])}  ({scores})  "
-                    f"advantage {number(record['advantage'])}  "
-                    f"{record['length']} tokens, {record['finish_reason']}: "
-                    f"{one_line(record['completion'])}"
-                )
+        for line in completion_lines(step, records):
+            self._print(line)
 
     def _print(self, line: str) -> None:
         self.console.print(Text(printable(line)), soft_wrap=True)
@@ -236,118 +269,25 @@ class Display(Callback):
         ]
         return "  ".join(part for part in parts if part)
 
-    def _panel(self) -> Panel:
+    def _panel(self) -> RenderableType:
+        console = self.console
         with self._lock:
-            return self._draw(min(self.console.width, PANEL_WIDTH))
-
-    def _draw(self, width: int) -> Panel:
-        progress = Table.grid(padding=(0, 2), expand=True)
-        progress.add_column()
-        progress.add_column(ratio=1)
-        progress.add_column(justify="right")
-        elapsed = clock(time.monotonic() - self._started)
-        progress.add_row(
-            f"step [bold]{self.step}[/]/{self.total_steps}",
-            ProgressBar(total=max(1, self.total_steps), completed=self.step),
-            f"{elapsed} gone, {self._left()} left",
-        )
-        body = [
-            Text(printable(self.plan_line), style="dim"),
-            progress,
-            Text(),
-            self._numbers(),
-            Text(),
-            self._time_bar(width - 4),
-            self._phase,
-        ]
-        return Panel(Group(*body), title="fusedgrpo", title_align="left", width=width)
-
-    def _numbers(self) -> Table:
-        row = self._row
-        names = reward_names([row])
-
-        def get(key: str) -> str:
-            return number(finite(row.get(key)))
-
-        left = [
-            ("reward", get("reward")),
-            *((f"  {name}", get(f"rewards/{name}/mean")) for name in names),
-            ("reward_std", get("reward_std")),
-        ]
-        if self._eval_reward is not None:
-            left.append(("eval_reward", number(self._eval_reward)))
-        middle = [
-            ("mean_length", get("completions/mean_length")),
-            ("clipped_ratio", percent(finite(row.get("completions/clipped_ratio")))),
-            ("entropy", get("entropy")),
-            ("kl", get("kl")),
-        ]
-        right = [
-            ("loss", get("loss")),
-            ("grad_norm", get("grad_norm")),
-            ("lr", get("learning_rate")),
-            ("tokens/s", get("tokens_per_second")),
-        ]
-        if (memory := finite(row.get("memory/peak"))) is not None:
-            right.append(("peak memory", gigabytes(memory)))
-        outer = Table.grid(padding=(0, 3), expand=True)
-        for ratio in (10, 9, 8):
-            outer.add_column(ratio=ratio)
-        outer.add_row(self._pairs(left, "bold green"), self._pairs(middle), self._pairs(right))
-        if self._rewards and not self._ascii:
-            outer.add_row(Text(sparkline(self._rewards, 28), style="green"))
-        return outer
-
-    @staticmethod
-    def _pairs(pairs: Iterable[tuple[str, str]], first_style: str = "") -> Table:
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(ratio=1, no_wrap=True)
-        grid.add_column(justify="right", no_wrap=True)
-        for i, (name, value) in enumerate(pairs):
-            style = first_style if i == 0 else ""
-            grid.add_row(Text(printable(name), style=style or "dim"), Text(value, style=style))
-        return grid
-
-    def _time_bar(self, width: int) -> Text:
-        split = self._time_split()
-        if not split:
-            return Text("time per step: not known yet", style="dim")
-        legend = Text(f"{number(self._seconds_per_step())} s/step", style="dim")
-        for name, share in split.items():
-            legend.append(f"  {name} {share:.0%}", style=PHASES[name])
-        bar = Text()
-        room = max(10, width - legend.cell_len - 2)
-        edge = filled = 0.0
-        for name, share in split.items():
-            edge += share * room
-            cells = round(edge) - round(filled)
-            bar.append(("#" if self._ascii else "█") * cells, style=PHASES[name])
-            filled = edge
-        return Text.assemble(legend, "  ", bar)
-
-
-def overwrites(console: Console) -> bool:
-    """Whether lines of ``console`` can be drawn again. FORCE_COLOR makes rich take a pipe for a
-    terminal; a log file full of cursor moves helps nobody, so the file itself is asked as well."""
-    return console.is_interactive and bool(console.file.isatty())
-
-
-def completions_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:
-    """A table of sampled completions: the prompt once per group, then one row per completion."""
-    table = Table(title=f"Completions of step {step}", title_justify="left", show_lines=True)
-    table.add_column("prompt", ratio=2)
-    table.add_column("completion", ratio=4)
-    table.add_column("reward", ratio=2)
-    table.add_column("adv.", justify="right", no_wrap=True)
-    table.expand = True
-    for _, group in groupby(records, key=lambda record: record["group"]):
-        for i, record in enumerate(group):
-            prompt = shorten(prompt_text(record["prompt"])) if i == 0 else ""
-            scores = [f"{name} {number(value)}" for name, value in record["rewards"].items()]
-            table.add_row(
-                Text(printable(prompt)),
-                Text(printable(shorten(record["completion"]))),
-                Text(printable("\n".join([number(record["reward"]), *scores]))),
-                Text(number(record["advantage"])),
+            view = View(
+                step=self.step,
+                total_steps=self.total_steps,
+                plan_line=self.plan_line,
+                row=self._row,
+                rewards=list(self._rewards),
+                eval_reward=self._eval_reward,
+                elapsed=clock(time.monotonic() - self._started),
+                left=self._left(),
+                pace=self._seconds_per_step(),
+                split=self._time_split(),
+                notes=[note.dated for note in self._current],
+                phase=self._phase,
+                ascii=self._ascii,
             )
-    return table
+        # A line is left for the cursor: a panel as high as the terminal would scroll.
+        return draw(
+            view, min(console.width, WIDEST), None if self._in_notebook else console.height - 1
+        )

@@ -280,3 +280,13 @@ def rollout_rows(rows: Iterable[Row]) -> list[Row]:
     return [
         row for row in rows if finite(row.get("reward")) is not None and row.get("time/sample", 1)
     ]
+
+
+def mean_row(rows: Iterable[Row]) -> dict[str, float]:
+    """The mean of every key over the rows that have it as a finite number."""
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if (v := finite(value)) is not None:
+                columns.setdefault(key, []).append(v)
+    return {key: fmean(values) for key, values in columns.items()}

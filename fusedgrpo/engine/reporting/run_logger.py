@@ -24,10 +24,10 @@ from fusedgrpo.engine.reporting.display import Display
 from fusedgrpo.engine.reporting.formatting import number
 from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, finite, read_metrics
 from fusedgrpo.engine.reporting.report import write_report
+from fusedgrpo.engine.reporting.rollout_line import rollout_progress
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.run_facts import run_facts
 from fusedgrpo.engine.reporting.sample_dump import dump_samples
-from fusedgrpo.engine.reporting.status_line import rollout_progress
 from fusedgrpo.engine.reporting.trackers import Place, Trackers
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
@@ -62,8 +62,8 @@ class _Advice(Callback):
         self.display = display
 
     def on_step(self, row: Row) -> None:
-        for line in self.advisor.observe(row):
-            self.display.note(line)
+        begun = self.advisor.observe(row)
+        self.display.advice(begun, self.advisor.ended, self.advisor.current)
 
 
 class _Completions(Callback):
@@ -122,6 +122,7 @@ class RunLogger:
         self.completions_log = CompletionsLog(run.completions)
         self.held_out_log = CompletionsLog(run.held_out)
         said: list[str | None] = []
+        advice = [] if done else self.advisor.start()
         self._failed_at: dict[str, list[int]] = {}
         if done:
             whole = done - 1 if unwritten.evaluation_due else done
@@ -131,7 +132,6 @@ class RunLogger:
                 said.append(abandon_after(run.checkpoints, done))
                 said.append(self.completions_log.drop_after(done + sampled_ahead))
                 said.append(self.held_out_log.drop_after(done))
-            self.advisor.start()
             for row in read_metrics(run.metrics):
                 self.advisor.observe(row)  # it said all this before the run was interrupted
         place = Place(
@@ -154,14 +154,15 @@ class RunLogger:
                 panel=not config.disable_tqdm,
             )
         )
+        self.display.advice([], [], self.advisor.current)
         self.progress: Progress = rollout_progress(self.display)
         for fact in (*run_facts(), plan_line):
             log.info(fact)
         for text in said:
             if text is not None:
                 self.display.note(text)
-        for line in self.advisor.start():
-            self.display.note(line)
+        for note in advice:
+            self.display.note(note.text)
         self.callbacks: list[Callback] = [
             self.trackers,
             self.display,
@@ -297,10 +298,13 @@ class RunLogger:
 
     def finish(self, save_model: Callable[[Path], Path]) -> None:
         """The trained weights, the plots and the report."""
+        self.display.phase("saving weights, plots and report")
         with _writing_to(self.run.path):
             where = save_model(self.run.path)
-            if read_metrics(self.run.metrics):
+            if rows := read_metrics(self.run.metrics):
                 write_report(self.run.path, self.run.report)  # which draws the plots, too
+                self.display.ends_with(rows)
+        self.display.advice([], self.advisor.current, [])
         self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")
         self.tell(("on_end", self.run.path))
 

@@ -1,14 +1,11 @@
-"""A line of a terminal that is overwritten, and the progress of rollouts on it."""
+"""A line of a terminal that is overwritten."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from rich.console import Console
-
-from fusedgrpo.engine.reporting.display import Display, overwrites
-from fusedgrpo.engine.rollout.progress import RolloutProgress
+from rich.console import Console, RenderableType
 
 
 class StatusLine:
@@ -26,16 +23,27 @@ class StatusLine:
         self._free = True  # whether the cursor is where a line begins
 
     def show(self, text: str) -> None:
-        if not text:
-            self._release()
+        if text:
+            self._show(text[: self._width() - 1])
         else:
-            if self._write is None:
-                self._replaced = vars(self._stream).get("write")
-                self._write = self._stream.write
-                self._stream.write = self._others
-            if self._free:  # somebody's unfinished line is not to be erased
-                self._write(self.ERASE + text[: self._width() - 1])
-                self._drawn = True
+            self._release()
+            self._stream.flush()
+
+    def draw(self, console: Console, content: RenderableType) -> None:
+        """Show ``content``, which is one line however narrow the terminal is, as ``console``
+        renders it."""
+        with console.capture() as captured:
+            console.print(content, width=self._width() - 1, end="")
+        self._show(captured.get().rstrip("\n"))
+
+    def _show(self, text: str) -> None:
+        if self._write is None:
+            self._replaced = vars(self._stream).get("write")
+            self._write = self._stream.write
+            self._stream.write = self._others
+        if self._free:  # somebody's unfinished line is not to be erased
+            self._write(self.ERASE + text)
+            self._drawn = True
         self._stream.flush()
 
     def _others(self, text: str) -> Any:
@@ -63,12 +71,3 @@ class StatusLine:
         except (OSError, ValueError):
             columns = 0
         return columns or 80  # a terminal that nobody has told its size says 0
-
-
-def rollout_progress(display: Display) -> RolloutProgress:
-    """The progress of rollouts: in the panel of ``display``, on a line of standard error where that
-    is a terminal and there is no panel, else as a line of ``display`` now and then."""
-    errors = Console(stderr=True)
-    if not display.is_live and overwrites(errors):
-        return RolloutProgress(StatusLine(errors.file).show, overwrites=True)
-    return RolloutProgress(display.detail, overwrites=display.is_live)

@@ -7,7 +7,10 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
+
+from rich.console import Console
 
 logger = logging.getLogger("fusedgrpo")
 
@@ -85,3 +88,44 @@ def keep_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = forgiving(sys.stdout, "Standard output")
     sys.stderr = forgiving(sys.stderr, "Standard error")
+
+
+def overwrites(console: Console) -> bool:
+    """Whether lines of ``console`` can be drawn again. FORCE_COLOR makes rich take a pipe for a
+    terminal; a log file full of cursor moves helps nobody, so the file itself is asked as well."""
+    return console.is_interactive and bool(console.file.isatty())
+
+
+def is_notebook(console: Console) -> bool:
+    """Whether what ``console`` prints goes to a notebook, whose outputs can be drawn again."""
+    return console.is_jupyter
+
+
+@contextlib.contextmanager
+def drawn(live: Any) -> Iterator[None]:
+    """Inside, ``live`` (of rich) is on the terminal, and what others print comes out above it: also
+    what log handlers write that were made for the streams that it stands in for."""
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    live.start()
+    moved: list[tuple[Any, Any]] = []
+    try:
+        before = {
+            id(_bare(stream)): name
+            for name, stream in streams.items()
+            if getattr(sys, name) is not stream
+        }
+        known = [logging.root, *logging.root.manager.loggerDict.values()]
+        for handler in {h for each in known for h in getattr(each, "handlers", ())}:
+            name = before.get(id(_bare(getattr(handler, "stream", None))))
+            if name is not None and isinstance(handler, logging.StreamHandler):
+                moved.append((handler, handler.setStream(getattr(sys, name))))
+        yield
+    finally:
+        live.stop()
+        for handler, stream in moved:
+            if stream is not None:
+                handler.setStream(stream)
+
+
+def _bare(stream: Any) -> Any:
+    return stream._stream if isinstance(stream, Forgiving) else stream

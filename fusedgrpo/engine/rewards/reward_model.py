@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from fusedgrpo import stages
 from fusedgrpo.engine.rewards.call import Batch, Reply
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import RewardError, reason
+from fusedgrpo.models import loading_bars
 
 ROWS_PER_FORWARD = 8
 
@@ -25,9 +27,10 @@ def load_reward_model(target: str, model_kwargs: Mapping[str, Any] | None = None
     from transformers import AutoModelForSequenceClassification
 
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            target, num_labels=1, output_loading_info=True, **dict(model_kwargs or {})
-        )
+        with stages.stage("loading the reward model"), loading_bars.told():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                target, num_labels=1, output_loading_info=True, **dict(model_kwargs or {})
+            )
     except Exception as error:  # foreign code reads foreign files
         raise RewardError(f"cannot load the reward model {target!r}: {reason(error)}") from error
     fresh = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])

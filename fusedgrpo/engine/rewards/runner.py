@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fusedgrpo import stages
 from fusedgrpo.config.redaction import hide_known
 from fusedgrpo.engine.columns import NOT_COLUMNS
 from fusedgrpo.engine.interrupts import StopSignals
@@ -362,9 +363,10 @@ def build_rewards(
                     scorers.append(Concurrent(call, loop, timeout, signals))
                 else:
                     scorers.append(Inline(call, signals))
-        for scorer in scorers:  # the workers load side by side
-            if isinstance(scorer, Worker):
-                scorer.ready()
+        if workers := [scorer for scorer in scorers if isinstance(scorer, Worker)]:
+            with stages.stage("starting the reward functions"):
+                for worker in workers:  # they load side by side
+                    worker.ready()
     except BaseException:
         for scorer in scorers:
             scorer.close()

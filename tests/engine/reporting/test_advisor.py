@@ -13,7 +13,7 @@ def rows(count, **values):
 
 def observe(rows, config=GOOD, **options):
     advisor = Advisor(config, **options)
-    return [text for row in rows for text in advisor.observe(row)]
+    return [note.text for row in rows for note in advisor.observe(row)]
 
 
 def test_a_healthy_run_is_left_alone():
@@ -71,7 +71,7 @@ def test_equal_rewards_are_said_after_five_steps_in_a_row():
     equal = {"frac_reward_zero_std": 1.0, "reward": 0.0}
     assert observe(rows(4, **equal)) == []
     (text,) = observe(rows(20, **equal))
-    assert "last 5 steps" in text
+    assert text.startswith("In every group all rewards were equal (mean reward 0)")
     assert "a right answer does get a reward" in text
     (text,) = observe(rows(5, frac_reward_zero_std=1.0, reward=1.0))
     assert "all solved" in text
@@ -93,7 +93,7 @@ def test_a_flat_reward_is_said_after_fifty_rollouts_with_its_noise():
     for row in noisy:
         row["reward"] = 0.3 + 0.1 * (row["step"] % 2)
     (text,) = observe(noisy, {"finetuning_type": "lora", "learning_rate": 6e-6})
-    assert "After 50 steps the reward has not risen" in text
+    assert "After 50 rollouts the reward has not risen" in text
     assert "learning_rate 6e-06 is low for LoRA" in text
     assert "Groups without signal: 50%" in text
 
@@ -114,19 +114,46 @@ def test_repeated_rows_of_one_rollout_do_not_count_as_rollouts():
     ],
 )
 def test_a_learning_rate_for_full_fine_tuning_is_said_before_the_first_step(config, said):
-    texts = Advisor(config).start()
+    texts = [note.dated for note in Advisor(config).start()]
     assert bool(texts) is said
     assert not said or "learning_rate 5e-07 is far too small for LoRA" in texts[0]
 
 
 def test_several_end_ids_are_said():
-    (text,) = Advisor(GOOD, eos_token_ids=[32007, 32000]).start()
-    assert "2 end-of-sequence ids (32007, 32000)" in text
+    (note,) = Advisor(GOOD, eos_token_ids=[32007, 32000]).start()
+    assert "2 end-of-sequence ids (32007, 32000)" in note.dated
 
 
 def test_a_skipped_update_is_said():
-    (text,) = observe([{"step": 8, "skipped_update": 1}])
-    assert "update of step 8 was skipped" in text
+    (text,) = all_advice([{"step": 8, "skipped_update": 1}], GOOD)
+    assert text.startswith("step 8: The update was skipped")
+
+
+def test_a_note_has_its_steps_ends_and_comes_back_with_others():
+    cut_off = {*range(11, 21), 23, *range(41, 44)}  # one step without is no end
+    clipped = [
+        {"step": step, "completions/clipped_ratio": float(step in cut_off)} for step in range(1, 61)
+    ]
+    advisor = Advisor(GOOD)
+    begun, ended, current = {}, {}, {}
+    for row in clipped:
+        step = row["step"]
+        begun[step] = [note.dated.partition(":")[0] for note in advisor.observe(row)]
+        ended[step] = [note.dated.partition(":")[0] for note in advisor.ended]
+        current[step] = [note.dated.partition(":")[0] for note in advisor.current]
+    assert {step: said for step, said in begun.items() if said} == {
+        12: ["steps 10-12"],
+        42: ["steps 40-42"],
+    }
+    assert {step: said for step, said in ended.items() if said} == {
+        26: ["steps 10-21"],
+        49: ["steps 40-44"],
+    }
+    assert current[11] == [] and current[15] == ["steps 10-15"] and current[27] == []
+    assert [text.partition(":")[0] for text in all_advice(clipped, GOOD)] == [
+        "steps 10-21",
+        "steps 40-44",
+    ]
 
 
 def test_nulls_are_no_values():

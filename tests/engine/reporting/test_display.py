@@ -3,13 +3,16 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from rich.console import Console
 
-from fusedgrpo.engine.reporting.display import Display, completions_table
+from fusedgrpo.engine.reporting.advisor import Note
+from fusedgrpo.engine.reporting.completions_table import completions_table
+from fusedgrpo.engine.reporting.display import Display
 
 ROW = {
     "step": 1,
@@ -52,9 +55,14 @@ def plain() -> Console:
     return Console(file=io.StringIO(), width=80)
 
 
-def terminal() -> Console:
+def terminal(width: int = 80, height: int = 40) -> Console:
     return Console(
-        file=Terminal(), force_terminal=True, force_interactive=True, width=80, height=40
+        file=Terminal(),
+        force_terminal=True,
+        force_interactive=True,
+        width=width,
+        height=height,
+        record=True,
     )
 
 
@@ -128,6 +136,64 @@ def test_the_panel_fits_80_columns_and_shows_all_values():
         assert part in panel
     for part in ("grad_norm", "1.0e-05", "tokens/s", "2.0 GB", "sample 60%", "one prompt"):
         assert part in panel
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (80, 24), (200, 50), (60, 14)])
+@pytest.mark.parametrize("rewards", [1, 9])
+def test_the_panel_fits_and_keeps_what_matters(width, height, rewards):
+    console = terminal(width, height)
+    plan = "2 prompts x 8 completions per step; 500 steps = 2.13 epochs of 469 prompts; " * 2
+    display = Display(500, plan_line=plan, console=console)
+    names = [f"a_function_with_a_long_name_{i}" for i in range(rewards)]
+    row = {key: value for key, value in ROW.items() if not key.startswith("rewards/")}
+    row |= {f"rewards/{name}/mean": 0.5 for name in names} | {"eval_reward": 0.25}
+    for step in range(1, 30):
+        display.update(step, row)
+    display.advice([], [], [Note("so many words " * 20, 12, 29)])
+    display.phase("sample")
+    display.detail("sampling: 123,456 tokens, 16 live, 2,048 waiting, 12,345 tokens/s")
+    console.print(display._panel())
+    lines = console.export_text().splitlines()
+    assert len(lines) < height, "a line is left for the cursor"
+    assert {len(line) for line in lines} == {min(width, 100)}
+    panel = "\n".join(lines)
+    for part in ("step 29/500", "reward ", "0.500", "reward_std", "eval_reward", "mean_length"):
+        assert part in panel
+    for part in ("clipped_ratio", "grad_norm", "1.0e-05", "tokens/s", "peak memory", "2.0 GB"):
+        assert part in panel
+    assert "sample 60%" in panel and "sampling: 123,456 tokens" in panel
+    assert ("note  steps 12-29: so many words" in panel) is (height > 14)
+    assert bool(re.search(r"and \d more", panel)) is (height == 14 and rewards == 9)
+
+
+def test_the_panel_shows_notes_while_they_are_current_and_says_them_when_they_are_over(caplog):
+    caplog.set_level(logging.INFO, logger="fusedgrpo")
+    lines = plain()
+    for console in (terminal(), lines):
+        going, over = Note("all equal", 3, 8), Note("cut off", 1, 4)
+        with Display(20, plan_line="plan", console=console) as display:
+            display.advice([over, Note("a loss near 0", 2, 2)], [], [over])
+            display.advice([going], [over], [going])
+            with console.capture() as drawn:
+                console.print(display._panel())
+            assert ("steps 3-8: all equal" in drawn.get()) and "cut off" not in drawn.get()
+    *first, last = [text(lines).split("note  ")[i].split(":")[0] for i in (1, 2, 3)]
+    assert first == ["steps 1-4", "step 2"] and last == "steps 3-8"
+    assert caplog.messages[-1] == "Over: steps 1-4: cut off"
+
+
+def test_a_warning_of_a_handler_from_before_comes_out_above_the_panel(monkeypatch):
+    console, errors = terminal(), Terminal()
+    monkeypatch.setattr(sys, "stderr", errors)
+    handler = logging.StreamHandler(errors)
+    logging.getLogger("some.library").addHandler(handler)
+    try:
+        with Display(2, plan_line="plan", console=console):
+            handler.emit(logging.makeLogRecord({"msg": "mind this"}))
+        assert "mind this" in text(console) and errors.getvalue() == ""
+        assert handler.stream is errors
+    finally:
+        logging.getLogger("some.library").removeHandler(handler)
 
 
 def test_the_panel_of_a_run_that_failed_says_stopped():

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from fusedgrpo.engine.reporting.display import Display
-from fusedgrpo.engine.reporting.status_line import StatusLine, rollout_progress
+from fusedgrpo.engine.reporting.rollout_line import rollout_progress
+from fusedgrpo.engine.reporting.status_line import StatusLine
 
 
 class Screen(io.StringIO):
