@@ -6,11 +6,15 @@ gathers them again from ``metrics.jsonl``.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fusedgrpo.engine.reporting.judging import health
+from fusedgrpo.engine.reporting.judging.evidence import Evidence
+from fusedgrpo.engine.reporting.judging.verdict import components
 from fusedgrpo.engine.reporting.metrics_log import (
     Row,
     finite,
@@ -25,17 +29,33 @@ LOW_LORA_LR = 5e-6
 FEW_STEPS = 3  # in a row, before truncation is worth a word
 EQUAL_STEPS = 5  # in a row without any signal
 FLAT_STEPS = 50  # rollouts after which a reward should have moved
+# Of the signs of illness that the verdict knows, those that no rule here says sooner; asked for
+# again when there is a hundredth more to look at.
+SIGNS = {"entropy", "length", "kl", "clipping", "mismatch", "component"}
+ANEW = 0.01
+_SIGN_KEYS = re.compile(
+    r"step|reward|rewards/.*/mean|time/sample|entropy|kl|completions/mean_length"
+    r"|clip_ratio/region_mean|sampling/sampling_logp_difference/mean"
+)
+# What a verdict says of the end of a run, by the rule here that says the same.
+IN_VERDICT = {
+    "clipped": {"truncated"},
+    "equal": {"too_easy", "too_hard", "silent"},
+    "silent": {"too_easy", "too_hard", "silent"},
+    "skipped": {"skipped"},
+} | {key: {key} for key in SIGNS}
 OVER_AFTER = 5  # steps in a row without it, until what was said is over and may be said again
 
 
 @dataclass(slots=True)
 class Note:
     """One piece of advice. first, last: the steps it is about, None for none; as long as it goes
-    on, ``last`` and ``text`` are those of now."""
+    on, ``last`` and ``text`` are those of now. key: the rule."""
 
     text: str
     first: int | None = None
     last: int | None = None
+    key: str = ""
 
     @property
     def dated(self) -> str:
@@ -62,6 +82,9 @@ class Advisor:
         self._rewards: list[float] = []
         self._sampled: list[int] = []  # the steps of these
         self._silent: deque[tuple[int, float]] = deque(maxlen=2 * EQUAL_STEPS)
+        self._rows: list[Row] = []  # as much of all of them as signs are read from
+        self._signs: dict[str, tuple[str, int]] = {}
+        self._ask_at = 0
 
     @property
     def current(self) -> list[Note]:
@@ -85,8 +108,10 @@ class Advisor:
         for key, (text, first) in explained.items():
             if text and key not in self._said:  # told once, it stays true
                 self._said.add(key)
-                begun.append(Note(text, first, step))
-        conditions = {
+                begun.append(Note(text, first, step, key))
+        conditions: dict[str, tuple[str | None, int]] = dict.fromkeys(SIGNS, (None, 0))
+        conditions |= self._signs_with(row)
+        conditions |= {
             "clipped": (self._truncation(), self._steps_ago(FEW_STEPS)),
             "equal": (self._all_equal(), self._steps_ago(EQUAL_STEPS)),
             "silent": (self._few_groups_with_signal(), self._silent[0][0] if self._silent else 0),
@@ -98,11 +123,25 @@ class Advisor:
             if text and known is not None:
                 known.text, known.last = text, step
             elif text:
-                begun.append(Note(text, first, step))
+                begun.append(Note(text, first, step, key))
                 self._current[key] = begun[-1]
             elif known is not None and step - (known.last or 0) >= OVER_AFTER:
                 self.ended.append(self._current.pop(key))
         return begun
+
+    def _signs_with(self, row: Row) -> dict[str, tuple[str, int]]:
+        """By key the signs that all rows together show, and the steps they begin with."""
+        self._rows.append({key: row[key] for key in row if _SIGN_KEYS.fullmatch(key)})
+        if len(self._rows) >= self._ask_at:
+            evidence = Evidence(self._rows, self.config)
+            self._signs = {}
+            for sign in (*health.findings(evidence), *components(evidence)):
+                if sign.key in SIGNS and sign.steps is not None:
+                    before = self._signs[sign.key][0] + " " if sign.key in self._signs else ""
+                    text = f"{before}{sign.text} {sign.advice}".strip()
+                    self._signs[sign.key] = text, sign.steps[0]
+            self._ask_at = len(self._rows) + max(1, int(ANEW * len(self._rows)))
+        return self._signs
 
     def _steps_ago(self, steps: int) -> int:
         """The step of the row so many rows back, this one included."""
@@ -202,8 +241,16 @@ class Advisor:
         return "The update was skipped, its gradient was not finite; the weights were not touched."
 
 
-def all_advice(rows: Iterable[Row], config: Mapping[str, Any]) -> list[str]:
-    """Everything an :class:`Advisor` says over a whole run, with the steps of each."""
-    advisor = Advisor(config)
+def all_advice(
+    rows: Sequence[Row], config: Mapping[str, Any], verdict_keys: Iterable[str] = ()
+) -> list[str]:
+    """Everything an :class:`Advisor` says over a whole run, with the steps of each, but for what
+    held to its end and is in a verdict with findings of these keys."""
+    advisor, known = Advisor(config), set(verdict_keys)
     said = [*advisor.start(), *(note for row in rows for note in advisor.observe(row))]
-    return [note.dated for note in said]  # by now it is known how long each went on
+    still = {id(note) for note in advisor.current}
+    return [
+        note.dated  # by now it is known how long each went on
+        for note in said
+        if id(note) not in still or not IN_VERDICT.get(note.key, set()) & known
+    ]

@@ -88,10 +88,12 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
     config = _read_config(run_dir / "config.resolved.yaml")
     checks = read_checks(run_dir / "held_out")
     path = Path(path) if path is not None else run_dir / "report.html"
+    found = judge(rows, config, checks)
+    keys = {reason.key for reason in found.reasons}
     sections = [
         _head(run_dir, rows, config),
-        _verdict_card(judge(rows, config, checks)),
-        _advice(all_advice(rows, config)),
+        _verdict_card(found),
+        _advice(all_advice(rows, config, keys)),
         _plots(plots.write_plots(rows, run_dir / "plots")),
         held_out.held_out_section(checks),
         _first_and_last(rows),

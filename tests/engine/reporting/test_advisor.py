@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 
 from fusedgrpo.engine.reporting.advisor import Advisor, all_advice
+from fusedgrpo.engine.reporting.judging import health
+from tests.helpers.synthetic_runs import rise, run
 
 GOOD = {"finetuning_type": "lora", "learning_rate": 1e-4, "max_completion_length": 64}
 
@@ -158,3 +160,29 @@ def test_a_note_has_its_steps_ends_and_comes_back_with_others():
 
 def test_nulls_are_no_values():
     assert observe(rows(60, reward=None, loss=None, frac_reward_zero_std=None)) == []
+
+
+def test_signs_of_illness_are_said_while_they_hold():
+    """A reward that is lost to another, and an entropy that collapses and comes back."""
+    hacked = run(0, {"accuracy": rise(0.6, 0.1), "brevity": rise(0.1, 1.0)}, steps=200)
+    for row in hacked:
+        row["entropy"] = 0.8 if row["step"] < 60 or row["step"] > 120 else 0.01
+    advisor, begun, ended = Advisor(GOOD), {}, {}
+    for row in hacked:
+        begun |= {note.key: (row["step"], note) for note in advisor.observe(row)}
+        ended |= {note.key: (row["step"], note) for note in advisor.ended}
+    assert begun["component"][1].text.startswith("accuracy fell") and "component" not in ended
+    assert "weigh accuracy more" in begun["component"][1].text
+    assert 60 <= begun["entropy"][0] <= 70 and 120 < ended["entropy"][0] <= 160
+    assert ended["entropy"][1].dated.startswith("steps ")
+    # A report says once what its verdict says.
+    texts = all_advice(hacked, GOOD, {"component"})
+    assert not any("accuracy fell" in text for text in texts)
+    assert any("entropy collapsed" in text for text in texts)
+
+
+def test_signs_cost_little_in_a_long_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(health, "findings", lambda evidence: asked.append(len(evidence.rows)) or [])
+    observe(rows(3000, reward=0.5, loss=0.1))
+    assert asked[-1] > 2950 and len(asked) < 600

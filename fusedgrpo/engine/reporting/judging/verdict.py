@@ -53,7 +53,7 @@ def judge(
     weighed = [
         *_held_out(evidence),
         *_held_out_components(evidence),
-        *_components(evidence),
+        *components(evidence),
         *_sum(evidence),
     ]
     better = any(f.key == "held_out" and f.level == "good" for f in weighed)
@@ -135,7 +135,8 @@ def _held_out_components(evidence: Evidence) -> Iterator[Finding]:
         yield from _each(evidence, evidence.held_out_components, "Held-out prompts: ", "held_out_")
 
 
-def _components(evidence: Evidence) -> Iterator[Finding]:
+def components(evidence: Evidence) -> Iterator[Finding]:
+    """Rewards that fell while others rose, and rewards for form that rose alone."""
     changes = evidence.components
     if len(changes) < 2:
         return
