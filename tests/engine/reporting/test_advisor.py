@@ -185,4 +185,4 @@ def test_signs_cost_little_in_a_long_run(monkeypatch):
     asked = []
     monkeypatch.setattr(health, "findings", lambda evidence: asked.append(len(evidence.rows)) or [])
     observe(rows(3000, reward=0.5, loss=0.1))
-    assert asked[-1] > 2950 and len(asked) < 600
+    assert asked[-1] > 2900 and len(asked) < 400
