@@ -59,6 +59,13 @@ class HeldOutCheck:
             records += [{"set": name, **record} for record in self._of(prompts)]
         return records
 
+    @property
+    def _at_once(self) -> int:
+        """Completions that each process samples at once: what evaluations may, or a rollout does."""
+        trainer = self.trainer
+        rollout = trainer.plan.groups_per_rollout * trainer.args.num_generations
+        return max(trainer.args.per_device_eval_batch_size, rollout // trainer.processes.size)
+
     def _of(self, prompts: PromptDataset) -> list[dict[str, Any]]:
         trainer = self.trainer
         rollout, scored = sample_and_score(
@@ -67,7 +74,7 @@ class HeldOutCheck:
             trainer.reward_funcs,
             n=1,
             params=dataclasses.replace(trainer.sampling, greedy=True),
-            batch_size=trainer.args.per_device_eval_batch_size,
+            batch_size=self._at_once,
             seed=derive(trainer.args.seed, "check"),
             state=trainer.collector.reward_state(),
             processes=trainer.processes,
