@@ -61,7 +61,7 @@ class HeldOutCheck:
 
     @property
     def _at_once(self) -> int:
-        """Completions that each process samples at once: what evaluations may, or a rollout does."""
+        """Completions that each process samples at once: as evaluations may, or a rollout does."""
         trainer = self.trainer
         rollout = trainer.plan.groups_per_rollout * trainer.args.num_generations
         return max(trainer.args.per_device_eval_batch_size, rollout // trainer.processes.size)
