@@ -59,12 +59,18 @@ class HeldOutCheck:
             records += [{"set": name, **record} for record in self._of(prompts)]
         return records
 
-    @property
-    def _at_once(self) -> int:
-        """Completions that each process samples at once: as evaluations may, or a rollout does."""
+    def _at_once(self, prompts: PromptDataset) -> int:
+        """How many answers each process samples at once: as many as a rollout has, as far as their
+        keys and values take no more than a rollout's, where a group has its prompt's but once."""
         trainer = self.trainer
-        rollout = trainer.plan.groups_per_rollout * trainer.args.num_generations
-        return max(trainer.args.per_device_eval_batch_size, rollout // trainer.processes.size)
+        group = trainer.args.num_generations
+        rows = trainer.plan.groups_per_rollout * group // trainer.processes.size
+        rows = min(rows, trainer.execution.oom_retry.in_flight or rows)
+        longest = [
+            max(len(e.prompt_ids) for e in each.examples) for each in (trainer.data, prompts)
+        ]
+        tokens = -(-rows // group) * longest[0] + rows * trainer.sampling.max_new_tokens
+        return max(1, min(rows, tokens // (longest[1] + trainer.sampling.max_new_tokens)))
 
     def _of(self, prompts: PromptDataset) -> list[dict[str, Any]]:
         trainer = self.trainer
@@ -74,7 +80,7 @@ class HeldOutCheck:
             trainer.reward_funcs,
             n=1,
             params=dataclasses.replace(trainer.sampling, greedy=True),
-            batch_size=self._at_once,
+            batch_size=self._at_once(prompts),
             seed=derive(trainer.args.seed, "check"),
             state=trainer.collector.reward_state(),
             processes=trainer.processes,

@@ -95,3 +95,13 @@ def test_many_prompts_are_thinned_evenly(tmp_path: Path, count: int) -> None:
     assert max(gaps) - min(gaps) <= 1
     # They are many for so short a run: its ends alone.
     assert run.held_out_check.steps() == {0, 6}
+
+
+def test_as_many_are_sampled_at_once_as_a_rollout_has_room_for(tmp_path: Path) -> None:
+    """Keys and values of a rollout: each prompt's once, each completion's."""
+    run = make(tmp_path)  # 2 x 2 completions of 4 tokens, prompts of at most 4: 24 tokens
+    (prompts,) = run.held_out_check.sets.values()
+    assert max(len(example.prompt_ids) for example in prompts.examples) == 3
+    assert run.held_out_check._at_once(prompts) == 24 // (3 + 4)
+    run.execution.oom_retry.in_flight = 2  # it was halved: one prompt, two completions
+    assert run.held_out_check._at_once(prompts) == 12 // (3 + 4)
