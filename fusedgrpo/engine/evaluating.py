@@ -96,17 +96,17 @@ class Evaluating(TRLSurface):
 
     @property
     def train_dataset(self) -> Any:
-        """The object that was passed, as in TRL; where that was a name or nothing, ``data``, the
-        prompts that were read."""
+        """The data set that was passed, as in TRL; where that was a name, a list of rows, which is
+        none there, or nothing, ``data``, the prompts that were read."""
         given = self.given_datasets[0]
-        return self.data if given is None or isinstance(given, str) else given
+        return self.data if given is None or isinstance(given, (str, list)) else given
 
     @property
     def eval_dataset(self) -> Any:
         """Likewise of evaluation, beside ``held_out``. One that is put here is read at once, and
         evaluated from then on."""
         given = self.given_datasets[1]
-        return self.held_out if given is None or isinstance(given, str) else given
+        return self.held_out if given is None or isinstance(given, (str, list)) else given
 
     @eval_dataset.setter
     def eval_dataset(self, given: Any) -> None:

@@ -355,3 +355,6 @@ def test_the_data_sets_of_a_trainer_are_those_that_were_given(tmp_path: Path) ->
     made.eval_dataset = None
     with pytest.raises(ConfigError, match="no eval_dataset"):
         made.evaluate()
+    # A list of rows is no data set in TRL; here it is read, and that is what there is.
+    listed = trainer(tmp_path, data=[{"prompt": "w4 w5"}], eval_dataset=[{"prompt": "w9"}])
+    assert listed.train_dataset is listed.data and listed.eval_dataset is listed.held_out
