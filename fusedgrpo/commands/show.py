@@ -114,13 +114,10 @@ def _numbers(group: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def _scores(record: Mapping[str, Any]) -> str:
+    from fusedgrpo.engine.reporting.completions_log import scores_of
     from fusedgrpo.engine.reporting.formatting import number
-    from fusedgrpo.engine.reporting.metrics_log import finite
 
-    scores = {"reward": record.get("reward"), **(record.get("rewards") or {})}
-    if "advantage" in record:
-        scores["advantage"] = record["advantage"]
-    words = [f"{name} {number(finite(value))}" for name, value in scores.items()]
+    words = [f"{name} {number(value)}" for name, value in scores_of(record).items()]
     return ", ".join([*words, f"{record.get('length')} tokens", str(record.get("finish_reason"))])
 
 

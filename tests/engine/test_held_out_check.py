@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import tiny
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.held_out_check import PROMPTS
+from fusedgrpo.engine.reporting.completions_log import CompletionsLog
 from fusedgrpo.engine.reporting.held_out_log import check_rows, read_checks
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
+from fusedgrpo.engine.reporting.run_logger import ATTEMPTS
 
 TRAINED = [{"prompt": p} for p in ("w4 w5 w6", "w7 w8", "w9 w10 w11 w12")]
 HELD_OUT = [{"prompt": p} for p in ("w5 w6 w7", "w8 w9")]
@@ -105,3 +109,21 @@ def test_as_many_are_sampled_at_once_as_a_rollout_has_room_for(tmp_path: Path) -
     assert run.held_out_check._at_once(prompts) == 24 // (3 + 4)
     run.execution.oom_retry.in_flight = 2  # it was halved: one prompt, two completions
     assert run.held_out_check._at_once(prompts) == 12 // (3 + 4)
+
+
+def test_answers_that_a_full_disk_did_not_take_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, refused = CompletionsLog.write, []
+
+    def full_once(log: CompletionsLog, step: int, records: Any) -> Path:
+        if log.directory.name == "held_out" and step == 3 and len(refused) < ATTEMPTS:
+            refused.append(step)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(log, step, records)
+
+    monkeypatch.setattr(CompletionsLog, "write", full_once)
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path).train()
+    assert refused and "answers to held-out prompts of step 3 could not be written" in caplog.text
+    assert list(rewards(tmp_path)) == [0, 3, 6]

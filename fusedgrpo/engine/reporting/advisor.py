@@ -23,9 +23,6 @@ from fusedgrpo.engine.reporting.metrics_log import (
     trend,
 )
 
-# Adam moves each weight by about the learning rate per step, whatever the size of the gradient.
-# Adapters start from zero and are few, so they need far more than the 1e-6 of full fine-tuning.
-LOW_LORA_LR = 5e-6
 FEW_STEPS = 3  # in a row, before truncation is worth a word
 EQUAL_STEPS = 5  # in a row without any signal
 FLAT_STEPS = 50  # rollouts after which a reward should have moved
@@ -43,6 +40,7 @@ IN_VERDICT = {
     "equal": {"too_easy", "too_hard", "silent"},
     "silent": {"too_easy", "too_hard", "silent"},
     "skipped": {"skipped"},
+    "learning_rate": {"learning_rate"},
 } | {key: {key} for key in SIGNS}
 OVER_AFTER = 5  # steps in a row without it, until what was said is over and may be said again
 
@@ -93,7 +91,8 @@ class Advisor:
 
     def start(self) -> list[Note]:
         """Advice on the configuration alone, before the first step."""
-        return [Note(text) for text in (self._low_learning_rate(), self._several_eos()) if text]
+        found = {"learning_rate": self._low_learning_rate(), "eos": self._several_eos()}
+        return [Note(text, key=key) for key, text in found.items() if text]
 
     def observe(self, row: Row) -> list[Note]:
         """Notes that are new with the row of a finished step."""
@@ -155,7 +154,7 @@ class Advisor:
 
     def _low_learning_rate(self) -> str | None:
         rate = finite(self.config.get("learning_rate"))
-        if self.config.get("finetuning_type") != "lora" or not rate or rate >= LOW_LORA_LR:
+        if self.config.get("finetuning_type") != "lora" or not rate or rate >= health.LOW_RATE:
             return None
         return (
             f"learning_rate {rate:g} is far too small for LoRA and the reward will hardly move: "
@@ -245,12 +244,13 @@ def all_advice(
     rows: Sequence[Row], config: Mapping[str, Any], verdict_keys: Iterable[str] = ()
 ) -> list[str]:
     """Everything an :class:`Advisor` says over a whole run, with the steps of each, but for what
-    held to its end and is in a verdict with findings of these keys."""
+    held to its end, or of it all, and is in a verdict with findings of these keys."""
     advisor, known = Advisor(config), set(verdict_keys)
     said = [*advisor.start(), *(note for row in rows for note in advisor.observe(row))]
     still = {id(note) for note in advisor.current}
     return [
         note.dated  # by now it is known how long each went on
         for note in said
-        if id(note) not in still or not IN_VERDICT.get(note.key, set()) & known
+        if not (note.first is None or id(note) in still)
+        or not IN_VERDICT.get(note.key, set()) & known
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedgrpo.engine.earlier_run import numbered
-from fusedgrpo.engine.reporting.metrics_log import read_jsonl, to_json_line
+from fusedgrpo.engine.reporting.metrics_log import finite, read_jsonl, to_json_line
 from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rollout.types import Rollout
 
@@ -61,6 +61,14 @@ def completion_records(
 
 def none_if_nan(value: float) -> float | None:
     return None if value != value else value
+
+
+def scores_of(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """The scores of a completion by name: reward, its parts, and the advantage if it has one."""
+    scores = {"reward": record.get("reward"), **(record.get("rewards") or {})}
+    if "advantage" in record:
+        scores["advantage"] = record["advantage"]
+    return {name: finite(value) for name, value in scores.items()}
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:

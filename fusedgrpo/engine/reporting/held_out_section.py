@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from fusedgrpo.engine.reporting.completions_log import prompt_text
+from fusedgrpo.engine.reporting.completions_log import prompt_text, scores_of
 from fusedgrpo.engine.reporting.formatting import number
 from fusedgrpo.engine.reporting.held_out_log import Checks
 from fusedgrpo.engine.reporting.judging.prompts import Compared, compared, counts
-from fusedgrpo.engine.reporting.metrics_log import finite
 
 SHOWN = 12  # prompts, those that changed first
 STYLE = """
@@ -51,8 +50,7 @@ def _pair(one: Compared) -> str:
 
 
 def _answer(name: str, record: Mapping[str, Any]) -> str:
-    scores = {"reward": record.get("reward"), **(record.get("rewards") or {})}
-    tags = [f"{key} {number(finite(value))}" for key, value in scores.items()]
+    tags = [f"{key} {number(value)}" for key, value in scores_of(record).items()]
     tags.append(f"{record.get('length')} tokens")
     return (
         f'<div class="soft">{name}: {escape(", ".join(tags))}</div>'

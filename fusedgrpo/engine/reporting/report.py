@@ -18,14 +18,13 @@ from fusedgrpo import host
 from fusedgrpo.engine.reporting import held_out_section as held_out
 from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
-from fusedgrpo.engine.reporting.completions_log import first_and_last, prompt_text
+from fusedgrpo.engine.reporting.completions_log import first_and_last, prompt_text, scores_of
 from fusedgrpo.engine.reporting.formatting import gigabytes, number
 from fusedgrpo.engine.reporting.held_out_log import read_checks
 from fusedgrpo.engine.reporting.judging.findings import INTERVALS, Finding
 from fusedgrpo.engine.reporting.judging.verdict import Verdict, judge
 from fusedgrpo.engine.reporting.metrics_log import (
     Row,
-    finite,
     read_metrics,
     reward_names,
     series,
@@ -268,9 +267,7 @@ def _group(records: Sequence[Mapping[str, Any]]) -> str:
         f"<pre>{escape(prompt_text(first.get('prompt') or ''))}</pre>"
     ]
     for record in records:
-        scores = {"reward": record.get("reward"), **(record.get("rewards") or {})}
-        scores["advantage"] = record.get("advantage")
-        tags = [f"{name} {number(finite(value))}" for name, value in scores.items()]
+        tags = [f"{name} {number(value)}" for name, value in scores_of(record).items()]
         tags += [f"{record.get('length')} tokens", f"ended by {record.get('finish_reason')}"]
         parts.append(
             f'<div class="said"><pre>{escape(str(record.get("completion")))}</pre>'

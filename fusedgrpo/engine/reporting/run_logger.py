@@ -121,6 +121,7 @@ class RunLogger:
         self.advisor = Advisor(settings, eos_token_ids=eos_ids)
         self.completions_log = CompletionsLog(run.completions)
         self.held_out_log = CompletionsLog(run.held_out)
+        self._answers: dict[int, Sequence[Mapping[str, Any]]] = {}  # to be written, by step
         said: list[str | None] = []
         advice = [] if done else self.advisor.start()
         self._failed_at: dict[str, list[int]] = {}
@@ -190,6 +191,7 @@ class RunLogger:
         """Write what is not written yet; see ``writing`` for what fails."""
 
         def work() -> None:
+            self._write_answers()
             for sampled in sorted(unwritten.completions):
                 self.completions_log.write(sampled, unwritten.completions[sampled])
                 del unwritten.completions[sampled]
@@ -272,13 +274,17 @@ class RunLogger:
 
     def answered(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Write the most likely answers to held-out prompts after ``step``."""
-        self.writing(
-            "answers to held-out prompts", step, lambda: self.held_out_log.write(step, records)
-        )
+        self._answers[step] = records
+        self.writing("answers to held-out prompts", step, self._write_answers)
         rewards = [value for record in records if (value := finite(record["reward"])) is not None]
         when = f"After step {step}" if step else "Before the first step"
         mean = number(fmean(rewards) if rewards else None)
         self.display.note(f"{when}, {len(records)} held-out prompts, greedily: reward {mean}.")
+
+    def _write_answers(self) -> None:
+        for step in sorted(self._answers):
+            self.held_out_log.write(step, self._answers[step])
+            del self._answers[step]
 
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """List the data rows that were left out, beside the metrics."""

@@ -186,3 +186,9 @@ def test_signs_cost_little_in_a_long_run(monkeypatch):
     monkeypatch.setattr(health, "findings", lambda evidence: asked.append(len(evidence.rows)) or [])
     observe(rows(3000, reward=0.5, loss=0.1))
     assert asked[-1] > 2900 and len(asked) < 400
+
+
+def test_what_a_verdict_says_of_the_options_is_not_said_again():
+    low, flat = {**GOOD, "learning_rate": 5e-7}, rows(20, reward=0.5, loss=0.1)
+    assert any("far too small for LoRA" in text for text in all_advice(flat, low))
+    assert all_advice(flat, low, {"learning_rate"}) == []

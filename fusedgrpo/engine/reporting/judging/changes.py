@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, variance
 
@@ -180,11 +180,7 @@ def _least(values: Sequence[float]) -> float:
 def _with_fall(change: Change, margin: float) -> Change:
     below = change.best - change.last
     gained = change.best - change.first
-    fell_back = below > margin and below > 0.25 * gained
-    return Change(
-        *(change.first, change.last, change.begins, change.ends, change.margin),
-        *(change.best, change.best_step, fell_back, change.prompts),
-    )
+    return replace(change, fell_back=below > margin and below > 0.25 * gained)
 
 
 def _differences(

@@ -148,7 +148,7 @@ def silence(evidence: Evidence) -> Iterator[Finding]:
             "Harder prompts would go on teaching.",
         )
         return
-    solved = top > 0 and level >= SOLVED * top and not _at_the_floor(evidence, level)
+    solved = top > 0 and level >= SOLVED * top
     yield Finding(
         "too_easy" if solved else "too_hard",
         "warning" if solved else "bad",
@@ -161,11 +161,6 @@ def silence(evidence: Evidence) -> Iterator[Finding]:
         "their due; check that a right answer does get a reward.",
         {} if solved else {"num_generations": 2 * round(evidence.option("num_generations") or 8)},
     )
-
-
-def _at_the_floor(evidence: Evidence, level: float) -> bool:
-    """Whether rewards are 0 or less: then there is nothing that could be solved."""
-    return level <= 0
 
 
 def clipping(evidence: Evidence) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ got worse.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fusedgrpo.engine.reporting.formatting import number
@@ -59,7 +59,7 @@ def judge(
     better = any(f.key == "held_out" and f.level == "good" for f in weighed)
     for finding in health.findings(evidence):
         if better and finding.key in OUTWEIGHED and finding.level == "warning":
-            finding = _remark(finding)
+            finding = replace(finding, level="note")
         weighed.append(finding)
     order = {"bad": 0, "warning": 1, "good": 2, "note": 3}
     known = any(f.key in ("held_out", "sum") for f in weighed)
@@ -224,12 +224,6 @@ def _earlier(evidence: Evidence, change: Change) -> tuple[str, Mapping[str, Any]
             f"(load_best_model_at_end does so by itself). {words}"
         )
     return words, {"learning_rate": rate / 3} if rate else {}
-
-
-def _remark(finding: Finding) -> Finding:
-    return Finding(
-        *(finding.key, "note", finding.text, finding.steps, finding.advice, finding.change)
-    )
 
 
 def _named(names: Sequence[str]) -> str:
