@@ -65,11 +65,12 @@ def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
     assert last["eval_greedy_rewards/even_ids/mean"] == sum(found[6]) / 2
 
     # From a checkpoint the same answers come again, and those that are there stay.
-    before = (tmp_path / "with/held_out/step-000000.jsonl").stat().st_mtime_ns
+    written = [tmp_path / f"with/held_out/step-00000{step}.jsonl" for step in (0, 3)]
+    before = [path.stat().st_mtime_ns for path in written]
     again = make(tmp_path / "with")
     again.train(str(tmp_path / "with/checkpoints/step-000003"))
     assert rewards(tmp_path / "with") == found
-    assert (tmp_path / "with/held_out/step-000000.jsonl").stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in written] == before
 
 
 def test_a_run_that_stops_early_is_checked_where_it_stops(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import transformers
 from peft import PeftModel
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
+from fusedgrpo.config import learning
 from fusedgrpo.engine.data import streams
 from fusedgrpo.engine.hub import HubError
+from fusedgrpo.engine.own_options import own_options
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.errors import ConfigError, DataError
 
@@ -358,3 +360,19 @@ def test_the_data_sets_of_a_trainer_are_those_that_were_given(tmp_path: Path) ->
     # A list of rows is no data set in TRL; here it is read, and that is what there is.
     listed = trainer(tmp_path, data=[{"prompt": "w4 w5"}], eval_dataset=[{"prompt": "w9"}])
     assert listed.train_dataset is listed.data and listed.eval_dataset is listed.held_out
+
+
+@pytest.mark.peer
+def test_arguments_of_trl_bring_its_learning_rate(tmp_path: Path) -> None:
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+
+    def settled(args: Any) -> GRPOConfig:
+        own = own_options(args, tiny.model(), None, peft.LoraConfig())
+        learning.settle(own, quietly=False)
+        return own
+
+    theirs = settled(trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+    assert theirs.finetuning_type == "lora" and theirs.learning_rate == 1e-6
+    assert learning.said(theirs) == ""
+    ours = settled(GRPOConfig(output_dir=str(tmp_path)))
+    assert ours.learning_rate == learning.LEARNING_RATES["lora"] and learning.said(ours)

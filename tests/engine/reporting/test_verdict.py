@@ -58,6 +58,15 @@ CASES = {
         "red",
         {"held_out", "component", "length", "kl"},
     ),
+    "one component is lost on held-out prompts alone": Case(
+        lambda s: run(
+            s,
+            {"accuracy": flat(0.5), "format": rise(0.1, 0.9)},
+            held_out={"accuracy": rise(0.5, 0.1), "format": rise(0.1, 0.9)},
+        ),
+        "red",
+        {"held_out", "held_out_component"},
+    ),
     "hacked length": Case(
         lambda s: run(
             s, {"accuracy": flat(0.4), "length_bonus": rise(0.1, 1.0)}, length=rise(100, 900)
