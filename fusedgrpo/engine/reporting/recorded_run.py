@@ -1,0 +1,53 @@
+"""A run as its directory has it: what reports, verdicts and comparisons are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusedgrpo.engine.reporting.completions_reader import Completions
+from fusedgrpo.engine.reporting.held_out_log import Checks, read_checks
+from fusedgrpo.engine.reporting.metrics_log import read_metrics
+from fusedgrpo.errors import DataError
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """path: the directory, resolved. rows: of ``metrics.jsonl``, in order. config: the options,
+    empty where their file is missing. checks: the most likely answers to held-out prompts, by
+    step. completions: what was sampled."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    config: dict[str, Any]
+    checks: Checks
+    completions: Completions
+
+    @classmethod
+    def read(cls, path: str | Path) -> RecordedRun:
+        """Raises DataError: there is no metrics.jsonl in ``path``, or no row in it."""
+        path = Path(path).expanduser().resolve()
+        metrics = path / "metrics.jsonl"
+        rows = read_metrics(metrics) if metrics.exists() else []
+        if not rows:
+            raise DataError(
+                f"{str(metrics)!r} has no rows: nothing to report on. Is this a run's output_dir?"
+            )
+        return cls(
+            path=path,
+            rows=rows,
+            config=read_config(path / "config.resolved.yaml"),
+            checks=read_checks(path / "held_out"),
+            completions=Completions(path / "completions"),
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a ``config.resolved.yaml``; none if it is not there."""
+    import yaml
+
+    if not path.exists():
+        return {}
+    config = yaml.safe_load(path.read_text("utf-8"))
+    return config if isinstance(config, dict) else {}
