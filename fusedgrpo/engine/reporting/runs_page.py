@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,137 +13,127 @@ from fusedgrpo.engine.reporting.judging import several
 from fusedgrpo.engine.reporting.judging.findings import INTERVALS
 from fusedgrpo.engine.reporting.judging.several import Run
 from fusedgrpo.engine.reporting.judging.verdict import judge
-from fusedgrpo.engine.reporting.metrics_log import reward_names
-from fusedgrpo.engine.reporting.report import page
+from fusedgrpo.engine.reporting.metrics_log import reward_names, series
+from fusedgrpo.engine.reporting.page.charts import Chart, Curve
+from fusedgrpo.engine.reporting.page.render import render, write_page
+
+Known = tuple[list[int], Curve]  # the steps that a curve has values at, and it
 
 CURVES = {
-    "reward": "Reward",
-    "eval_reward": "Reward of evaluations",
-    "kl": "KL to the reference, nats a token",
-    "entropy": "Entropy, nats a token",
-    "completions/mean_length": "Mean length, tokens",
-    "frac_reward_zero_std": "Share of groups without signal",
+    "reward": ("Reward", "weighted sum, mean over completions"),
+    "eval_reward": ("Reward of evaluations", "mean over completions"),
+    "kl": ("KL to the reference", "nats a token"),
+    "entropy": ("Entropy", "nats a token"),
+    "completions/mean_length": ("Mean length", "tokens"),
+    "frac_reward_zero_std": ("Groups without signal", "share of groups"),
 }
 
 
 def write_runs_page(paths: Sequence[Path], path: Path) -> Path:
     """Write the page. Raises DataError; see ``several.read_runs``."""
     runs = several.read_runs(paths)
-    sections = [
-        f"<h1>{len(runs)} runs</h1>",
-        _options(runs),
-        _outcomes(runs),
-        _paired(runs),
-        _curves(several.by_series(runs)),
-    ]
+    groups = several.by_series(runs)
+    charts = list(_charts(groups))
+    paired = list(_paired(runs))
+    parts = [("top", "Runs"), ("differ", "Options"), ("outcomes", "Outcomes")]
+    parts += [("paired", "Held-out prompts")] * bool(paired) + [("curves", "Curves")] * bool(charts)
+    text = render(
+        "runs.html.j2",
+        title=f"fusedgrpo: {len(runs)} runs",
+        parts=parts,
+        charts=charts,
+        runs=[run.name for run in runs],
+        differing=[
+            [name, *map(_value, values)] for name, values in several.differing(runs).items()
+        ],
+        outcomes=list(_outcomes(runs)),
+        paired=paired,
+        intervals=INTERVALS,
+        series=any(group[1:] for group in groups),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = page(f"fusedgrpo: {len(runs)} runs", "\n".join(sections))
-    path.write_text(text, encoding="utf-8", errors="replace")
+    write_page(path, text)
     return path
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    def cells(kind: str, values: Iterable[str]) -> str:
-        return "".join(f"<{kind}>{escape(value)}</{kind}>" for value in values)
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="card wide"><table><tr>{cells("th", head)}</tr>{body}</table></div>'
-
-
-def _options(runs: Sequence[Run]) -> str:
-    found = several.differing(runs)
-    if not found:
-        return '<h2>Options</h2><p class="soft">All the same.</p>'
-    rows = [[name, *map(_value, values)] for name, values in found.items()]
-    return "<h2>Options that differ</h2>" + _table(["", *(run.name for run in runs)], rows)
-
-
-def _outcomes(runs: Sequence[Run]) -> str:
-    rows = []
+def _outcomes(runs: Sequence[Run]) -> Iterator[list[str]]:
     for run in runs:
         found = judge(run.rows, run.config, run.checks)
         steps = str(run.rows[-1]["step"])
         reward = number(several.last_value(run.rows, "reward"))
         reasons = found.reasons[0].text if found.reasons else ""
-        rows.append([run.name, found.kind, f"{found.headline} {reasons}", steps, reward])
-    head = ["run", "verdict", "", "steps", "last reward"]
-    return "<h2>How they came out</h2>" + _table(head, rows)
+        yield [run.name, found.kind, f"{found.headline} {reasons}", steps, reward]
 
 
-def _paired(runs: Sequence[Run]) -> str:
-    first, rows = runs[0], []
+def _paired(runs: Sequence[Run]) -> Iterator[list[str]]:
+    first = runs[0]
     for run in runs[1:]:
         if (found := several.difference(first, run)) is not None:
             verdict = "no difference beyond chance"
             if found.is_sure:
                 verdict = "better" if found.size > 0 else "worse"
             size = f"{found.size:+.3f} ± {found.margin:.3f}"
-            rows.append([run.name, size, str(found.prompts), verdict])
-    if not rows:
-        return ""
-    return (
-        f"<h2>On the same held-out prompts, against {escape(first.name)}</h2>"
-        + _table(["run", "mean reward, difference", "prompts", ""], rows)
-        + f'<p class="soft">The last greedy answers, prompt by prompt. {escape(INTERVALS)}</p>'
-    )
+            yield [run.name, size, str(found.prompts), verdict]
 
 
-def _curves(groups: Sequence[Sequence[Run]]) -> str:
+def _charts(groups: Sequence[Sequence[Run]]) -> Iterator[Chart]:
     names = dict.fromkeys(
         name for group in groups for run in group for name in reward_names(run.rows)
     )
-    parts = {f"rewards/{name}/mean": f"Reward of {name}" for name in names}
+    parts = {f"rewards/{n}/mean": (f"Reward of {n}", "mean over completions") for n in names}
     wanted = CURVES | (parts if len(parts) > 1 else {})
-    cards = []
-    for key, title in wanted.items():
-        if (image := _drawn(groups, key, title)) is not None:
-            data = base64.b64encode(image).decode("ascii")
-            cards.append(
-                f'<div class="card"><img alt="{escape(title)}" '
-                f'src="data:image/png;base64,{data}"></div>'
-            )
-    words = "Means over a tenth of a run; of runs that differ in their seed alone the mean, with a "
-    words += "band of one standard deviation."
-    return (
-        f'<h2>Curves</h2><p class="soft">{words}</p><div class="plots">{"".join(cards)}</div>'
-        if cards
-        else ""
-    )
+    for i, (key, (title, unit)) in enumerate(wanted.items()):
+        curves = _told_apart([_curves(group, key, colour) for colour, group in enumerate(groups)])
+        steps = sorted({step for of_group in curves for known, _ in of_group for step in known})
+        if not steps:
+            continue
+        drawn: list[Curve] = []
+        bands = []
+        for of_group in curves:
+            if len(of_group) == 3:
+                bands.append((len(drawn) + 1, len(drawn) + 2))
+            drawn += [_at(steps, known, curve) for known, curve in of_group]
+        yield Chart(f"runs-{i}", title, unit, steps, drawn, bands=bands)
 
 
-def _drawn(groups: Sequence[Sequence[Run]], key: str, title: str) -> bytes | None:
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _told_apart(curves: Sequence[list[Known]]) -> list[list[Known]]:
+    """Curves that are the same are one, with all their names, so that none hides another."""
+    found: list[list[Known]] = []
+    for of_group in curves:
+        steps_and_values = [(steps, curve.values) for steps, curve in of_group]
+        for i, other in enumerate(found):
+            if of_group and [(steps, curve.values) for steps, curve in other] == steps_and_values:
+                names = f"{other[0][1].name} = {of_group[0][1].name}"
+                found[i] = [(other[0][0], replace(other[0][1], name=names)), *other[1:]]
+                break
+        else:
+            found.append(of_group)
+    return found
 
-    with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        drawn = False
-        for i, group in enumerate(groups):
-            if (found := several.band(group, key, plots.smooth)) is None:
-                continue
-            drawn, colour = True, plots.COLOURS[i % len(plots.COLOURS)]
-            label = group[0].name + (
-                f", and {len(group) - 1} with other seeds" if group[1:] else ""
-            )
-            axes.plot(found.steps, found.mean, color=colour, label=label)
-            if group[1:]:
-                edges = list(zip(found.mean, found.spread, strict=True))
-                axes.fill_between(
-                    found.steps,
-                    [m - s for m, s in edges],
-                    [m + s for m, s in edges],
-                    color=colour, alpha=0.2, linewidth=0,
-                )  # fmt: skip
-        if not drawn:
-            return None
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.legend()
-        file = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()
+
+def _curves(group: Sequence[Run], key: str, colour: int) -> list[Known]:
+    """The steps and the curve of a run; of several their mean and the edges of their band."""
+    colour %= len(plots.COLOURS)
+    if not group[1:]:
+        steps, values = series(group[0].rows, key)
+        kind = "points" if key.startswith("eval_") else "noisy"
+        return [(steps, Curve(group[0].name, values, colour, kind))] if steps else []  # type: ignore[arg-type]
+    found = several.band(group, key, plots.smooth)
+    if found is None:
+        return []
+    name = f"{group[0].name}, and {len(group) - 1} with other seeds"
+    edges = list(zip(found.mean, found.spread, strict=True))
+    return [
+        (found.steps, Curve(name, found.mean, colour, "plain")),
+        (found.steps, Curve(f"{name}, +1 sd", [m + s for m, s in edges], colour, "edge")),
+        (found.steps, Curve(f"{name}, -1 sd", [m - s for m, s in edges], colour, "edge")),
+    ]
+
+
+def _at(steps: Sequence[int], known: Sequence[int], curve: Curve) -> Curve:
+    """The curve at all of ``steps``, whose gaps are drawn over."""
+    values = dict(zip(known, curve.values, strict=True))
+    return replace(curve, values=[values.get(step) for step in steps], joined=True)
 
 
 def _value(value: Any) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from fusedgrpo.engine.reporting.completions_log import prompt_text
-from fusedgrpo.engine.reporting.held_out_log import Checks, read_checks
+from fusedgrpo.engine.reporting.held_out_log import Checks
 from fusedgrpo.engine.reporting.judging.changes import bootstrapped
-from fusedgrpo.engine.reporting.metrics_log import Row, finite, read_metrics, series
+from fusedgrpo.engine.reporting.metrics_log import Row, finite, series
+from fusedgrpo.engine.reporting.recorded_run import RecordedRun
 from fusedgrpo.errors import DataError
 
 # Options in which the runs of one series may differ, and whose differences say nothing.
@@ -61,8 +62,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if folders.count(folder) > 1:
             raise DataError(f"{folder}: is named twice.")
+    found = map(RecordedRun.read, folders)
     return [
-        Run(name, *_read(folder)) for name, folder in zip(_names(folders), folders, strict=True)
+        Run(name, run.rows, run.config, run.checks)
+        for name, run in zip(_names(folders), found, strict=True)
     ]
 
 
@@ -109,17 +112,6 @@ def difference(first: Run, second: Run) -> Difference | None:
         return None
     gained = np.asarray([other[key] - one[key] for key in both])
     return Difference(float(gained.mean()), bootstrapped(gained), len(both))
-
-
-def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Checks]:
-    import yaml
-
-    metrics, options = folder / "metrics.jsonl", folder / "config.resolved.yaml"
-    rows = read_metrics(metrics) if metrics.exists() else []
-    if not rows:
-        raise DataError(f"{str(metrics)!r} has no rows: is {folder} a run's output_dir?")
-    config = yaml.safe_load(options.read_text("utf-8")) if options.exists() else {}
-    return rows, config if isinstance(config, dict) else {}, read_checks(folder / "held_out")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
