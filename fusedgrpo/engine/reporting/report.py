@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ def _cost(rows: Sequence[Row]) -> dict[str, Any] | None:
     return {"time": time_parts, "lines": lines, "memory": []}
 
 
-def _samples(completions: Completions) -> list[tuple[int, list[list[Mapping[str, Any]]]]]:
+def _samples(completions: Completions) -> list[tuple[int, list[list[dict[str, Any]]]]]:
     """Some groups of the first and of the last rollout, with their steps."""
     steps = completions.steps
     found = []
