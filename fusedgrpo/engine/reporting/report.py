@@ -18,7 +18,8 @@ from fusedgrpo import host
 from fusedgrpo.engine.reporting import held_out_section as held_out
 from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
-from fusedgrpo.engine.reporting.completions_log import first_and_last, prompt_text, scores_of
+from fusedgrpo.engine.reporting.completions_log import prompt_text, scores_of
+from fusedgrpo.engine.reporting.completions_reader import first_and_last
 from fusedgrpo.engine.reporting.formatting import gigabytes, number
 from fusedgrpo.engine.reporting.held_out_log import read_checks
 from fusedgrpo.engine.reporting.judging.findings import INTERVALS, Finding
