@@ -128,16 +128,23 @@ def _sync_directory(path: Path) -> None:
 
 
 def _schema(steps: Sequence[int], read: Callable[[int], Records]) -> pa.Schema:
-    """The columns that any of the records has something for, rewards in order of appearance."""
-    keys: dict[str, None] = {}
+    """Fixed columns that any of the records has a key for, rewards in order of appearance, JSON."""
+    keys = {"step": None}
+    names: dict[str, None] = {}
     for step in steps:
         for record in read(step):
-            keys |= dict.fromkeys(_row(step, record))
+            keys |= dict.fromkeys(record)
+            if isinstance(rewards := record.get("rewards"), dict):
+                names |= dict.fromkeys(_columns_of(rewards))
     fixed = [pa.field(name, _TYPES[kind]) for name, kind in COLUMNS.items() if name in keys]
-    rewards = [pa.field(name, pa.float64()) for name in keys if name.startswith(REWARDS)]
-    said = [pa.field(name, pa.string()) for name in JSON if name in keys]
-    fields = [*fixed, *rewards, *said] if keys else [pa.field("step", pa.int64())]
-    return pa.schema(fields, {_STEPS: json.dumps(list(steps))})
+    parts = [pa.field(REWARDS + name, pa.float64()) for name in names]
+    said = [pa.field(name, pa.string()) for name in JSON]
+    return pa.schema([*fixed, *parts, *said], {_STEPS: json.dumps(list(steps))})
+
+
+def _columns_of(rewards: Mapping[str, Any]) -> list[str]:
+    """The names that a column can have."""
+    return [name for name in rewards if _utf8(name) == name]
 
 
 def _row(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,8 +163,7 @@ def _row(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
     if "extra" in rest:
         row["extra"] = _json(rest.pop("extra"))
     if isinstance(rewards := record.get("rewards"), dict):
-        names = [name for name in rewards if _utf8(name) == name]
-        parts = {name: finite(rewards[name]) for name in names}
+        parts = {name: finite(rewards[name]) for name in _columns_of(rewards)}
         row |= {REWARDS + name: value for name, value in parts.items()}
         rest["rewards"] = {k: v for k, v in rewards.items() if not _same(parts.get(k), v)}
         if rewards and not rest["rewards"]:
