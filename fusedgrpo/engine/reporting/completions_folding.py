@@ -81,9 +81,10 @@ class FoldingLog(CompletionsLog):
 
 def _cut(file: parquet.StepsFile, step: int, aside: Path) -> None:
     """Leave the steps until ``step`` in ``file``, under a name that fits, and put the others into
-    a file of the folder ``aside``: which is there before they are gone."""
+    a file of the folder ``aside``: which is there before they are gone. A file that cannot be read
+    is put there whole."""
     kept = [number for number in file.steps if number <= step]
-    if not kept:
+    if not kept or not file.is_readable():
         file.path.rename(aside / file.path.name)
         return
     gone = [number for number in file.steps if number > step]

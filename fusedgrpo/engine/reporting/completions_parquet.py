@@ -76,6 +76,16 @@ class StepsFile:
             table = file.read_row_groups(groups, columns=wanted, use_threads=False)
         return table.select(wanted)  # a dot in a name stands for a field of it, to the reader
 
+    def is_readable(self) -> bool:
+        """False, with a warning, if its rows cannot be read."""
+        try:
+            for step in self.steps:
+                self.table([step])
+        except ERRORS as error:
+            logger.warning("%s cannot be read: %s", self.path, error)
+            return False
+        return True
+
     @property
     def reward_names(self) -> list[str]:
         names = pq.read_schema(self.path).names

@@ -29,7 +29,7 @@ _REAL = ("reward", "advantage")
 
 @dataclass(frozen=True)
 class Scores:
-    """What completions got, without what they say: arrays of ``[B]``, in order of their steps.
+    """The numbers of completions, without their texts: arrays of ``[B]``, in order of steps.
 
     step: whose rollout; group: its number in the rollout; row: of the data; length: tokens; cut:
     ended by the limit; reward: their weighted sum, NaN where there is none; advantage: NaN where a
@@ -50,7 +50,7 @@ class Scores:
 
 
 def scores_from(records: Iterable[Mapping[str, Any]]) -> Scores:
-    """Those of records as they are logged, each with its ``step``."""
+    """The scores of records as they are logged, each with its ``step``."""
     records = list(records)
     rewards = [record.get("rewards") for record in records]
     given: list[dict[str, Any]] = [each if isinstance(each, dict) else {} for each in rewards]
@@ -116,7 +116,7 @@ class Completions:
 
     @cached_property
     def scores(self) -> Scores:
-        """Those of all steps."""
+        """The scores of all steps."""
         folded: dict[StepsFile, list[int]] = {}
         loose: list[dict[str, Any]] = []
         for step, place in self._places.items():
@@ -134,7 +134,7 @@ class Completions:
 
 
 def _scores_in(file: StepsFile, steps: Sequence[int]) -> Scores:
-    """Those of some steps of a file. Raises one of ``ERRORS``."""
+    """The scores of some steps of a file. Raises one of ``ERRORS``."""
     rewards = {name: REWARDS + name for name in file.reward_names}
     columns = [*_WHOLE, *_REAL, "finish_reason", *rewards.values()]
     table = file.table(steps, columns)

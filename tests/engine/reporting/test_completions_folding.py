@@ -100,7 +100,8 @@ def test_records_come_back_as_they_were_written(
         for step, records in enumerate(written):
             log.write(step, records)
         expected = {
-            step: [{"step": step, **each} for each in records] for step, records in enumerate(written)
+            step: [{"step": step, **each} for each in records]
+            for step, records in enumerate(written)
         }
         as_typed = read(path)
         before = Completions(path).scores
@@ -151,7 +152,9 @@ def test_a_long_run_is_few_files_with_columns_for_people(tmp_path: Path) -> None
     assert names(tmp_path) == [
         "dropped-001", "steps-000001-000004.parquet", "steps-000005-000006.parquet",
     ]  # fmt: skip
-    assert Completions(tmp_path).scores.reward.tolist() == [s / 2 for s in range(1, 7) for _ in "ab"]
+    assert Completions(tmp_path).scores.reward.tolist() == [
+        s / 2 for s in range(1, 7) for _ in "ab"
+    ]
     log_of(tmp_path, range(7, 11))
     assert Completions(tmp_path).steps == list(range(1, 11))
     assert "steps-000007-000010.parquet" in names(tmp_path)
@@ -187,7 +190,12 @@ def test_a_stop_at_any_point_loses_and_doubles_nothing(
             return changed
 
         with monkeypatch.context() as patched:
-            for owner, name in ((os, "replace"), (os, "rename"), (Path, "rename"), (Path, "unlink")):
+            for owner, name in (
+                (os, "replace"),
+                (os, "rename"),
+                (Path, "rename"),
+                (Path, "unlink"),
+            ):
                 patched.setattr(owner, name, counted(getattr(owner, name)))
             try:
                 log.drop_after(2) if drops else log.fold_if_due()
@@ -278,6 +286,10 @@ def test_torn_and_foreign_files_are_left_out_with_a_warning(
     log_of(tmp_path, range(10, 14))
     assert "step-000009.jsonl" in names(tmp_path) and "step-notes.jsonl" in names(tmp_path)
     assert "steps-000010-000013.parquet" in names(tmp_path)
+    # Nor does it keep a run from going on.
+    FoldingLog(tmp_path).drop_after(6)
+    assert Completions(tmp_path).steps == [1, 2, 3, 4]
+    assert "steps-000005-000008.parquet" in names(tmp_path / "dropped-001")
 
 
 def test_a_reader_finds_what_was_folded_since_it_looked(tmp_path: Path) -> None:
