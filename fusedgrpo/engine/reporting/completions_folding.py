@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fusedgrpo.engine.earlier_run import numbered
 from fusedgrpo.engine.reporting import completions_parquet as parquet
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
-from fusedgrpo.engine.reporting.metrics_log import steps_in_words
 from fusedgrpo.errors import reason
 
 FOLDED = 64  # steps of a file; a run of 10,000 rollouts has 157 files and up to 63 loose ones
@@ -63,20 +61,15 @@ class FoldingLog(CompletionsLog):
             for step in part:
                 loose[step].unlink()
 
-    def drop_after(self, step: int) -> str | None:
-        folded = [file for file in parquet.files_in(self.directory) if file.steps[-1] > step]
-        later = {number for file in folded for number in file.steps if number > step}
-        later |= {number for number in self.loose if number > step}
-        if not later:
-            return None
-        aside = numbered(self.directory, "dropped")
-        aside.mkdir()
-        for file in folded:
-            _cut(file, step, aside)
-        for number, path in self.loose.items():
-            if number > step:
-                path.rename(aside / path.name)
-        return f"{self.directory.name}: what is of {steps_in_words(later)} was moved to {aside}."
+    def _steps(self) -> Iterable[int]:
+        folded = (step for file in parquet.files_in(self.directory) for step in file.steps)
+        return {*folded, *self.loose}
+
+    def _move_after(self, step: int, aside: Path) -> None:
+        for file in parquet.files_in(self.directory):
+            if file.steps[-1] > step:
+                _cut(file, step, aside)
+        super()._move_after(step, aside)
 
 
 def _cut(file: parquet.StepsFile, step: int, aside: Path) -> None:

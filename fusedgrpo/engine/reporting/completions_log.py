@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,14 +106,21 @@ class CompletionsLog:
     def drop_after(self, step: int) -> str | None:
         """Put the files of later steps, which a resumed run is going to sample again, into a folder
         beside; returns what there is to say. Raises OSError."""
-        later = {number: path for number, path in self.loose.items() if number > step}
+        later = [number for number in self._steps() if number > step]
         if not later:
             return None
         aside = numbered(self.directory, "dropped")
         aside.mkdir()
-        for path in later.values():
-            path.rename(aside / path.name)
+        self._move_after(step, aside)
         return f"{self.directory.name}: what is of {steps_in_words(later)} was moved to {aside}."
+
+    def _steps(self) -> Iterable[int]:
+        return self.loose
+
+    def _move_after(self, step: int, aside: Path) -> None:
+        for number, path in self.loose.items():
+            if number > step:
+                path.rename(aside / path.name)
 
     @property
     def loose(self) -> dict[int, Path]:
