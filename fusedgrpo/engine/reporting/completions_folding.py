@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fusedgrpo.engine.checkpoint_files import why_not_written
 from fusedgrpo.engine.reporting import completions_parquet as parquet
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
 from fusedgrpo.errors import reason
@@ -36,7 +37,8 @@ class FoldingLog(CompletionsLog):
         except parquet.ERRORS as error:
             self._due = loose + FOLDED
             return (
-                f"{self.directory}: {loose} files could not be made into one ({reason(error)}). "
+                f"{self.directory}: {loose} files could not be made into one "
+                f"({why_not_written(error) or reason(error)}). "
                 f"They stay as they are; tried again after {FOLDED} more."
             )
         self._due = FOLDED
@@ -86,7 +88,7 @@ def _cut(file: parquet.StepsFile, step: int, aside: Path) -> None:
     os.rename(file.path, file.path.with_name(parquet.name_of(kept)))
 
 
-def _records(path: Path) -> list[Mapping[str, Any]] | None:
+def _records(path: Path) -> list[dict[str, Any]] | None:
     """None where a line is no record: such a file is no work of ours, and is not folded, so that
     the line stays."""
     records = []

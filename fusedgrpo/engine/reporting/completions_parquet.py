@@ -104,6 +104,7 @@ def files_in(directory: Path) -> list[StepsFile]:
 
 
 def name_of(steps: Sequence[int]) -> str:
+    """The name of the file of these steps."""
     return f"steps-{min(steps):06d}-{max(steps):06d}.parquet"
 
 

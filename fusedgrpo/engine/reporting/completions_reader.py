@@ -85,9 +85,10 @@ class Completions:
     @cached_property
     def _places(self) -> dict[int, Path | StepsFile]:
         """By step, in order, the file that it is read from."""
-        loose = steps_in(self.directory)  # first: what is folded meanwhile is in both
-        folded = {step: file for file in files_in(self.directory) for step in file.steps}
-        return dict(sorted({**loose, **folded}.items()))
+        places: dict[int, Path | StepsFile] = {}
+        places |= steps_in(self.directory)  # first: what is folded meanwhile is in both
+        places |= {step: file for file in files_in(self.directory) for step in file.steps}
+        return dict(sorted(places.items()))
 
     @property
     def steps(self) -> list[int]:
@@ -118,19 +119,18 @@ class Completions:
     def scores(self) -> Scores:
         """The scores of all steps."""
         folded: dict[StepsFile, list[int]] = {}
-        loose: list[dict[str, Any]] = []
-        for step, place in self._places.items():
+        found = [scores_from([])]
+        for step, place in list(self._places.items()):
             if isinstance(place, StepsFile):
                 folded.setdefault(place, []).append(step)
-        parts = []
+            else:
+                found.append(scores_from({**record, "step": step} for record in self.read(step)))
         for file, steps in folded.items():
             try:
-                parts.append(_scores_in(file, steps))
+                found.append(_scores_in(file, steps))
             except ERRORS as error:
                 logger.warning("%s is left out: %s", file.path, error)
-        for step in [step for step, place in self._places.items() if isinstance(place, Path)]:
-            loose += [{**record, "step": step} for record in self.read(step)]
-        return _joined([*parts, scores_from(loose)])
+        return _joined(sorted(found, key=lambda scores: scores.step[:1].tolist()))
 
 
 def _scores_in(file: StepsFile, steps: Sequence[int]) -> Scores:
@@ -153,7 +153,7 @@ def _scores_in(file: StepsFile, steps: Sequence[int]) -> Scores:
 
 
 def _joined(pieces: Sequence[Scores]) -> Scores:
-    """All of them, in order of their steps."""
+    """One of several, in order of steps."""
     names = dict.fromkeys(name for piece in pieces for name in piece.parts)
     order = np.argsort(np.concatenate([piece.step for piece in pieces]), kind="stable")
 
@@ -164,9 +164,13 @@ def _joined(pieces: Sequence[Scores]) -> Scores:
         missing = (np.full(len(piece), np.nan) for piece in pieces)
         return joined(p.parts.get(name, nan) for p, nan in zip(pieces, missing, strict=True))
 
-    fields = (*_WHOLE, *_REAL, "cut")
-    whole = {name: joined(getattr(piece, name) for piece in pieces) for name in fields}
-    return Scores(**whole, parts={name: part(name) for name in names})
+    return Scores(
+        **{
+            name: joined(getattr(piece, name) for piece in pieces)
+            for name in (*_WHOLE, *_REAL, "cut")
+        },
+        parts={name: part(name) for name in names},
+    )
 
 
 def first_and_last(directory: str | Path) -> list[list[dict[str, Any]]]:
