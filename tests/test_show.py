@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fusedgrpo.cli import app
+from fusedgrpo.engine.reporting import completions_folding
+from fusedgrpo.engine.reporting.completions_folding import FoldingLog
 from fusedgrpo.errors import ConfigError
 
 
@@ -31,6 +33,10 @@ def run(tmp_path: Path) -> Path:
     for step in (1, 4):
         told = [record(0, chat, "three", 0.0), record(0, chat, "two\x1b[2J", 1.0)]
         write("completions", step, [*told, record(1, "plain", "none", None)])
+    for step in (0, 2):
+        told = [record(0, chat, "three", 0.0), record(1, "plain", "x", 1.0)]
+        of_sets = [{"set": name, **each} for name in ("easy", "hard") for each in told]
+        write("eval_completions", step, of_sets)
     write("held_out", 0, [record(0, chat, "three", 0.0), record(1, "p", "right", 1.0)])
     write("held_out", 4, [record(0, chat, "two", 1.0), record(1, "p", "wrong", 0.0)])
     return tmp_path
@@ -72,10 +78,28 @@ def test_held_out_prompts_are_shown_before_and_after(run: Path) -> None:
     assert text.index("before: reward 0.00") < text.index("three") < text.index("after: reward")
 
 
+def test_an_evaluation_is_shown_like_a_rollout_with_its_sets(run: Path) -> None:
+    head, *lines = said(run, "--evaluated").splitlines()
+    assert head == "step 2 of 2: 4 prompts, 4 completions"
+    assert [line.split()[-2:] for line in lines[1::2]] == [["easy:", "plain"], ["hard:", "plain"]]
+    text = said(run, "--evaluated", "--step", 1, "--prompt", 3)
+    assert text.startswith("step 0 of 2") and "plain" in text and "reward 1.00" in text
+
+
+def test_folded_completions_are_shown_as_well(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [said(run, "--step", step, "--prompt", 0) for step in (1, 4)]
+    monkeypatch.setattr(completions_folding, "FOLDED", 2)
+    assert FoldingLog(run / "completions").fold_if_due() is None
+    assert not list((run / "completions").glob("*.jsonl"))
+    assert [said(run, "--step", step, "--prompt", 0) for step in (1, 4)] == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--step", "0"], "--step 0: the first rollout is that of step 1"),
+        (["--evaluated", "--step", "-1"], "the first evaluation is that of step 0"),
+        (["--evaluated", "--held_out"], "--held_out, --evaluated: one at a time"),
         (["--prompt", "7"], "--prompt 7: there are 0 to 1"),
         (["--held_out", "--step", "1"], "--step: --held_out compares the first check"),
     ],
@@ -86,6 +110,6 @@ def test_what_is_not_there_is_said(run: Path, words: list[str], message: str) ->
 
 
 def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
-    for words in ([], ["--held_out"]):
+    for words in ([], ["--held_out"], ["--evaluated"]):
         with pytest.raises(ConfigError, match="has no "):
             said(tmp_path, *words)

@@ -149,9 +149,7 @@ def _is_base_with_adapter(options: GRPOConfig) -> bool:
 def _answers(name: str, trainer: GRPOTrainer, sampler: Sampler, n: int) -> Answers:
     """All that the policy of that name, which ``sampler`` samples from, says and gets."""
     from fusedgrpo.engine.comparison import prompt_means
-    from fusedgrpo.engine.evaluation import sample_and_score
-    from fusedgrpo.engine.reporting.completions_log import completion_records
-    from fusedgrpo.engine.scoring import per_completion
+    from fusedgrpo.engine.evaluation import answer_records, sample_and_score
     from fusedgrpo.engine.seeding import derive
 
     data, rewards, options = trainer.data, trainer.reward_funcs, trainer.args
@@ -173,18 +171,8 @@ def _answers(name: str, trainer: GRPOTrainer, sampler: Sampler, n: int) -> Answe
         ids = rollout.group_ids
         for measure, values in _measured(rewards.names, rollout, scored).items():
             means[f"{mode} {measure}"] = prompt_means(values, ids)
-        made = completion_records(
-            rollout,
-            prompts=[example.prompt for example in per_completion(rollout, data.examples)],
-            names=rewards.names,
-            rewards=scored.values,
-            total=scored.total,
-            advantages=scored.total,
-            extra=scored.extra,
-        )
+        made = answer_records(data, rollout, scored, rewards.names)
         records += [{"mode": mode, **record} for record in made]
-    for record in records:
-        del record["advantage"]  # of a group that trains
     return Answers(means, records)
 
 

@@ -26,39 +26,62 @@ def show(
         bool,
         typer.Option("--held_out", help="Held-out prompts instead, before training and after."),
     ] = False,
+    evaluated: Annotated[
+        bool,
+        typer.Option("--evaluated", help="The evaluation that the step had, or one before it."),
+    ] = False,
 ) -> None:
     """Show completions of a run: a line for each prompt of a rollout, or all answers to one."""
+    if held_out and evaluated:
+        raise ConfigError("--held_out, --evaluated: one at a time.")
     if held_out and step is not None:
         raise ConfigError("--step: --held_out compares the first check with the last.")
-    lines = _held_out(run, prompt) if held_out else _rollout(run, step, prompt)
+    if held_out:
+        lines = _held_out(run, prompt)
+    elif evaluated:
+        lines = _sampled(run, "eval_completions", step, prompt)
+    else:
+        lines = _sampled(run, "completions", step, prompt)
     typer.echo("\n".join(lines))
 
 
-def _rollout(run: Path, step: int | None, prompt: int | None) -> list[str]:
-    from fusedgrpo.engine.reporting.completions_log import steps_in
-    from fusedgrpo.engine.reporting.metrics_log import read_jsonl
+# Folder -> what is in it; who has one.
+_KINDS = {
+    "completions": ("rollout", "name the output_dir of a run"),
+    "eval_completions": ("evaluation", "a run has one that evaluates (eval_strategy)"),
+}
 
-    found = steps_in(run / "completions")
-    if not found:
-        raise ConfigError(f"{run}: has no completions/; name the output_dir of a run.")
-    at = [number for number in found if step is None or number <= step]
+
+def _sampled(run: Path, folder: str, step: int | None, prompt: int | None) -> list[str]:
+    from fusedgrpo.engine.reporting.completions_reader import Completions
+
+    kind, advice = _KINDS[folder]
+    found = Completions(run / folder)
+    if not found.steps:
+        raise ConfigError(f"{run}: has no {folder}/; {advice}.")
+    first, last = found.steps[0], found.steps[-1]
+    at = [number for number in found.steps if step is None or number <= step]
     if not at:
-        raise ConfigError(f"--step {step}: the first rollout is that of step {min(found)}.")
-    records = read_jsonl(found[at[-1]])
-    groups = [list(group) for _, group in groupby(records, key=lambda record: record.get("group"))]
-    head = f"step {at[-1]} of {max(found)}: {len(groups)} prompts, {len(records)} completions"
+        raise ConfigError(f"--step {step}: the first {kind} is that of step {first}.")
+    records = found.read(at[-1])
+    groups = [
+        list(group) for _, group in groupby(records, key=lambda r: (r.get("set"), r.get("group")))
+    ]
+    head = f"step {at[-1]} of {last}: {len(groups)} prompts, {len(records)} completions"
     if prompt is None:
         return [head, *(_line(i, group) for i, group in enumerate(groups))]
     return [head, *_answers(_chosen(groups, prompt))]
 
 
 def _line(number: int, group: Sequence[Mapping[str, Any]]) -> str:
+    from fusedgrpo.engine.reporting.formatting import escaped
     from fusedgrpo.engine.reporting.formatting import number as shown
 
     rewards = _numbers(group, "reward")
     mean = sum(rewards) / len(rewards) if rewards else None
     spread = f"{min(rewards):.3g} to {max(rewards):.3g}" if rewards else "no reward"
-    return f"{number:>4}  reward {shown(mean):>6} ({spread})  {_prompt(group[0], WIDTH)}"
+    of_set = f"{escaped(name)}: " if isinstance(name := group[0].get("set"), str) and name else ""
+    return f"{number:>4}  reward {shown(mean):>6} ({spread})  {of_set}{_prompt(group[0], WIDTH)}"
 
 
 def _answers(group: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -398,6 +398,9 @@ class GRPOConfig(TrainingArgumentsSurface):
     num_completions_to_print: int | None = option(
         None, "sample completions to show at a time; null: all", low=1, free=True
     )
+    log_completions_steps: int = option(
+        1, "show sample completions of one rollout in so many steps", low=1, free=True
+    )
 
     if not TYPE_CHECKING:  # type checkers and editors see the generated signature
 

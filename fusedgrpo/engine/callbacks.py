@@ -23,7 +23,7 @@ class Callback:
 
     def on_rollout(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """A rollout was sampled and scored, and ``step`` is the first to train on it. records: one
-        for each completion, as in ``completions/*.jsonl``."""
+        for each completion, as in ``completions/``."""
 
     def on_evaluate(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The held-out prompts were sampled and scored after ``step``; names begin with

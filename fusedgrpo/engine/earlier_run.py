@@ -12,8 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # What of a linked directory is a run's: others may keep things there, too.
+_COMPLETIONS = ("step-*.jsonl", ".step-*.tmp", "steps-*.parquet", ".steps-*.tmp", "dropped-*")
 OWN = {
-    "completions": ("step-*.jsonl", ".step-*.tmp", "dropped-*"),
+    "completions": _COMPLETIONS,
+    "eval_completions": _COMPLETIONS,
+    "held_out": _COMPLETIONS,
     "plots": ("*.png",),
     "checkpoints": ("step-*", ".step-*.tmp", "abandoned-*"),
     "nonfinite": ("step-*.json",),

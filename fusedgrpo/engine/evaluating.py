@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from transformers.trainer_utils import speed_metrics
@@ -50,6 +51,8 @@ class Evaluating(TRLSurface):
     estimate_advantages: Estimator
     # A run's own evaluations do without: it takes another forward pass.
     evaluates_loss = True
+    # And it keeps what was sampled, for its log.
+    answers: list[dict[str, Any]] | None = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -79,6 +82,7 @@ class Evaluating(TRLSurface):
                 self.sampler,
                 self.reward_funcs,
                 loss=self._loss if self.evaluates_loss else None,
+                keep=None if self.answers is None else partial(self._keep, metric_key_prefix),
                 n=n,
                 params=self.sampling,
                 batch_size=self.args.per_device_eval_batch_size,
@@ -112,6 +116,11 @@ class Evaluating(TRLSurface):
     def eval_dataset(self, given: Any) -> None:
         self.held_out = None if given is None else self._held_out(given)
         self.given_datasets = self.given_datasets[0], given
+
+    def _keep(self, prefix: str, records: list[dict[str, Any]]) -> None:
+        name = prefix.removeprefix("eval").removeprefix("_")  # of the set
+        assert self.answers is not None
+        self.answers += [{"set": name, **record} for record in records]
 
     def _loss(self, rollout: Rollout, scored: RewardBatch) -> float:
         return rollout_loss(

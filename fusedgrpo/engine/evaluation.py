@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +14,14 @@ from fusedgrpo.engine.advantages import Estimator
 from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.learner import Learner
+from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.metrics import length_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.training_sample import concatenated, loss_mask
 from fusedgrpo.engine.rollout.types import Group, Rollout
-from fusedgrpo.engine.scoring import rollout_logprobs, score_rollout
+from fusedgrpo.engine.scoring import per_completion, rollout_logprobs, score_rollout
 from fusedgrpo.engine.seeding import derive
 
 
@@ -73,15 +74,34 @@ def evaluate(
     rewards: RewardFunctions,
     *,
     loss: Callable[[Rollout, RewardBatch], float] | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
     **how: Any,
 ) -> dict[str, Any]:
     """The metrics of ``sample_and_score``, whose arguments these are, over all completions
-    together. loss: called with these, for the metric of that name; None for none."""
+    together. loss: called with these, for the metric of that name; None for none. keep: called
+    with the ``answer_records``, where they are wanted."""
     rollout, scored = sample_and_score(data, sampler, rewards, **how)
+    if keep is not None:
+        keep(answer_records(data, rollout, scored, rewards.names))
     together = dataclasses.replace(scored, seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
     found = length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
     return found if loss is None else {"loss": loss(rollout, scored), **found}
+
+
+def answer_records(
+    data: PromptDataset, rollout: Rollout, scored: RewardBatch, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A record of each completion of ``sample_and_score``, without an advantage: they are not
+    trained on. names: of the reward functions."""
+    return completion_records(
+        rollout,
+        prompts=[example.prompt for example in per_completion(rollout, data.examples)],
+        names=names,
+        rewards=scored.values,
+        total=scored.total,
+        extra=scored.extra,
+    )
 
 
 def rollout_loss(

@@ -13,9 +13,7 @@ from typing import Any
 from fusedgrpo.engine.batch_plan import BatchPlan
 from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.engine.data.held_out import HeldOut
-from fusedgrpo.engine.evaluation import sample_and_score
-from fusedgrpo.engine.reporting.completions_log import completion_records
-from fusedgrpo.engine.scoring import per_completion
+from fusedgrpo.engine.evaluation import answer_records, sample_and_score
 from fusedgrpo.engine.seeding import derive
 
 PROMPTS = 128  # of all sets together
@@ -85,17 +83,9 @@ class HeldOutCheck:
             state=trainer.collector.reward_state(),
             processes=trainer.processes,
         )
-        records = completion_records(
-            rollout,
-            prompts=[e.prompt for e in per_completion(rollout, prompts.examples)],
-            names=trainer.reward_funcs.names,
-            rewards=scored.values,
-            total=scored.total,
-            advantages=scored.total.new_zeros(len(scored.total)),
-            extra=scored.extra,
-        )
+        records = answer_records(prompts, rollout, scored, trainer.reward_funcs.names)
         for record in records:
-            del record["advantage"], record["group"]  # one answer has none, and is in none
+            del record["group"]  # one answer is in none
         return records
 
 

@@ -116,12 +116,17 @@ class StepRecords(Evaluating):
         return metrics
 
     def _evaluate(self, outputs: RunLogger) -> dict[str, Any]:
+        """The metrics of an evaluation, whose completions are left to be written."""
         outputs.display.phase("evaluate")
         self.evaluates_loss = self.run_control.metric_name == "eval_loss"
+        self.answers = [] if outputs.writes else None
         try:
-            return self.evaluate()
+            metrics = self.evaluate()
+            if self.answers is not None:
+                self.unwritten.evaluations[self.progress.step] = self.answers
         finally:
-            self.evaluates_loss = True
+            self.evaluates_loss, self.answers = True, None
+        return metrics
 
     def _check_held_out(self, outputs: RunLogger, due: bool) -> None:
         """Answer the held-out prompts, unless this was done after the same step already."""

@@ -45,7 +45,7 @@ ARGUMENTS = {
 
 # Methods and attributes of TRL's trainer, and what to do instead.
 METHODS = {
-    "predict": "evaluate() samples and scores held-out prompts; completions/*.jsonl has the texts",
+    "predict": "evaluate() samples and scores held-out prompts; a run's are in eval_completions/",
     "hyperparameter_search": "start a run per setting: fusedgrpo train CONFIG --option value",
     **dict.fromkeys(
         ["compute_loss", "training_step", "prediction_step", "create_optimizer",

@@ -137,7 +137,7 @@ def test_a_resumed_run_may_differ_in_what_changes_no_result() -> None:
         *("accelerator_config", "held_out_check", "trackio_space_id"),
         *("rehearsal", "max_in_flight", "activation_offloading", "gpu_memory"),
         *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
-        "hub_revision",
+        *("hub_revision", "log_completions_steps"),
     }
 
 

@@ -14,9 +14,9 @@ import tiny
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.held_out_check import PROMPTS
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
+from fusedgrpo.engine.reporting.disk_refusals import ATTEMPTS
 from fusedgrpo.engine.reporting.held_out_log import check_rows, read_checks
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
-from fusedgrpo.engine.reporting.run_logger import ATTEMPTS
 
 TRAINED = [{"prompt": p} for p in ("w4 w5 w6", "w7 w8", "w9 w10 w11 w12")]
 HELD_OUT = [{"prompt": p} for p in ("w5 w6 w7", "w8 w9")]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedgrpo.engine.earlier_run import numbered
-from fusedgrpo.engine.reporting.metrics_log import finite, read_jsonl, to_json_line
+from fusedgrpo.engine.reporting.metrics_log import finite, steps_in_words, to_json_line
 from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rollout.types import Rollout
 
@@ -23,13 +23,14 @@ def completion_records(
     names: Sequence[str],
     rewards: torch.Tensor,
     total: torch.Tensor,
-    advantages: torch.Tensor,
+    advantages: torch.Tensor | None = None,
     extra: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """One JSON-able record per completion, in the rollout's flat order.
 
     prompts: [B], as the reward functions got them. names: [F]. rewards: [B, F], NaN = None.
-    total, advantages: [B]. extra: column -> [B], what the reward functions logged.
+    total, advantages: [B]; None: they are not trained on. extra: column -> [B], what the reward
+    functions logged.
     """
     labels = unique_labels(names)
     columns = extra or {}
@@ -39,10 +40,9 @@ def completion_records(
         prompts,
         rewards.tolist(),
         total.tolist(),
-        advantages.tolist(),
         strict=True,
     )
-    return [
+    records = [
         {
             "group": group,
             "row": rollout.groups[group].row,
@@ -52,11 +52,14 @@ def completion_records(
             "length": len(completion.ids),
             "rewards": dict(zip(labels, (none_if_nan(v) for v in values), strict=True)),
             "reward": none_if_nan(reward),
-            "advantage": advantage,
             "extra": {name: column[i] for name, column in columns.items()},
         }
-        for i, (completion, group, prompt, values, reward, advantage) in enumerate(rows)
+        for i, (completion, group, prompt, values, reward) in enumerate(rows)
     ]
+    if advantages is not None:
+        for record, advantage in zip(records, advantages.tolist(), strict=True):
+            record["advantage"] = advantage
+    return records
 
 
 def none_if_nan(value: float) -> float | None:
@@ -102,29 +105,31 @@ class CompletionsLog:
 
     def drop_after(self, step: int) -> str | None:
         """Put the files of later steps, which a resumed run is going to sample again, into a folder
-        beside; returns what there is to say."""
-        later = [path for path in self.directory.glob("step-*.jsonl") if _step_of(path) > step]
+        beside; returns what there is to say. Raises OSError."""
+        later = [number for number in self._steps() if number > step]
         if not later:
             return None
         aside = numbered(self.directory, "dropped")
         aside.mkdir()
-        for path in later:
-            path.rename(aside / path.name)
-        return f"Completions of {len(later)} rollouts after step {step} were moved to {aside}."
+        self._move_after(step, aside)
+        return f"{self.directory.name}: what is of {steps_in_words(later)} was moved to {aside}."
 
+    def _steps(self) -> Iterable[int]:
+        return self.loose
 
-def _step_of(path: Path) -> int:
-    number = path.stem.partition("-")[2]
-    return int(number) if number.isdecimal() else 0
+    def _move_after(self, step: int, aside: Path) -> None:
+        for number, path in self.loose.items():
+            if number > step:
+                path.rename(aside / path.name)
+
+    @property
+    def loose(self) -> dict[int, Path]:
+        """The files of single steps, in order."""
+        return steps_in(self.directory)
 
 
 def steps_in(directory: str | Path) -> dict[int, Path]:
-    """The files of ``directory`` by the steps that they are about, in order."""
-    paths = sorted(Path(directory).glob("step-*.jsonl"), key=_step_of)
-    return {_step_of(path): path for path in paths}
-
-
-def first_and_last(directory: str | Path) -> list[list[dict[str, Any]]]:
-    """The records of the first and the last rollout in ``directory`` (none, one or two lists)."""
-    paths = list(steps_in(directory).values())
-    return [read_jsonl(path) for path in (paths if len(paths) < 2 else (paths[0], paths[-1]))]
+    """The ``step-NNNNNN.jsonl`` of ``directory`` by the steps that they are about, in order."""
+    numbers = {path: path.stem.partition("-")[2] for path in Path(directory).glob("step-*.jsonl")}
+    found = {int(number): path for path, number in numbers.items() if number.isdecimal()}
+    return dict(sorted(found.items()))

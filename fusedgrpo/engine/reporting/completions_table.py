@@ -13,9 +13,12 @@ from fusedgrpo.engine.reporting.completions_log import prompt_text
 from fusedgrpo.engine.reporting.formatting import number, one_line, printable, shorten
 
 
-def completions_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:
-    """A table of sampled completions: the prompt once per group, then one row per completion."""
+def completions_table(step: int, records: Sequence[Mapping[str, Any]], more: int = 0) -> Table:
+    """A table of sampled completions: the prompt once per group, then one row per completion.
+    more: how many of the step are left out."""
     table = Table(title=f"Completions of step {step}", title_justify="left", show_lines=True)
+    if more:
+        table.caption, table.caption_justify = _left_out(more), "left"
     table.add_column("prompt", ratio=2)
     table.add_column("completion", ratio=4)
     table.add_column("reward", ratio=2)
@@ -34,7 +37,9 @@ def completions_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def completion_lines(step: int, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def completion_lines(
+    step: int, records: Sequence[Mapping[str, Any]], more: int = 0
+) -> Iterator[str]:
     """The same in lines."""
     yield f"completions of step {step}"
     for _, group in groupby(records, key=lambda record: record["group"]):
@@ -48,3 +53,9 @@ def completion_lines(step: int, records: Sequence[Mapping[str, Any]]) -> Iterato
                 f"{record['length']} tokens, {record['finish_reason']}: "
                 f"{one_line(record['completion'])}"
             )
+    if more:
+        yield f"  {_left_out(more)}"
+
+
+def _left_out(more: int) -> str:
+    return f"{more} more are in completions/"

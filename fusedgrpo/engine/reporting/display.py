@@ -213,12 +213,13 @@ class Display(Callback):
         line = Text.assemble(("note  ", "bold yellow"), plain(text))
         self.console.print(line, soft_wrap=not self.is_live)  # in a log, an entry is a line
 
-    def completions(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Show sampled completions (records of ``completions/*.jsonl``), group by group."""
+    def completions(self, step: int, records: Sequence[Mapping[str, Any]], more: int = 0) -> None:
+        """Show sampled completions (records of ``completions/``), group by group. more: how many
+        there are besides."""
         if self.is_live:
-            self.console.print(completions_table(step, records))
+            self.console.print(completions_table(step, records, more))
             return
-        for line in completion_lines(step, records):
+        for line in completion_lines(step, records, more):
             self._print(line)
 
     def _print(self, line: str) -> None:

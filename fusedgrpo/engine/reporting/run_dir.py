@@ -28,6 +28,7 @@ FILES = {
 }
 DIRECTORIES = {
     "completions": "completions",
+    "eval_completions": "eval_completions",
     "held_out": "held_out",
     "plots": "plots",
     "trackers": "trackers",
@@ -54,6 +55,7 @@ class RunDir:
     log: Path
     report: Path
     completions: Path
+    eval_completions: Path
     held_out: Path
     plots: Path
     trackers: Path

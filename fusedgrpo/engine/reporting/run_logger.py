@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,10 +15,12 @@ import yaml
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.callbacks import Callback
-from fusedgrpo.engine.checkpoint_files import abandon_after, why_not_written
+from fusedgrpo.engine.checkpoint_files import abandon_after
 from fusedgrpo.engine.execution import Progress, unwatched
 from fusedgrpo.engine.reporting.advisor import Advisor
+from fusedgrpo.engine.reporting.completions_folding import FoldingLog
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
+from fusedgrpo.engine.reporting.disk_refusals import Refusals, writing_to
 from fusedgrpo.engine.reporting.display import Display
 from fusedgrpo.engine.reporting.formatting import number
 from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, finite, read_metrics
@@ -28,53 +29,14 @@ from fusedgrpo.engine.reporting.rollout_line import rollout_progress
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.run_facts import run_facts
 from fusedgrpo.engine.reporting.sample_dump import dump_samples
+from fusedgrpo.engine.reporting.shown_steps import ShownAdvice, ShownCompletions
 from fusedgrpo.engine.reporting.trackers import Place, Trackers
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
-from fusedgrpo.errors import OutputDirError
 
 log = logging.getLogger("fusedgrpo")
 
-
 T = TypeVar("T")
-
-ATTEMPTS = 3
-PAUSE_SECONDS = 1.0
-
-
-@contextmanager
-def _writing_to(directory: Path) -> Iterator[None]:
-    """Turn whatever the disk refuses inside into an OutputDirError."""
-    try:
-        yield
-    except Exception as error:
-        why = why_not_written(error)
-        if why is None or isinstance(error, OutputDirError):
-            raise
-        raise OutputDirError(f"{str(directory)!r} cannot be written: {why}.") from error
-
-
-class _Advice(Callback):
-    """Shows what the advisor makes of each step."""
-
-    def __init__(self, advisor: Advisor, display: Display):
-        self.advisor = advisor
-        self.display = display
-
-    def on_step(self, row: Row) -> None:
-        begun = self.advisor.observe(row)
-        self.display.advice(begun, self.advisor.ended, self.advisor.current)
-
-
-class _Completions(Callback):
-    """Shows some completions of each rollout."""
-
-    def __init__(self, display: Display, limit: int | None):
-        self.display = display
-        self.limit = limit
-
-    def on_rollout(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        self.display.completions(step, records[: self.limit])
 
 
 class _NoDisplay:
@@ -111,6 +73,7 @@ class RunLogger:
         shows: as ``Display``."""
         self.config = config
         self.run = run
+        self.refusals = Refusals(run)
         settings = config.to_record()
         run.config.write_text(
             yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
@@ -119,12 +82,12 @@ class RunLogger:
         run.checkpoints.mkdir(exist_ok=True)
         self.metrics = stack.enter_context(MetricsLog(run.metrics))
         self.advisor = Advisor(settings, eos_token_ids=eos_ids)
-        self.completions_log = CompletionsLog(run.completions)
+        self.completions_log = FoldingLog(run.completions)
+        self.evaluations_log = FoldingLog(run.eval_completions)
         self.held_out_log = CompletionsLog(run.held_out)
         self._answers: dict[int, Sequence[Mapping[str, Any]]] = {}  # to be written, by step
         said: list[str | None] = []
         advice = [] if done else self.advisor.start()
-        self._failed_at: dict[str, list[int]] = {}
         if done:
             whole = done - 1 if unwritten.evaluation_due else done
             said += self.metrics.resume(whole, unwritten.complete_rows)
@@ -132,6 +95,7 @@ class RunLogger:
             if branch:
                 said.append(abandon_after(run.checkpoints, done))
                 said.append(self.completions_log.drop_after(done + sampled_ahead))
+                said.append(self.evaluations_log.drop_after(whole))
                 said.append(self.held_out_log.drop_after(done))
             for row in read_metrics(run.metrics):
                 self.advisor.observe(row)  # it said all this before the run was interrupted
@@ -167,10 +131,14 @@ class RunLogger:
         self.callbacks: list[Callback] = [
             self.trackers,
             self.display,
-            _Advice(self.advisor, self.display),
+            ShownAdvice(self.advisor, self.display),
         ]
         if config.log_completions:
-            self.callbacks.append(_Completions(self.display, config.num_completions_to_print))
+            self.callbacks.append(
+                ShownCompletions(
+                    self.display, config.num_completions_to_print, config.log_completions_steps
+                )
+            )
         self.user_callbacks = callbacks  # itself: the user may add to it
 
     @classmethod
@@ -183,63 +151,37 @@ class RunLogger:
             ) as run,
             ExitStack() as stack,
         ):
-            with _writing_to(run.path):
+            with writing_to(run.path):
                 outputs = cls(config, run, stack, **rest)
             yield outputs
 
     def write(self, unwritten: Unwritten, step: int, *, insist: bool = False) -> None:
-        """Write what is not written yet; see ``writing`` for what fails."""
+        """Write what is not written yet; see ``Refusals`` for what fails."""
 
         def work() -> None:
             self._write_answers()
-            for sampled in sorted(unwritten.completions):
-                self.completions_log.write(sampled, unwritten.completions[sampled])
-                del unwritten.completions[sampled]
+            for folder, by_step in (
+                (self.completions_log, unwritten.completions),
+                (self.evaluations_log, unwritten.evaluations),
+            ):
+                for sampled in sorted(by_step):
+                    folder.write(sampled, by_step[sampled])
+                    del by_step[sampled]
             for row in unwritten.complete_rows:
                 self.metrics.append(row)
                 del unwritten.rows[0]
 
         self.writing("metrics and completions", step, work, insist=insist)
+        for folder in (self.completions_log, self.evaluations_log):
+            if (why := folder.fold_if_due()) is not None:
+                log.warning("%s", why)  # nothing is lost: no reason to end a run
 
     def writing(
         self, what: str, step: int, work: Callable[[], T], *, insist: bool = False
     ) -> T | None:
-        """The result of ``work``; None if the disk would not take it, for once.
-
-        That is said, and whoever asked is to try again with the next step: a disk that is full
-        tonight may have room tomorrow. Raises OutputDirError in the third such step in a row, at
-        the third attempt where there is no next step (``insist``), and if the directory is gone.
-        """
-        self.run.check()
-        failed = self._failed_at.setdefault(what, [])
-        for attempt in range(ATTEMPTS):
-            try:
-                result = work()
-            except OutputDirError:
-                raise
-            except Exception as error:
-                why = why_not_written(error)
-                if why is None:
-                    raise
-                if attempt + 1 < ATTEMPTS and insist:
-                    time.sleep(PAUSE_SECONDS)
-                    continue
-                if step not in failed:
-                    failed.append(step)
-                if insist or len(failed) >= ATTEMPTS:
-                    raise OutputDirError(
-                        f"{what} of step {step} could not be written to {str(self.run.path)!r}: "
-                        f"{why} ({ATTEMPTS} attempts). Make room there, then go on with "
-                        "resume_from_checkpoint: auto."
-                    ) from error
-                log.warning(
-                    "%s of step %d could not be written (%s); tried again with the next step.",
-                    *(what, step, why),
-                )
-                return None
-            failed.clear()
-            return result
-        raise AssertionError("the last attempt returns or raises")
+        """The result of ``work``, which writes; None if the disk would not take it, for once: see
+        ``Refusals``."""
+        return self.refusals.writing(what, step, work, insist=insist)
 
     def unsynced_rows(self) -> list[Row]:
         """The rows that may not be on the disk, after an attempt to bring them there."""
@@ -290,7 +232,7 @@ class RunLogger:
         """List the data rows that were left out, beside the metrics."""
         if rows:
             lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            with _writing_to(self.run.path):
+            with writing_to(self.run.path):
                 self.run.skipped_rows.write_text("".join(lines), encoding="utf-8")
 
     def dump(self, step: int, samples: Sequence[TrainingSample], **facts: Any) -> Path:
@@ -305,7 +247,7 @@ class RunLogger:
     def finish(self, save_model: Callable[[Path], Path]) -> None:
         """The trained weights, the plots and the report."""
         self.display.phase("saving weights, plots and report")
-        with _writing_to(self.run.path):
+        with writing_to(self.run.path):
             where = save_model(self.run.path)
             if rows := read_metrics(self.run.metrics):
                 write_report(self.run.path, self.run.report)  # which draws the plots, too
@@ -332,6 +274,7 @@ class NoLogger(RunLogger):
 
     def write(self, unwritten: Unwritten, step: int, *, insist: bool = False) -> None:
         unwritten.completions.clear()
+        unwritten.evaluations.clear()
         del unwritten.rows[: len(unwritten.complete_rows)]
 
     def writing(

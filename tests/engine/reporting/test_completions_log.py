@@ -5,11 +5,8 @@ import math
 
 import torch
 
-from fusedgrpo.engine.reporting.completions_log import (
-    CompletionsLog,
-    completion_records,
-    first_and_last,
-)
+from fusedgrpo.engine.reporting.completions_log import CompletionsLog, completion_records
+from fusedgrpo.engine.reporting.completions_reader import first_and_last
 from fusedgrpo.engine.rollout.types import Completion, Group, Rollout
 
 

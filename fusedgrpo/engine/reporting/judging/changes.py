@@ -11,7 +11,7 @@ from statistics import fmean, variance
 import numpy as np
 
 CONFIDENCE = 0.99  # of every interval here: a run has many figures, and each could look like news
-_Z = 2.5758  # of the normal distribution, two-sided, at that confidence
+WIDE = 2.5758  # of the normal distribution, two-sided, at that confidence
 _MEDIAN = 0.6745  # of the absolute value of a normal variable, in standard deviations
 RESAMPLES = 4000
 FEWEST = 10  # values of a training series
@@ -79,7 +79,7 @@ def of_training(steps: Sequence[int], values: Sequence[float]) -> Change | None:
     count = len(values)
     if count < FEWEST:
         return None
-    window = max(FEWEST // 2, count // 5)
+    window = window_of(count)
     first, last = values[:window], values[-window:]
     steps_between = [(b - a) ** 2 for a, b in pairwise(values)]
     noise = max((variance(first) + variance(last)) / 2, fmean(steps_between) / 2)
@@ -92,13 +92,18 @@ def of_training(steps: Sequence[int], values: Sequence[float]) -> Change | None:
         last=fmean(last),
         begins=(steps[0], steps[window - 1]),
         ends=(steps[-window], steps[-1]),
-        margin=max(margin, _least(values)),
+        margin=max(margin, least(values)),
         best=float(means[top]),
         best_step=steps[top + window - 1],
         fell_back=False,
     )
     # The best of many windows is above the others by chance alone.
     return _with_fall(change, 1.4 * change.margin)
+
+
+def window_of(count: int) -> int:
+    """How many of so many values of a training series its beginning and its end are."""
+    return max(FEWEST // 2, count // 5)
 
 
 def of_evaluations(
@@ -128,16 +133,16 @@ def of_evaluations(
         noise, freedom = _scatter(np.asarray(values, dtype=float))
         margin = quantile(freedom) * noise * math.sqrt(1 + 1 / many)
         if count < TURNING and spread:  # few values may agree by chance
-            margin = max(margin, 0.25 * _Z * spread * math.sqrt(2 / PROMPTS))
+            margin = max(margin, 0.25 * WIDE * spread * math.sqrt(2 / PROMPTS))
     else:
         each = spread if spread else 0.5 * max(abs(v) for v in values)
-        margin = _Z * each * math.sqrt(2 / PROMPTS)
+        margin = WIDE * each * math.sqrt(2 / PROMPTS)
     change = Change(
         first=float(first),
         last=float(last),
         begins=(steps[0], steps[0]),
         ends=(steps[-many], steps[-1]),
-        margin=max(float(margin), _least(values)),
+        margin=max(float(margin), least(values)),
         best=values[top],
         best_step=steps[top],
         fell_back=False,
@@ -168,11 +173,11 @@ def _scatter(values: np.ndarray) -> tuple[float, int]:
 def quantile(freedom: int) -> float:
     """Student's t at ``CONFIDENCE``, two-sided, by the expansion in 1 / freedom (Abramowitz and
     Stegun 26.7.5)."""
-    z, freedom = _Z, max(freedom, 2)
+    z, freedom = WIDE, max(freedom, 2)
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _least(values: Sequence[float]) -> float:
+def least(values: Sequence[float]) -> float:
     """A change below this is none, however sure: a hundredth of what the values are about."""
     return 0.01 * max(abs(v) for v in values)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from fusedgrpo.engine.reporting.completions_reader import Scores
 from fusedgrpo.engine.reporting.held_out_log import (
     GREEDY,
     Checks,
@@ -16,7 +19,14 @@ from fusedgrpo.engine.reporting.held_out_log import (
     rewards_by_prompt,
     sets_of,
 )
-from fusedgrpo.engine.reporting.judging.changes import Change, of_evaluations, of_training
+from fusedgrpo.engine.reporting.judging.bootstrap import margin_over_prompts
+from fusedgrpo.engine.reporting.judging.changes import (
+    Change,
+    least,
+    of_evaluations,
+    of_training,
+    window_of,
+)
 from fusedgrpo.engine.reporting.metrics_log import (
     Row,
     finite,
@@ -37,11 +47,13 @@ _STYLE = re.compile(
 @dataclass(frozen=True)
 class Evidence:
     """rows: of ``metrics.jsonl``, in order. config: the run's options. checks: the most likely
-    answers to held-out prompts, by step."""
+    answers to held-out prompts, by step. scores: of all completions of its rollouts; without them
+    the intervals of rewards in training are from the means of steps."""
 
     rows: Sequence[Row]
     config: Mapping[str, Any] = field(default_factory=dict)
     checks: Checks = field(default_factory=dict)
+    scores: Scores | None = None
 
     @cached_property
     def evaluations(self) -> list[Row]:
@@ -60,6 +72,28 @@ class Evidence:
     def training(self, key: str) -> Change | None:
         return of_training(*series(self.rollouts, key))
 
+    def rewarded(self, key: str) -> Change | None:
+        """``training`` of a reward; its interval is from resampling prompts where their scores are
+        known. Whether it fell back is not: the best of the windows is one of other prompts."""
+        change, values = self.training(key), self._scored(key)
+        if change is None or self.scores is None or values is None:
+            return change
+        steps, means = series(self.rollouts, key)
+        window = window_of(len(steps))
+        found = margin_over_prompts(self.scores, values, steps[:window], steps[-window:])
+        if found is None:
+            return change
+        margin, prompts = found
+        return replace(change, margin=max(margin, least(means)), prompts=prompts)
+
+    def _scored(self, key: str) -> np.ndarray | None:
+        """The values behind the means of a reward, ``[B]``."""
+        if self.scores is None:
+            return None
+        if key == "reward":
+            return self.scores.reward
+        return self.scores.parts.get(key.removeprefix("rewards/").removesuffix("/mean"))
+
     def values(self, key: str) -> list[float]:
         return series(self.rollouts, key)[1]
 
@@ -76,13 +110,13 @@ class Evidence:
 
     @cached_property
     def sum(self) -> Change | None:
-        return self.training("reward")
+        return self.rewarded("reward")
 
     @cached_property
     def components(self) -> dict[str, Change]:
         """The change of each reward function by itself in training. What is weighted negatively
         has its sign turned, what weighs nothing is left out."""
-        return self._each("rewards/{}/mean", self.training)
+        return self._each("rewards/{}/mean", self.rewarded)
 
     @cached_property
     def held_out(self) -> dict[str, Change]:

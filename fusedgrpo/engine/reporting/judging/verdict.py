@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from fusedgrpo.engine.reporting.completions_reader import Scores
 from fusedgrpo.engine.reporting.formatting import number
 from fusedgrpo.engine.reporting.held_out_log import GREEDY, Checks
 from fusedgrpo.engine.reporting.judging import health
@@ -47,9 +48,10 @@ def judge(
     rows: Sequence[Row],
     config: Mapping[str, Any] | None = None,
     checks: Checks | None = None,
+    scores: Scores | None = None,
 ) -> Verdict:
     """The verdict on the run that wrote ``rows``; the arguments are those of ``Evidence``."""
-    evidence = Evidence(rows, config or {}, checks or {})
+    evidence = Evidence(rows, config or {}, checks or {}, scores)
     weighed = [
         *_held_out(evidence),
         *_held_out_components(evidence),
