@@ -25,10 +25,12 @@ FILES = {
     "skipped_rows": "skipped_rows.jsonl",
     "log": "run.log",
     "report": "report.html",
+    "facts": "run.json",
 }
 DIRECTORIES = {
     "completions": "completions",
     "held_out": "held_out",
+    "drift": "drift",
     "plots": "plots",
     "trackers": "trackers",
     "checkpoints": "checkpoints",
@@ -53,8 +55,10 @@ class RunDir:
     skipped_rows: Path
     log: Path
     report: Path
+    facts: Path
     completions: Path
     held_out: Path
+    drift: Path
     plots: Path
     trackers: Path
     checkpoints: Path

@@ -54,6 +54,13 @@ def _writing_to(directory: Path) -> Iterator[None]:
         raise OutputDirError(f"{str(directory)!r} cannot be written: {why}.") from error
 
 
+def _write_all(waiting: dict[int, Sequence[Mapping[str, Any]]], log: CompletionsLog) -> None:
+    """Write what waits for it, by step; what is written waits no more."""
+    for step in sorted(waiting):
+        log.write(step, waiting[step])
+        del waiting[step]
+
+
 class _Advice(Callback):
     """Shows what the advisor makes of each step."""
 
@@ -122,6 +129,8 @@ class RunLogger:
         self.completions_log = CompletionsLog(run.completions)
         self.held_out_log = CompletionsLog(run.held_out)
         self._answers: dict[int, Sequence[Mapping[str, Any]]] = {}  # to be written, by step
+        self.drift_log = CompletionsLog(run.drift)
+        self._drifts: dict[int, Sequence[Mapping[str, Any]]] = {}  # likewise
         said: list[str | None] = []
         advice = [] if done else self.advisor.start()
         self._failed_at: dict[str, list[int]] = {}
@@ -133,6 +142,7 @@ class RunLogger:
                 said.append(abandon_after(run.checkpoints, done))
                 said.append(self.completions_log.drop_after(done + sampled_ahead))
                 said.append(self.held_out_log.drop_after(done))
+                said.append(self.drift_log.drop_after(done))
             for row in read_metrics(run.metrics):
                 self.advisor.observe(row)  # it said all this before the run was interrupted
         place = Place(
@@ -191,7 +201,8 @@ class RunLogger:
         """Write what is not written yet; see ``writing`` for what fails."""
 
         def work() -> None:
-            self._write_answers()
+            _write_all(self._answers, self.held_out_log)
+            _write_all(self._drifts, self.drift_log)
             for sampled in sorted(unwritten.completions):
                 self.completions_log.write(sampled, unwritten.completions[sampled])
                 del unwritten.completions[sampled]
@@ -275,16 +286,22 @@ class RunLogger:
     def answered(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Write the most likely answers to held-out prompts after ``step``."""
         self._answers[step] = records
-        self.writing("answers to held-out prompts", step, self._write_answers)
+        self.writing(
+            "answers to held-out prompts",
+            step,
+            lambda: _write_all(self._answers, self.held_out_log),
+        )
         rewards = [value for record in records if (value := finite(record["reward"])) is not None]
         when = f"After step {step}" if step else "Before the first step"
         mean = number(fmean(rewards) if rewards else None)
         self.display.note(f"{when}, {len(records)} held-out prompts, greedily: reward {mean}.")
 
-    def _write_answers(self) -> None:
-        for step in sorted(self._answers):
-            self.held_out_log.write(step, self._answers[step])
-            del self._answers[step]
+    def drifted(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the update of ``step`` did to the log-probs of a few of its completions."""
+        self._drifts[step] = records
+        self.writing(
+            "log-probs before and after", step, lambda: _write_all(self._drifts, self.drift_log)
+        )
 
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """List the data rows that were left out, beside the metrics."""
@@ -340,6 +357,7 @@ class NoLogger(RunLogger):
     def tell(self, *events: tuple[Any, ...]) -> None: ...
     def evaluated_first(self, metrics: Mapping[str, Any]) -> None: ...
     def answered(self, step: int, records: Sequence[Mapping[str, Any]]) -> None: ...
+    def drifted(self, step: int, records: Sequence[Mapping[str, Any]]) -> None: ...
 
     def lacks_answers(self, step: int) -> bool:
         return False
