@@ -326,6 +326,12 @@ class GRPOConfig(TrainingArgumentsSurface):
         "the run",
         free=True,
     )
+    drift_check: bool = option(
+        True,
+        "for the report, score at most 8 completions of about 10 steps before and after the "
+        "update, and under the reference",
+        free=True,
+    )
     load_best_model_at_end: bool = option(
         False, "end with the weights of the best evaluation, each of which is saved", free=True
     )

@@ -104,9 +104,10 @@ def rollout_logprobs(
     *,
     mask_truncated: bool,
     execution: Execution,
+    refuses: bool = True,
 ) -> Tensor:
     """Log-probs ``[N]`` float32 on the CPU of the completions that ``needs`` names, NaN for others,
-    without gradients.
+    without gradients. refuses: raise NonFiniteError where one is not finite.
 
     The same route and the same cut, into processes and micro-batches, as the update, so that an
     update which comes first finds ratios of exactly 1. Call it inside ``policy.reference()`` for
@@ -139,7 +140,7 @@ def rollout_logprobs(
                 "scoring",
             )
             for i in chosen:
-                if not logp[places[i]].isfinite().all():
+                if refuses and not logp[places[i]].isfinite().all():
                     raise NonFiniteError(
                         f"The log-probs of completion {i} of part {part} (data row "
                         f"{buffer.row_at(places[i].start)}) are not finite: NaN or infinity in the "
@@ -171,7 +172,11 @@ def make_buffer(
     metrics = length_metrics(rollout) | reward_metrics(
         functions.names, rewards, group_ids, config.scale_rewards
     )
-    buffer = RolloutBuffer(rollout, advantages, steps, config.num_iterations, metrics=metrics)
+    buffer = RolloutBuffer(
+        *(rollout, advantages, steps, config.num_iterations),
+        rewards=rewards.total.clone(),  # an estimator may hand it back as the advantages
+        metrics=metrics,
+    )
     options, truncated = loss_options(config), config.mask_truncated_completions
     bonus = config.entropy_coef or config.use_adaptive_entropy
     custom = config.loss_type not in LOSS_TYPES

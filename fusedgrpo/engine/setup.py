@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,6 +47,7 @@ from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
 from fusedgrpo.engine.rollout.choice import choose_sampler
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.run_clock import RunClock
+from fusedgrpo.engine.run_description import weights_in_words
 from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.engine.token_choice import TokenChoice
@@ -272,19 +272,10 @@ def describe(args: GRPOConfig, policy: Policy, plan: BatchPlan, processes: Proce
     trained = sum(p.numel() for _, p in policy.trainable())
     trains = "all weights"
     if policy.adapters is not None:
-        trains = f"{policy.adapters.describe()} on {_bits(policy.causal_lm)} weights"
+        trains = f"{policy.adapters.describe()} on {weights_in_words(policy.causal_lm)} weights"
     line = (
         f"{plan.describe()}; {trains}, {trained / 1e6:.3g}M trained, computing in "
         f"{policy.precision} on {policy.device.type}"
     )
     line += f"; {processes.size} processes" if processes.size > 1 else ""
     return line + learning.said(args)
-
-
-def _bits(model: Any) -> str:
-    if getattr(model, "is_loaded_in_4bit", False):
-        return "4-bit"
-    sizes: Counter[Any] = Counter()
-    for parameter in model.parameters():
-        sizes[parameter.dtype] += parameter.numel() * parameter.is_floating_point()
-    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")

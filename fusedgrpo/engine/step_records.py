@@ -11,6 +11,7 @@ from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.data.dataset import Example
 from fusedgrpo.engine.data.stream import PromptStream
+from fusedgrpo.engine.drift_check import Chosen, DriftCheck
 from fusedgrpo.engine.evaluating import Evaluating
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.held_out_check import HeldOutCheck
@@ -41,6 +42,7 @@ class StepRecords(Evaluating):
     run_control: RunControl
     checkpointer: Checkpointer
     held_out_check: HeldOutCheck
+    drift_check: DriftCheck
 
     @property
     def finished(self) -> bool:
@@ -134,6 +136,28 @@ class StepRecords(Evaluating):
         if due and self.processes.run_on_main(lambda: outputs.lacks_answers(step)):
             outputs.display.phase("check")
             outputs.answered(step, self.held_out_check.run())
+
+    def _begin_drift_check(self, outputs: RunLogger) -> Chosen | None:
+        """Score a few completions of the next step before its update, if it is to be checked."""
+        step = self.progress.step + 1
+        if step not in self.drift_check.steps() or not self._writes(outputs):
+            return None
+        outputs.display.phase("check")
+        return self.drift_check.choose(step, score=True)
+
+    def _end_drift_check(self, outputs: RunLogger, begun: Chosen | None) -> None:
+        """Score them after the update, which was applied. That a step is the last one may only be
+        known now: nothing was scored before its update then."""
+        step = self.progress.step
+        stops = (self.finished or self.control.should_training_stop) and self.args.drift_check
+        if begun is None and stops and self.buffer is not None and self._writes(outputs):
+            begun = self.drift_check.choose(step, score=False)
+        if begun is not None:
+            outputs.display.phase("check")
+            outputs.drifted(step, self.drift_check.records(begun))
+
+    def _writes(self, outputs: RunLogger) -> bool:
+        return self.processes.run_on_main(lambda: outputs.writes)
 
     def _skip_to(self, prompts: int) -> None:
         """Leave out what is left of an epoch that a callback has stopped."""

@@ -17,6 +17,7 @@ from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.run_data import all_examples
+from fusedgrpo.engine.drift_check import DriftCheck
 from fusedgrpo.engine.held_out_check import HeldOutCheck
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.publishing import Publishing
@@ -27,6 +28,7 @@ from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.resuming import Resuming
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.run_control import RunControl
+from fusedgrpo.engine.run_session import recorded_session
 from fusedgrpo.engine.setup import build_parts, describe
 from fusedgrpo.engine.step_records import StepRecords
 from fusedgrpo.engine.train_summary import TrainSummary
@@ -133,6 +135,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         self.collector = Collector(self)
         self.run_control = RunControl(parts.args, parts.plan)
         self.held_out_check = HeldOutCheck(self)
+        self.drift_check = DriftCheck(self)
         self.checkpointer = Checkpointer(self)
         self.events = CallbackEvents(self, theirs)
         self.learner.changing = self._before_update
@@ -186,6 +189,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
                     shows=self.run_control.shows,
                 )
             )
+            all_steps_done = stack.enter_context(recorded_session(self, outputs))
             stack.enter_context(self.execution.watched(outputs.progress))
             step, total = self.progress.step, self.plan.total_steps
             if said := checkpointing.begins(found, resume, checkpoints, step, total):
@@ -221,6 +225,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
             if self.memory_plan is not None and measured:
                 table = plan_table(self.memory_plan, measured)
                 outputs.display.note(f"Memory, planned and measured:\n{table}")
+            all_steps_done()
             outputs.finish(self._save_into)
             if pushed := self._push_result():
                 outputs.display.note(pushed)
@@ -274,6 +279,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
                 buffer = self.collector.buffer(rollout, rewards)
             self._take(buffer, rewards, examples, outputs)
         assert self.buffer is not None
+        chosen = self._begin_drift_check(outputs)
         samples = self.buffer.next_samples(mask_truncated=self.args.mask_truncated_completions)
         with self.checkpointer.one_change(f"the update of step {self.progress.step + 1}"):
             with timer.phase("update"):
@@ -284,6 +290,8 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         self._measure(self.unwritten.rows[-1])
         self._tell_of_step()
         row = self._finish_row(outputs)
+        if result.applied:
+            self._end_drift_check(outputs, chosen)
         self._save_if_due(outputs)
         self.processes.run_everywhere(self.execution.check_interrupt)
         return row

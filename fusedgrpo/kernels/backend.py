@@ -43,10 +43,19 @@ def resolve_backend(
                 "Use backend='auto' or 'torch' for the plain-torch implementation."
             )
         return "triton"
-    choice: Resolved = "triton" if obstacle is None and device.type == "cuda" else "torch"
+    choice = _automatic(device, obstacle)
     if not torch.compiler.is_compiling():
         _say_choice(op, choice, device.type, obstacle)
     return choice
+
+
+def chosen_backend(device: torch.device, dtype: torch.dtype | None = None) -> Resolved:
+    """The implementation that ``auto`` takes on ``device``."""
+    return _automatic(device, triton_obstacle(device, dtype))
+
+
+def _automatic(device: torch.device, obstacle: str | None) -> Resolved:
+    return "triton" if obstacle is None and device.type == "cuda" else "torch"
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype | None = None) -> str | None:

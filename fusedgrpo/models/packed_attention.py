@@ -363,6 +363,13 @@ def uninstall(changed: dict[int, tuple[Any, str]]) -> None:
         config._attn_implementation_internal = original
 
 
+def implementation(model: nn.Module) -> str | None:
+    """The attention that ``model`` has in transformers, whether it is routed through here or not:
+    ``"sdpa"``, ``"eager"``, ... None where it does not say."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return "sdpa" if name == NAME else name and str(name).removeprefix(f"{NAME}_")
+
+
 def installed(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     return str(getattr(config, "_attn_implementation", "")).startswith(NAME)

@@ -52,11 +52,14 @@ class Policy:
     reference policy is the model as it is now. With fresh adapters that is the model with the
     adapters switched off; with ``keep_reference="adapter"`` a copy of the weights that train (for
     adapters that were trained before), with ``keep_reference="model"`` a frozen copy of the model.
+    begins_as_base: the adapters change nothing yet.
 
     shared_prompt: ``"auto"`` forwards each prompt once for all its completions if the model gives
     the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
     ``layout``, for ``PackedBatch.build``. router: the load-balancing loss of a mixture of experts.
     disable_dropout, trains_as_it_samples: what ``training`` switches off.
+
+    has_reference: whether inside ``reference`` it is the policy that it began as.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Policy:
         compute_dtype: torch.dtype | Literal["inherit"] | None = None,
         temperature: float = 1.0,
         keep_reference: Literal["adapter", "model"] | None = None,
+        begins_as_base: bool = False,
         shared_prompt: SharedPrompt = "auto",
         router: RouterLoss | None = None,
         disable_dropout: bool = False,
@@ -78,6 +82,7 @@ class Policy:
         self.temperature = temperature
         self.router = router
         self.disable_dropout = disable_dropout
+        self.has_reference = keep_reference is not None or begins_as_base
         self.trains_as_it_samples = trains_as_it_samples
         self._said_positions = False
         self.adapters = Adapters(model) if has_adapters(model) else None

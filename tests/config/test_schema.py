@@ -134,7 +134,8 @@ def test_a_resumed_run_may_differ_in_what_changes_no_result() -> None:
         *("num_generations_eval", "reward_timeout", "max_nonfinite_steps"),
         *("dataset", "dataset_dir"),  # the prompts themselves are compared
         *("project", "logging_dir", "disable_tqdm", "dataloader_num_workers", "full_determinism"),
-        *("accelerator_config", "held_out_check", "trackio_space_id"),
+        *("accelerator_config", "held_out_check", "drift_check"),
+        "trackio_space_id",
         *("rehearsal", "max_in_flight", "activation_offloading", "gpu_memory"),
         *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
         *("hub_revision", "log_completions_steps"),

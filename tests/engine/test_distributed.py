@@ -22,7 +22,9 @@ from process_runs import PROMPTS, RUNS, make
 from fusedgrpo.engine import checkpointing
 from fusedgrpo.engine.batch_plan import resolve_batch
 from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.reporting.drift_log import read_drift
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
+from fusedgrpo.engine.reporting.run_record import newest_session, read_facts
 from fusedgrpo.errors import CheckpointError, ConfigError
 from fusedgrpo.models.micro_batches import shares
 
@@ -31,6 +33,7 @@ LAUNCH = [
     "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
     "--main_process_port", "0",
 ]  # fmt: skip
+SCORED = ("before", "after", "reference")
 CLOCK = ("time/", "step_time", "tokens_per_second", "memory/")
 
 
@@ -55,6 +58,17 @@ def assert_same_rows(got: Path, want: Path) -> None:
     assert len(rows(got)) == len(rows(want)) > 0
     for ours, theirs in zip(rows(got), rows(want), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def assert_same_drift(got: Path, want: Path) -> None:
+    ours, theirs = read_drift(got / "drift"), read_drift(want / "drift")
+    assert list(ours) == list(theirs) and len(ours) > 1
+    for step in ours:
+        for pair in zip(ours[step], theirs[step], strict=True):
+            told = [{k: v for k, v in record.items() if k not in SCORED} for record in pair]
+            assert told[0] == pytest.approx(told[1])
+            for name in SCORED:
+                assert pair[0][name] == pytest.approx(pair[1][name], rel=1e-4, abs=1e-4)
 
 
 class Stop(Exception):
@@ -98,6 +112,8 @@ def test_two_processes_give_the_run_of_one(two, tmp_path, name):
                 assert row.pop("sampling/sampling_logp_difference/mean") < 2**-8
         assert pair[0] == pytest.approx(pair[1], **tolerance, nan_ok=True)
     assert any(row["grad_norm"] > 0 for row in rows(two / name))
+    if alone.policy.precision == "float32":
+        assert_same_drift(two / name, tmp_path / "one")
     saved = [torch.load(two / name / f"weights{rank}.pt") for rank in (0, 1)]
     for key, value in alone.policy.trainable():
         assert torch.equal(saved[0][key], saved[1][key]), f"{key} differs between the processes"
@@ -138,6 +154,10 @@ def test_a_step_that_depends_on_the_number_of_processes_is_not_resumed_by_anothe
 @pytest.mark.slow
 def test_what_a_callback_asks_for_in_one_process_happens_in_both(two):
     assert [row["step"] for row in rows(two / "stopped")] == [1, 2]
+    assert list(read_drift(two / "stopped/drift")) == [1, 2]
+    session = newest_session(read_facts(two / "stopped/run.json"))
+    assert (session["how"], session["last_step"]) == ("finished", 2)
+    assert session["machine"]["processes"] == 2
 
 
 @pytest.mark.slow  # the runs of the other tests

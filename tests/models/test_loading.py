@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
 
 from fusedgrpo import host
@@ -136,6 +137,39 @@ def test_a_reference_is_only_kept_where_the_loss_needs_one() -> None:
     policy = Policy.load(config(finetuning_type="full"), tiny.model())
     with pytest.raises(RuntimeError), policy.reference():
         pass
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "has_one"),
+    [
+        (None, {}, True),
+        (None, {"finetuning_type": "full"}, False),
+        (None, {"finetuning_type": "full", "beta": 0.1}, True),
+        (LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]), {}, True),
+        (LoraConfig(r=2, target_modules="all-linear", use_dora=True), {}, True),
+        (LoraConfig(r=2, target_modules="all-linear", init_lora_weights="pissa"), {}, False),
+        (LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), {}, False),
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), {}, False),
+    ],
+)
+def test_without_a_copy_a_new_lora_that_does_nothing_has_a_reference(
+    own: Any, options: dict[str, Any], has_one: bool
+) -> None:
+    model = tiny.model("Llama")
+    with torch.no_grad():
+        began = Policy(model).logprobs(PACKED).logp
+    policy = Policy.load(config(**options), model, own)
+    assert policy.has_reference == has_one
+    if has_one:
+        tiny.stir(policy.model)
+        with policy.scoring(), policy.reference():
+            torch.testing.assert_close(policy.logprobs(PACKED).logp, began)
+
+
+def test_an_adapter_that_was_trained_before_has_none_without_a_copy() -> None:
+    trained = tiny.add_lora(tiny.model("Llama"))
+    assert not Policy.load(config(), trained).has_reference
+    assert Policy.load(config(beta=0.1), trained).has_reference
 
 
 def test_gradient_checkpointing_can_be_off() -> None:

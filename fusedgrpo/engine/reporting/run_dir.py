@@ -25,11 +25,13 @@ FILES = {
     "skipped_rows": "skipped_rows.jsonl",
     "log": "run.log",
     "report": "report.html",
+    "facts": "run.json",
 }
 DIRECTORIES = {
     "completions": "completions",
     "eval_completions": "eval_completions",
     "held_out": "held_out",
+    "drift": "drift",
     "plots": "plots",
     "trackers": "trackers",
     "checkpoints": "checkpoints",
@@ -54,9 +56,11 @@ class RunDir:
     skipped_rows: Path
     log: Path
     report: Path
+    facts: Path
     completions: Path
     eval_completions: Path
     held_out: Path
+    drift: Path
     plots: Path
     trackers: Path
     checkpoints: Path

@@ -8,7 +8,8 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fusedgrpo.errors import OutputDirError
@@ -77,6 +78,18 @@ def holder_of(directory: Path) -> str | None:
     return None if holder in (None, _identity()) else _who(holder or {})
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a living run has the lock, to somebody who only reads: nothing is written."""
+    lock = directory / LOCK_NAME
+    holder = _read(lock)
+    if holder is None:
+        return False
+    try:
+        return _is_alive(holder, lock, seconds_silent=_by_own_clock)[0]
+    except FileNotFoundError:  # it was given back just now
+        return False
+
+
 def _who(holder: dict[str, object]) -> str:
     return f"process {holder.get('pid')} on {holder.get('host')}"
 
@@ -117,7 +130,26 @@ def _read(lock: Path) -> dict[str, object] | None:
     return holder if isinstance(holder, dict) else None
 
 
-def _is_alive(holder: dict[str, object], lock: Path) -> tuple[bool, str]:
+def _seconds_since_touched(lock: Path) -> float:
+    """By the clock of the file system, which may be another's than ours."""
+    probe = lock.with_name(f".{LOCK_NAME}.{os.getpid()}.now")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - lock.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _by_own_clock(lock: Path) -> float:
+    """The same where nothing may be written, as far as the clocks agree."""
+    return time.time() - lock.stat().st_mtime
+
+
+def _is_alive(
+    holder: dict[str, object],
+    lock: Path,
+    seconds_silent: Callable[[Path], float] = _seconds_since_touched,
+) -> tuple[bool, str]:
     """Whether the process that wrote the lock lives, and how that is known.
 
     One of this host is looked up. Of another host's, its heartbeat is all that is known; without
@@ -126,7 +158,7 @@ def _is_alive(holder: dict[str, object], lock: Path) -> tuple[bool, str]:
     if holder.get("host") != socket.gethostname():
         if "beats" not in holder:
             return True, ""
-        silent = _seconds_since_touched(lock)
+        silent = seconds_silent(lock)
         if silent > STALE_SECONDS:
             return False, f" and has not been heard of for {silent / 60:.0f} minutes"
         wait = STALE_SECONDS - silent
@@ -150,16 +182,6 @@ def _is_alive(holder: dict[str, object], lock: Path) -> tuple[bool, str]:
     started = _start_time(pid)
     alive = None in (started, holder.get("started")) or started == holder["started"]
     return (True, "") if alive else (False, gone)
-
-
-def _seconds_since_touched(lock: Path) -> float:
-    """By the clock of the file system, which may be another's than ours."""
-    probe = lock.with_name(f".{LOCK_NAME}.{os.getpid()}.now")
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - lock.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,13 @@ log = logging.getLogger("fusedgrpo")
 T = TypeVar("T")
 
 
+def _write_all(waiting: dict[int, Sequence[Mapping[str, Any]]], log: CompletionsLog) -> None:
+    """Write what waits for it, by step; what is written waits no more."""
+    for step in sorted(waiting):
+        log.write(step, waiting[step])
+        del waiting[step]
+
+
 class _NoDisplay:
     """A ``Display`` that nobody sees."""
 
@@ -86,6 +93,8 @@ class RunLogger:
         self.evaluations_log = FoldingLog(run.eval_completions)
         self.held_out_log = CompletionsLog(run.held_out)
         self._answers: dict[int, Sequence[Mapping[str, Any]]] = {}  # to be written, by step
+        self.drift_log = CompletionsLog(run.drift)
+        self._drifts: dict[int, Sequence[Mapping[str, Any]]] = {}  # likewise
         said: list[str | None] = []
         advice = [] if done else self.advisor.start()
         if done:
@@ -97,6 +106,7 @@ class RunLogger:
                 said.append(self.completions_log.drop_after(done + sampled_ahead))
                 said.append(self.evaluations_log.drop_after(whole))
                 said.append(self.held_out_log.drop_after(done))
+                said.append(self.drift_log.drop_after(done))
             for row in read_metrics(run.metrics):
                 self.advisor.observe(row)  # it said all this before the run was interrupted
         place = Place(
@@ -159,14 +169,10 @@ class RunLogger:
         """Write what is not written yet; see ``Refusals`` for what fails."""
 
         def work() -> None:
-            self._write_answers()
-            for folder, by_step in (
-                (self.completions_log, unwritten.completions),
-                (self.evaluations_log, unwritten.evaluations),
-            ):
-                for sampled in sorted(by_step):
-                    folder.write(sampled, by_step[sampled])
-                    del by_step[sampled]
+            _write_all(self._answers, self.held_out_log)
+            _write_all(self._drifts, self.drift_log)
+            _write_all(unwritten.completions, self.completions_log)
+            _write_all(unwritten.evaluations, self.evaluations_log)
             for row in unwritten.complete_rows:
                 self.metrics.append(row)
                 del unwritten.rows[0]
@@ -217,16 +223,22 @@ class RunLogger:
     def answered(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Write the most likely answers to held-out prompts after ``step``."""
         self._answers[step] = records
-        self.writing("answers to held-out prompts", step, self._write_answers)
+        self.writing(
+            "answers to held-out prompts",
+            step,
+            lambda: _write_all(self._answers, self.held_out_log),
+        )
         rewards = [value for record in records if (value := finite(record["reward"])) is not None]
         when = f"After step {step}" if step else "Before the first step"
         mean = number(fmean(rewards) if rewards else None)
         self.display.note(f"{when}, {len(records)} held-out prompts, greedily: reward {mean}.")
 
-    def _write_answers(self) -> None:
-        for step in sorted(self._answers):
-            self.held_out_log.write(step, self._answers[step])
-            del self._answers[step]
+    def drifted(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the update of ``step`` did to the log-probs of a few of its completions."""
+        self._drifts[step] = records
+        self.writing(
+            "log-probs before and after", step, lambda: _write_all(self._drifts, self.drift_log)
+        )
 
     def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """List the data rows that were left out, beside the metrics."""
@@ -283,6 +295,7 @@ class NoLogger(RunLogger):
     def tell(self, *events: tuple[Any, ...]) -> None: ...
     def evaluated_first(self, metrics: Mapping[str, Any]) -> None: ...
     def answered(self, step: int, records: Sequence[Mapping[str, Any]]) -> None: ...
+    def drifted(self, step: int, records: Sequence[Mapping[str, Any]]) -> None: ...
 
     def lacks_answers(self, step: int) -> bool:
         return False

@@ -6,6 +6,7 @@ run that was stopped in the middle goes on with the very same completions.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ from fusedgrpo.engine.rollout.types import Completion, Group, Rollout
 class RolloutBuffer:
     """rollout: B completions. advantages: ``[B]`` float32. old_logp, ref_logp, sampler_weight:
     ``[N]`` float32 over all completion tokens, flat order, or None; log-probs are NaN for
-    completions that no gradient needs them of. metrics: of the rollout,
-    repeated on each of its steps. done: optimizer steps taken so far. All tensors on the CPU.
+    completions that no gradient needs them of. rewards: ``[B]`` float32, the weighted sums, or
+    None. metrics: of the rollout, repeated on each of its steps. done: optimizer steps taken so
+    far. All tensors on the CPU.
     """
 
     rollout: Rollout
@@ -33,6 +35,7 @@ class RolloutBuffer:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     sampler_weight: Tensor | None = None
+    rewards: Tensor | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     done: int = 0
 
@@ -46,8 +49,7 @@ class RolloutBuffer:
 
     def part(self, part: int, *, mask_truncated: bool) -> tuple[list[TrainingSample], list[slice]]:
         """The samples of one step out of ``steps``, and where in ``[N]`` their tokens are."""
-        groups = len(self.rollout.groups)
-        chosen = range(groups * part // self.steps, groups * (part + 1) // self.steps)
+        chosen = self._groups_of(part)
         samples, places = [], []
         token = 0
         for index, (group_id, completion) in enumerate(
@@ -74,6 +76,28 @@ class RolloutBuffer:
             )
         return samples, places
 
+    def indices(self, part: int) -> list[int]:
+        """The samples of one step out of ``steps`` by their places in ``[B]``."""
+        chosen = self._groups_of(part)
+        return [index for index, group in enumerate(self.rollout.group_ids) if group in chosen]
+
+    def _groups_of(self, part: int) -> range:
+        groups = len(self.rollout.groups)
+        return range(groups * part // self.steps, groups * (part + 1) // self.steps)
+
+    def only(self, indices: Sequence[int]) -> RolloutBuffer:
+        """The completions at some places of ``[B]``, ascending, as the samples of a single step;
+        without log-probs."""
+        completions = list(self.rollout.completions())
+        members: dict[int, list[Completion]] = {}
+        for index in indices:
+            members.setdefault(self.rollout.group_ids[index], []).append(completions[index])
+        groups = [
+            dataclasses.replace(self.rollout.groups[group], completions=tuple(own))
+            for group, own in members.items()
+        ]
+        return RolloutBuffer(Rollout(tuple(groups)), self.advantages[list(indices)], 1, 1)
+
     def row_at(self, token: int) -> int:
         """The data row of the completion that has this token of ``[N]``."""
         end = 0
@@ -87,7 +111,7 @@ class RolloutBuffer:
         """Everything, as tensors for safetensors and values for JSON."""
         completions = list(self.rollout.completions())
         tensors = {"advantages": self.advantages}
-        for name in ("old_logp", "ref_logp", "sampler_weight"):
+        for name in ("old_logp", "ref_logp", "sampler_weight", "rewards"):
             if (value := getattr(self, name)) is not None:
                 tensors[name] = value
         tensors["sampler_logp"] = sampler_logp(completions)
@@ -134,6 +158,7 @@ class RolloutBuffer:
             old_logp=tensors.get("old_logp"),
             ref_logp=tensors.get("ref_logp"),
             sampler_weight=tensors.get("sampler_weight"),
+            rewards=tensors.get("rewards"),
             metrics=values["metrics"],
             done=values["done"],
         )

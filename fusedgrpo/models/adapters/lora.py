@@ -11,6 +11,7 @@ from torch import nn
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ConfigError, ModelError, brief, reason
+from fusedgrpo.models.adapters.attached import adapter_layers
 from fusedgrpo.models.adapters.kinds import acts_outside
 from fusedgrpo.models.adapters.lora_targets import all_linear
 
@@ -71,3 +72,18 @@ def check_kind(settings: Any) -> None:
             "%s: ranks stay as they begin, as in TRL: nothing calls update_and_allocate.",
             type(settings).__name__,
         )
+
+
+def does_nothing(model: Any) -> bool:
+    """Whether a model with a new adapter still computes what it did without: a LoRA of which one of
+    the two factors is 0. Weights that are trained beside it begin as copies. Of other kinds, and of
+    starts that change the model's own weights (PiSSA, OLoRA), it is not said."""
+    if any(settings.peft_type != "LORA" for settings in model.peft_config.values()):
+        return False
+    factors = [
+        getattr(layer, name)
+        for layer in adapter_layers(model)
+        for name in ("lora_B", "lora_embedding_A")
+        if hasattr(layer, name)
+    ]
+    return not any(weight.any() for each in factors for weight in each.parameters())

@@ -69,6 +69,17 @@ def test_every_sample_gets_its_own_tokens_and_advantage() -> None:
         assert sample.old_logp is not None and len(sample.old_logp) == len(completion.ids)
 
 
+def test_some_completions_are_a_window_of_their_own() -> None:
+    w = window(3, 2)
+    assert [w.indices(part) for part in (0, 1)] == [[0, 1], [2, 3, 4, 5]]
+    few = w.only([1, 4, 5])
+    everything = w.part(0, mask_truncated=False)[0] + w.part(1, mask_truncated=False)[0]
+    (samples, _), wanted = few.part(0, mask_truncated=False), [everything[i] for i in (1, 4, 5)]
+    assert [(s.pair, s.advantage) for s in samples] == [(s.pair, s.advantage) for s in wanted]
+    assert [group.row for group in few.rollout.groups] == [100, 102]
+    assert (few.steps, few.iterations, few.old_logp) == (1, 1, None)
+
+
 def test_completions_cut_by_the_limit_leave_the_loss_if_asked() -> None:
     w = window(2, 1)
     assert all(s.in_loss for s in w.next_samples(mask_truncated=False))
@@ -77,7 +88,10 @@ def test_completions_cut_by_the_limit_leave_the_loss_if_asked() -> None:
 
 def test_a_window_comes_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     before = window(
-        sampler_weight=None, metrics={"reward": 0.1 + 0.2, "kl": math.nan, "n": 3}, done=1
+        sampler_weight=None,
+        rewards=torch.arange(6).float(),
+        metrics={"reward": 0.1 + 0.2, "kl": math.nan, "n": 3},
+        done=1,
     )
     tensors, values = before.state()
     write_tensors(tmp_path / "w.safetensors", tensors)
@@ -85,7 +99,7 @@ def test_a_window_comes_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> No
     after = RolloutBuffer.from_state(
         read_tensors(tmp_path / "w.safetensors"), read_json(tmp_path / "w.json")
     )
-    for name in ("advantages", "old_logp", "ref_logp"):
+    for name in ("advantages", "old_logp", "ref_logp", "rewards"):
         assert torch.equal(getattr(after, name), getattr(before, name)), name
     assert after.sampler_weight is None
     assert (after.steps, after.iterations, after.done) == (2, 2, 1)

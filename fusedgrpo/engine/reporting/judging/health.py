@@ -96,20 +96,32 @@ def collapse_of_length(evidence: Evidence) -> Iterator[Finding]:
 
 
 def divergence(evidence: Evidence) -> Iterator[Finding]:
-    last = evidence.at_the_end("kl")
-    if last is None or last <= KL[0]:
+    found = _distance(evidence)
+    if found is None or found[0] <= KL[0]:
         return
+    last, steps, how = found
     beta, rate = evidence.option("beta") or 0.0, evidence.option("learning_rate")
     change = {"beta": max(2 * beta, 0.01)} | ({"learning_rate": rate / 3} if rate else {})
     yield Finding(
         "kl",
         "bad" if last > KL[1] else "warning",
-        f"The policy is {number(last)} nats a token away from the model it began as: what that "
-        "could do may be lost.",
-        evidence.last_steps,
+        f"The policy is {number(last)} nats a token away from the model it began as{how}: what "
+        "that could do may be lost.",
+        steps,
         "A larger beta or a lower learning_rate holds it.",
         change,
     )
+
+
+def _distance(evidence: Evidence) -> tuple[float, tuple[int, int], str] | None:
+    """KL at the end, the steps that it is of, and a word on how it was measured. Where it was
+    measured now and then alone, the last time counts, wherever that was: the end of the run may
+    have none, nor the step that sampled."""
+    steps, values = series(evidence.updates, "kl")
+    if values and 2 * len(values) <= len(evidence.updates):
+        return values[-1], (steps[-1], steps[-1]), ", by a few completions"
+    last = evidence.at_the_end("kl")
+    return None if last is None else (last, evidence.last_steps, "")
 
 
 def truncation(evidence: Evidence) -> Iterator[Finding]:
