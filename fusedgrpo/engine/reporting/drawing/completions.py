@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusedgrpo.engine.reporting.drawing.curves import view_of
 from fusedgrpo.engine.reporting.drawing.figure import (
     COLOURS,
     DASHES,
@@ -89,11 +90,10 @@ def draw_length_reward(figure: Figure, material: Material) -> bool:
     if not len(rewards) or np.ptp(rewards) == 0:
         return False
     if np.isnan([found.above, found.below]).all():
-        _draw_clouds(figure.add_subplot(), clouds)
-        add_legend(figure, fewest=1)
+        add_legend(figure, _draw_clouds(figure.add_subplot(), clouds), fewest=1)
         return True
     left, right = figure.subplots(1, 2)
-    _draw_clouds(left, clouds)
+    beyond = _draw_clouds(left, clouds)
     middle = (found.time.edges[1:] + found.time.edges[:-1]) / 2
     lines = {
         "above": (found.above, COLOURS[0], "-", "o"),
@@ -107,11 +107,12 @@ def draw_length_reward(figure: Figure, material: Material) -> bool:
         )  # fmt: skip
     right.set_ylabel("mean length (tokens)")
     over_steps(right, middle)
-    add_legend(figure)
+    add_legend(figure, beyond)
     return True
 
 
-def _draw_clouds(axes: Axes, clouds: list[Cloud]) -> None:
+def _draw_clouds(axes: Axes, clouds: list[Cloud]) -> str:
+    """Draw a point for each completion; returns what to say of those that are far out."""
     values = np.unique(np.concatenate([cloud.reward for cloud in clouds]))
     # Single values are spread a little, or hundreds of points were one.
     few = len(values) <= FEW_VALUES
@@ -125,6 +126,10 @@ def _draw_clouds(axes: Axes, clouds: list[Cloud]) -> None:
             label=f"steps {cloud.first} to {cloud.last}: correlation "
             + ("-" if cloud.correlation is None else f"{cloud.correlation:.2f}"),
         )  # fmt: skip
-    if few:
-        axes.set_yticks(values, [plain(value) for value in values.tolist()])
     axes.set(xlabel="length (tokens)", ylabel="reward of a completion")
+    view = view_of(cloud.reward for cloud in clouds)
+    if view is not None:
+        axes.set_ylim(view.low, view.high)
+    elif few:
+        axes.set_yticks(values, [plain(value) for value in values.tolist()])
+    return "" if view is None else view.note

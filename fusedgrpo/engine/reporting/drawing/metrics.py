@@ -218,11 +218,10 @@ def draw_memory(figure: Figure, material: Material) -> bool:
             axes, steps, peak / 1e9, colour=PHASE_COLOURS[i], names=[key.removeprefix("memory/")],
             dashes=DASHES[i], width=2.4 - 0.4 * i,
         )  # fmt: skip
-    if split.planned is not None:
-        of_plan = "" if split.of_plan is None else f", peak at {split.of_plan:.0%} of it"
+    if split.planned is not None and split.of_plan is not None:
         axes.axhline(
             split.planned / 1e9, color=INK, linewidth=1.2, linestyle=DASHES[1],
-            label=f"planned{of_plan}",
+            label=f"planned, peak at {split.of_plan:.0%} of it",
         )  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.set_ylabel("GB")

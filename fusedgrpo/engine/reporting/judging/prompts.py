@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from fusedgrpo.engine.reporting.held_out_log import Checks, sets_of
 from fusedgrpo.engine.reporting.metrics_log import finite
 
@@ -25,16 +23,17 @@ def best_reward(rewards: Iterable[float | None]) -> float | None:
     return top if top > 0 else None
 
 
-def is_solved(reward: np.ndarray, top: float | None) -> np.ndarray:
-    """Which of ``reward`` are those of solved prompts, where ``top`` is the ``best_reward``."""
-    return np.zeros(reward.shape, dtype=bool) if top is None else reward >= top
+def is_solved(reward: Any, top: float | None) -> Any:
+    """Whether ``reward``, a number or an array, is that of a solved prompt, where ``top`` is the
+    ``best_reward``."""
+    return reward >= (math.inf if top is None else top)
 
 
 def status_of(before: float | None, after: float | None, top: float | None) -> Status:
     """What became of a prompt, by its rewards and the ``best_reward``; without one, "same"."""
     if before is None or after is None:
         return "same"
-    solved_before, solved_after = is_solved(np.asarray([before, after]), top)
+    solved_before, solved_after = is_solved(before, top), is_solved(after, top)
     if solved_before:
         return "solved" if solved_after else "lost"
     if solved_after:

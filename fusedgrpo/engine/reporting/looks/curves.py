@@ -122,7 +122,8 @@ class MemorySplit:
     """Bytes. phases: those that were measured by themselves (on a GPU). peaks: ``[P]``, the
     greatest of each. peak: of all, None if it was never measured; without a GPU it is the process's
     memory so far. planned: the plan's peak, None without a plan. of_plan: peak / planned, None
-    without either. retries: how often work was done again in smaller parts for lack of memory."""
+    without a plan or where the peak is not that of a GPU. retries: how often work was done again in
+    smaller parts for lack of memory."""
 
     phases: tuple[str, ...]
     peaks: np.ndarray
@@ -143,6 +144,6 @@ def memory_split(rows: Sequence[Row]) -> MemorySplit:
         peaks=np.asarray([max(found[phase]) for phase in phases], dtype=float),
         peak=peak,
         planned=planned,
-        of_plan=peak / planned if peak is not None and planned else None,
+        of_plan=peak / planned if phases and peak is not None and planned else None,
         retries=int(sum(series(rows, "memory/retries")[1])),
     )

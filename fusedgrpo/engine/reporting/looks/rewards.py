@@ -11,7 +11,7 @@ from fusedgrpo.engine.reporting.judging.prompts import best_reward, is_solved
 from fusedgrpo.engine.reporting.looks.tables import TimeBins, groups_of, time_bins
 
 FEW_VALUES = 12  # rewards of so many values at most have a bin for each
-SAME = 1e-6  # of the greatest: rewards that differ by less are one value
+SAME = 1e-6  # of them, and of what is usual: rewards that differ by less are one value
 FAR = 4.0  # a range so many times that of the middle 98 % is cut to it
 
 
@@ -67,7 +67,9 @@ def _few_values(rewards: np.ndarray) -> np.ndarray | None:
     found = np.unique(rewards)
     if not len(found):
         return found
-    apart = np.diff(found) > SAME * np.abs(found).max()
+    sizes = np.abs(found)
+    usual = np.median(sizes[sizes > 0]) if sizes.any() else 0.0
+    apart = np.diff(found) > SAME * np.maximum(np.maximum(sizes[1:], sizes[:-1]), usual)
     values = found[np.concatenate([[True], apart])]
     return values if len(values) <= FEW_VALUES else None
 
