@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusedgrpo.engine.reporting.drawing.figure import legible, plain
-from fusedgrpo.engine.reporting.smoothing import smooth, window_of
+from fusedgrpo.engine.reporting.smoothing import MARGIN, far_out, most_of, smooth, window_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 MANY = 1000  # values, from which on single ones are finer than a pixel
 BANDS = 300  # ranges that a band of so many values is drawn from
 FLAT = 1e-6  # of the greatest: a range of so much is rounding
-FAR = 8.0  # a range so many times that of most values is not shown whole
 
 
 def draw_curve(
@@ -33,9 +32,9 @@ def draw_curve(
     view: View | None = None,
 ) -> None:
     """Draw one metric, both ways. NaN is a gap, and a value between two gaps a dot. names: in the
-    legend, of all that has these values. window: see ``smooth``. view: what is beyond it counts in
-    the thick curve as if it were at its edge."""
-    seen = values if view is None else np.clip(values, view.low, view.high)
+    legend, of all that has these values. window: see ``smooth``. view: what is beyond it is left
+    out of the thick curve."""
+    beyond = None if view is None else (values < view.low) | (values > view.high)
     there = np.concatenate([[False], np.isfinite(values), [False]])
     alone = there[1:-1] & ~there[:-2] & ~there[2:]
     if len(values) > MANY:
@@ -43,7 +42,7 @@ def draw_curve(
     else:
         axes.plot(steps, values, color=colour, alpha=0.35, linewidth=0.9)
     axes.plot(
-        steps, smooth(seen, window), color=colour, linewidth=width, linestyle=dashes,
+        steps, smooth(values, window, beyond), color=colour, linewidth=width, linestyle=dashes,
         marker="o" if alone.any() else "", markevery=np.flatnonzero(alone).tolist(),
         markersize=2 * width, label=legible(*names),
     )  # fmt: skip
@@ -71,19 +70,6 @@ def thin_and_thick(count: int) -> str:
     return f"thin: each step; {thick}"
 
 
-def most_of(values: np.ndarray) -> tuple[float, float]:
-    """The range of the finite ``values``, one at least, without the outermost 2 %, one on each side
-    at least, where those are far out."""
-    found = np.sort(values[np.isfinite(values)])
-    out = max(1, len(found) // 50)
-    if len(found) >= 10:
-        inner = found[out:-out]
-        span = inner[-1] - inner[0]
-        if 0 < span * FAR < found[-1] - found[0]:
-            return float(inner[0]), float(inner[-1])
-    return float(found[0]), float(found[-1])
-
-
 @dataclass(frozen=True)
 class View:
     """A y axis from low to high, and what to say of values that it leaves out."""
@@ -107,10 +93,12 @@ def view_of(curves: Iterable[np.ndarray]) -> View | None:
     elif low <= every.min() and every.max() <= high:
         return None
     else:
-        margin = 0.25 * (high - low)
+        margin = MARGIN * (high - low)
+    outside = every[far_out(every, low, high)]
     low, high = low - margin, high + margin
-    outside = every[(every < low) | (every > high)]
     if not len(outside):
         return View(low, high, "")
     far = plain(float(outside[np.abs(outside).argmax()]))
-    return View(low, high, f"{len(outside)} beyond the picture, the furthest {far}")
+    return View(
+        low, high, f"{len(outside)} beyond the picture and left out of means, the furthest {far}"
+    )

@@ -59,6 +59,7 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
 }
 LONGEST = 48  # characters of a name in a legend
+ROWS, ROW = 2, 0.17  # of a legend: how many a figure has room for; inches of one
 LINE = 96  # characters of a legend that are as wide as a figure
 
 
@@ -98,12 +99,15 @@ def add_legend(figure: Figure, *notes: str, fewest: int = 2) -> None:
         handles, labels = [], []
     if not labels and not note:
         return
-    widest = max(map(len, labels), default=0) + 7
+    columns = max(1, min(4, LINE // (max(map(len, labels), default=0) + 7)))
+    rows = -(-len(labels) // columns)
+    if rows > ROWS:  # or the axes would have to make room for it
+        figure.set_figheight(figure.get_figheight() + ROW * (rows - ROWS))
     legend = figure.legend(
         handles,
         [textwrap.fill(label, LINE, drop_whitespace=False) for label in labels],
         loc="outside lower left",
-        ncols=max(1, min(4, LINE // widest)),
+        ncols=columns,
         title=note or None,
         alignment="left",
         handlelength=3.4,

@@ -199,7 +199,7 @@ def draw_kl_reward(figure: Figure, material: Material) -> bool:
     if len(found.steps) > 1:
         ticks = MaxNLocator(integer=True)
         figure.colorbar(points, ax=axes, label="optimizer step", ticks=ticks)
-    axes.set(xlabel="KL to the reference (nats per token)", ylabel="reward (mean over completions)")
+    axes.set(xlabel="KL to the reference (nats per token)", ylabel="mean reward")
     note = f"means over {window_of(len(found.steps))} steps" if len(found.steps) > 1 else ""
     add_legend(figure, note)
     return True

@@ -11,7 +11,6 @@ import numpy as np
 from fusedgrpo.engine.reporting.drawing.curves import (
     View,
     draw_curve,
-    most_of,
     thin_and_thick,
     view_of,
 )
@@ -28,17 +27,17 @@ from fusedgrpo.engine.reporting.drawing.figure import (
 )
 from fusedgrpo.engine.reporting.looks.curves import trace
 from fusedgrpo.engine.reporting.metrics_log import Row, reward_names
-from fusedgrpo.engine.reporting.smoothing import window_of
+from fusedgrpo.engine.reporting.smoothing import most_of, window_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUM = "reward (weighted sum)"
-UNIT = "mean over completions"
-READABLE = 10.0  # curves share an axis while the greatest is at most so many times the least
+UNIT = "mean reward"
+READABLE = 4.0  # curves share an axis while the greatest is at most so many times the least
 SAME = 1e-6  # of the greatest: values that differ by less are equal
-FIRST_HEIGHT, HEIGHT = 3.6, 2.2  # inches, of the first panel and of each further one
+HEIGHT = 2.2  # inches, of each further panel
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def draw_rewards(figure: Figure, material: Material) -> bool:
     panels = packed(reward_curves(material.rows))
     if not panels:
         return False
-    figure.set_figheight(FIRST_HEIGHT + HEIGHT * (len(panels) - 1))
+    figure.set_figheight(figure.get_figheight() + HEIGHT * (len(panels) - 1))
     count = max(len(curve.steps) for panel in panels for curve in panel if not curve.held_out)
     found = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     notes = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusedgrpo.engine.reporting.metrics_log import Row, finite, series
-from fusedgrpo.engine.reporting.smoothing import smooth
+from fusedgrpo.engine.reporting.smoothing import far_out, most_of, smooth
 
 PHASES = ("sample", "score", "update")
 CLIP_FRACTIONS = ("clip_ratio/", "cispo_clip_ratio")
@@ -27,7 +27,8 @@ def trace(rows: Iterable[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
 @dataclass(frozen=True)
 class Trajectory:
     """steps: ``[S]``, those that have both. kl: ``[S]`` nats a token, as logged. reward, smooth_kl:
-    ``[S]``, means of their neighbourhood (``smooth``)."""
+    ``[S]``, means of their neighbourhood (``smooth``) without values that are far out; NaN where
+    there are no others."""
 
     steps: np.ndarray
     kl: np.ndarray
@@ -47,9 +48,15 @@ def kl_against_reward(rows: Sequence[Row]) -> Trajectory:
     return Trajectory(
         steps=np.asarray([one[0] for one in found], dtype=np.int64),
         kl=kl,
-        reward=np.asarray(smooth([one[2] for one in found])),
-        smooth_kl=np.asarray(smooth(kl)),
+        reward=_mean_of_most(np.asarray([one[2] for one in found], dtype=float)),
+        smooth_kl=_mean_of_most(kl),
     )
+
+
+def _mean_of_most(values: np.ndarray) -> np.ndarray:
+    if not len(values):
+        return values
+    return np.asarray(smooth(values, left_out=far_out(values, *most_of(values))))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fusedgrpo.engine.reporting.looks import (
     time_split,
 )
 from fusedgrpo.engine.reporting.looks.curves import trace
-from fusedgrpo.engine.reporting.smoothing import smooth, window_of
+from fusedgrpo.engine.reporting.smoothing import far_out, most_of, smooth, window_of
 
 
 def test_a_null_is_a_gap_and_a_row_without_the_key_is_none():
@@ -97,6 +97,22 @@ def test_smoothing_leaves_gaps_and_counts_them_in_no_mean():
     found = smooth([1.0, math.nan, 3.0, 5.0])
     assert found[0] == 1 and math.isnan(found[1]) and found[2:] == pytest.approx([4, 4])
     assert all(map(math.isnan, smooth([math.nan] * 3)))
+
+
+def test_what_is_left_out_counts_in_no_mean_and_makes_no_gap():
+    left_out = np.asarray([False, True, False, False])
+    assert smooth([1.0, 900.0, 3.0, 5.0], left_out=left_out) == pytest.approx([1, 2, 4, 4])
+
+
+def test_few_values_that_are_far_from_most_are_far_out():
+    values = np.asarray([*np.linspace(0, 1, 30), 100, math.nan])
+    low, high = most_of(values)
+    assert 0 <= low < 0.1 and 0.9 < high <= 1
+    assert np.flatnonzero(far_out(values, low, high)).tolist() == [30]
+    assert most_of(np.linspace(0, 1, 30)) == (0, 1)
+    assert most_of(np.asarray([1.0, 900.0])) == (1, 900)  # of two, none is the odd one
+    rows = [{"step": i, "kl": 900.0 if i == 9 else i / 100, "reward": 1.0} for i in range(30)]
+    assert kl_against_reward(rows).smooth_kl.max() < 0.3
 
 
 def test_a_huge_value_takes_no_digits_of_those_after_it():
