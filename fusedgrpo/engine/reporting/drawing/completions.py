@@ -30,7 +30,7 @@ def draw_histogram(figure: Figure, material: Material) -> bool:
     if material.scores is None:
         return False
     found = reward_histogram(material.scores)
-    if found.least is None:
+    if found.least is None or found.greatest is None:
         return False
     axes = figure.add_subplot()
     edges = found.edges if found.values is None else np.arange(len(found.edges)) - 0.5
@@ -49,7 +49,7 @@ def draw_histogram(figure: Figure, material: Material) -> bool:
 
 
 def draw_signal(figure: Figure, material: Material) -> bool:
-    """What became of the groups, adding up to all of them."""
+    """The kinds of groups, adding up to all of them."""
     if material.scores is None or not len(material.scores):
         return False
     found = group_signal(material.scores)
@@ -95,14 +95,9 @@ def draw_length_reward(figure: Figure, material: Material) -> bool:
     left, right = figure.subplots(1, 2)
     beyond = _draw_clouds(left, clouds)
     middle = (found.time.edges[1:] + found.time.edges[:-1]) / 2
-    lines = {
-        "above": (found.above, COLOURS[0], "-", "o"),
-        "below": (found.below, COLOURS[1], 1, "s"),
-    }
-    for name, (length, colour, dashes, marker) in lines.items():
+    for i, (name, length) in enumerate((("above", found.above), ("below", found.below))):
         right.plot(
-            middle, length, marker, color=colour, markersize=3,
-            linestyle=dashes if dashes == "-" else DASHES[dashes],
+            middle, length, color=COLOURS[i], linestyle=DASHES[i], marker="os"[i], markersize=3,
             label=f"{name} the mean reward of the group",
         )  # fmt: skip
     right.set_ylabel("mean length (tokens)")

@@ -61,7 +61,7 @@ def _per_band(count: int) -> int:
 
 
 def thin_and_thick(count: int) -> str:
-    """What is thin and what is thick where curves of ``count`` values are drawn."""
+    """A legend's note: what is thin and what is thick in curves of ``count`` values."""
     if count < 2:
         return ""
     thick = f"thick: mean over {window_of(count)} steps"

@@ -65,8 +65,8 @@ LINE = 96  # characters of a legend that are as wide as a figure
 
 @dataclass(frozen=True)
 class Material:
-    """What plots are drawn from. rows: of ``metrics.jsonl``. scores: of the completions. config:
-    the options of the run."""
+    """All that plots are drawn from. rows: of ``metrics.jsonl``. scores: of the completions.
+    config: the options of the run."""
 
     rows: Sequence[Row]
     scores: Scores | None = None
@@ -74,8 +74,8 @@ class Material:
 
 
 def legible(*names: str) -> str:
-    """What is called so, for a legend. A space first: matplotlib leaves out labels that start with
-    an underscore."""
+    """The names of one thing, for a legend. A space first: matplotlib leaves out labels that start
+    with an underscore."""
     short = (shorten(one_line(printable(name)), LONGEST) for name in names)
     return f" {' = '.join(short)}"
 

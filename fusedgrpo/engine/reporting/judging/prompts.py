@@ -30,7 +30,7 @@ def is_solved(reward: Any, top: float | None) -> Any:
 
 
 def status_of(before: float | None, after: float | None, top: float | None) -> Status:
-    """What became of a prompt, by its rewards and the ``best_reward``; without one, "same"."""
+    """The outcome of a prompt, by its rewards and the ``best_reward``; without one, "same"."""
     if before is None or after is None:
         return "same"
     solved_before, solved_after = is_solved(before, top), is_solved(after, top)

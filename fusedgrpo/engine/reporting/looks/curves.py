@@ -37,19 +37,15 @@ class Trajectory:
 
 
 def kl_against_reward(rows: Sequence[Row]) -> Trajectory:
-    """What the distance from the reference bought."""
-    found = [
-        (int(row["step"]), kl, reward)
-        for row in rows
-        if (kl := finite(row.get("kl"))) is not None
-        and (reward := finite(row.get("reward"))) is not None
-    ]
-    kl = np.asarray([one[1] for one in found], dtype=float)
+    """The way of the run through KL and reward: what the distance from the reference bought."""
+    kl, reward = _column(rows, "kl"), _column(rows, "reward")
+    both = np.isfinite(kl) & np.isfinite(reward)
+    steps = np.asarray([row["step"] for row in rows], dtype=np.int64)
     return Trajectory(
-        steps=np.asarray([one[0] for one in found], dtype=np.int64),
-        kl=kl,
-        reward=_mean_of_most(np.asarray([one[2] for one in found], dtype=float)),
-        smooth_kl=_mean_of_most(kl),
+        steps=steps[both],
+        kl=kl[both],
+        reward=_mean_of_most(reward[both]),
+        smooth_kl=_mean_of_most(kl[both]),
     )
 
 

@@ -1,4 +1,4 @@
-"""What became of prompts that training met more than once."""
+"""The outcome of training for prompts that it met more than once."""
 
 from __future__ import annotations
 

@@ -112,8 +112,9 @@ class GroupSignal:
 
 
 def group_signal(scores: Scores, columns: int = 60) -> GroupSignal:
-    """What groups gave to learn from. Rewards are compared in float32, as they are where advantages
-    are made; ``solved + same`` is ``frac_reward_zero_std`` where groups are of one size."""
+    """How many groups there was something to learn from. Rewards are compared in float32, as they
+    are where advantages are made; ``solved + same`` is ``frac_reward_zero_std`` where groups are of
+    one size."""
     groups = groups_of(scores)
     time, column = time_bins(groups.step, columns)
     top = best_reward(groups.high.tolist())

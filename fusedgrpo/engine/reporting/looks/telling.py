@@ -53,7 +53,9 @@ def telling_groups(completions: Completions, last: float = 0.1) -> TellingGroups
         left[worst] = False
     divided = _take(groups.spread, left & (groups.spread > 0))
     return TellingGroups(
-        *(_read(completions, groups, one) for one in (best, worst, divided)),
+        best=_read(completions, groups, best),
+        worst=_read(completions, groups, worst),
+        divided=_read(completions, groups, divided),
         first=begin,
         last=steps[-1],
     )
