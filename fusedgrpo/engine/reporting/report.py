@@ -17,20 +17,31 @@ import fusedgrpo
 from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
 from fusedgrpo.engine.reporting.completions_log import prompt_text, scores_of
-from fusedgrpo.engine.reporting.completions_reader import Completions
+from fusedgrpo.engine.reporting.completions_reader import Completions, Scores
 from fusedgrpo.engine.reporting.formatting import gigabytes, number
 from fusedgrpo.engine.reporting.held_out_log import Checks, check_rows
 from fusedgrpo.engine.reporting.judging.findings import INTERVALS
 from fusedgrpo.engine.reporting.judging.prompts import compared, counts
 from fusedgrpo.engine.reporting.judging.verdict import judge
+from fusedgrpo.engine.reporting.looks import (
+    memory_split,
+    prompt_outcomes,
+    telling_groups,
+    time_split,
+)
 from fusedgrpo.engine.reporting.metrics_log import Row, reward_names, series, trend
-from fusedgrpo.engine.reporting.page.charts import run_charts
+from fusedgrpo.engine.reporting.page.charts import PHASE_COLOURS, length_charts, run_charts
+from fusedgrpo.engine.reporting.page.figures import completion_figures
+from fusedgrpo.engine.reporting.page.header import described, memory_table
 from fusedgrpo.engine.reporting.page.render import render, write_page
+from fusedgrpo.engine.reporting.page.tokens import coloured
 from fusedgrpo.engine.reporting.recorded_run import RecordedRun
+from fusedgrpo.engine.reporting.run_record import newest_session
 
 SHOWN = 4  # completions of the first and of the last rollout
 PAIRS = 6  # held-out prompts, those that changed first
 FOLDED = 24  # more of them
+CHANGED = 12  # prompts of the training data that came again
 RELOADS = 30  # seconds, of a page whose run goes on
 
 
@@ -51,10 +62,16 @@ def write_report(
     """
     run = RecordedRun.read(run_dir)
     path = Path(path) if path is not None else Path(run_dir) / "report.html"
-    drawn = plots.write_plots(run.rows, Path(run_dir) / "plots") if pictures else []
-    verdict = judge(run.rows, run.config, run.checks)
-    charts, others = run_charts(run.rows, run.config, check_rows(run.checks))
-    held_out = _held_out(run.checks)
+    scores = run.completions.scores
+    drawn = []
+    if pictures:
+        plot_dir = Path(run_dir) / "plots"
+        drawn = plots.write_plots(run.rows, plot_dir, scores=scores, config=run.config)
+    verdict = judge(run.rows, run.config, run.checks, scores)
+    charts, others = run_charts(
+        run.rows, run.config, check_rows(run.checks), kl_is_sampled=run.kl_is_sampled
+    )
+    charts += length_charts(scores)
     context: dict[str, Any] = {
         "name": run.path.name,
         "summary": _summary(run),
@@ -63,13 +80,16 @@ def write_report(
         "verdict": verdict,
         "intervals": INTERVALS,
         "advice": all_advice(run.rows, run.config, {reason.key for reason in verdict.reasons}),
-        "facts": [],
+        "facts": described(run.facts, run.rows),
         "charts": charts,
         "others": others,
         "images": [(plots.PLOTS[picture.stem][0], _inlined(picture)) for picture in drawn],
-        "held_out": held_out,
-        "figures": [],
-        "cost": _cost(run.rows),
+        "held_out": _held_out(run.checks),
+        "figures": completion_figures(scores, run.rows),
+        "telling": _telling(run.completions),
+        "asked_again": _asked_again(scores),
+        "coloured": coloured(run.drift),
+        "cost": _cost(run),
         "ends": _ends(run.rows),
         "samples": _samples(run.completions),
         "config": run.config,
@@ -78,11 +98,11 @@ def write_report(
     }
     parts = {
         "advice": "Advice", "facts": "The run", "charts": "Curves", "held_out": "Held-out prompts",
-        "figures": "What was rewarded", "cost": "Time and memory", "ends": "First and last",
-        "samples": "Completions", "config": "Options",
+        "figures": "What was rewarded", "coloured": "Tokens", "cost": "Time and memory",
+        "ends": "First and last", "samples": "Completions", "config": "Options",
     }  # fmt: skip
     ids = {"charts": "curves", "held_out": "held-out", "figures": "completions"}
-    ids |= {"config": "options"}
+    ids |= {"config": "options", "coloured": "tokens"}
     text = render(
         "report.html.j2",
         title=f"fusedgrpo: {run.path.name}",
@@ -110,6 +130,9 @@ def _summary(run: RecordedRun) -> str:
         str(run.config[key]) for key in ("model_name_or_path", "dataset") if run.config.get(key)
     ]
     facts.append(f"{run.rows[-1]['step']} steps")
+    how = newest_session(run.facts).get("how")
+    if how not in (None, "finished"):
+        facts.append(str(how))
     if seconds := sum(series(run.rows, "step_time")[1]):
         facts.append(_duration(seconds))
     return " · ".join(facts)
@@ -156,25 +179,56 @@ def _ends(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def _cost(rows: Sequence[Row]) -> dict[str, Any] | None:
-    seconds = {name: sum(series(rows, f"time/{name}")[1]) for name in plots.PHASES}
-    total = sum(seconds.values())
+def _telling(completions: Completions) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Headings and records of groups worth reading."""
+    found = telling_groups(completions)
+    named = {"Best": found.best, "Worst": found.worst, "Most divided": found.divided}
+    return [
+        (f"{name} group, step {group.step}: mean reward {number(group.mean)}", group.records)
+        for name, group in named.items()
+        if group is not None
+    ]
+
+
+def _asked_again(scores: Scores) -> dict[str, Any] | None:
+    """How prompts of the training data fared that came more than once; None if none did."""
+    found = prompt_outcomes(scores)
+    if not found.prompts:
+        return None
+    counts = ", ".join(f"{count} {status}" for status, count in found.counts.items())
+    changed = [
+        [
+            f"row {one.row}", one.status, f"{number(one.before)} (step {one.first})",
+            f"{number(one.after)} (step {one.last})",
+        ]
+        for one in found.changed[:CHANGED]
+    ]  # fmt: skip
+    return {
+        "words": f"{found.prompts} prompts were asked at least twice, the first time against the "
+        f"last: {counts}; {found.half} neither solved nor without any reward both times.",
+        "changed": changed,
+    }
+
+
+def _cost(run: RecordedRun) -> dict[str, Any] | None:
+    rows, split, memory = run.rows, time_split(run.rows), memory_split(run.rows)
     time_parts: list[dict[str, Any]] = []
-    begin = 0.0
-    for colour, (name, value) in zip((5, 1, 4), seconds.items(), strict=True):
-        if total > 0:
-            words = f"{name} {_duration(value)} ({value / total:.0%})"
-            share = value / total
-            time_parts.append({"colour": colour, "begin": begin, "share": share, "words": words})
-            begin += share
+    for i, (phase, share) in enumerate(zip(split.phases, split.shares.tolist(), strict=True)):
+        words = f"{phase} {_duration(split.seconds[i])} ({share:.0%})"
+        begin = float(split.shares[:i].sum())
+        colour = PHASE_COLOURS[phase]
+        time_parts.append({"colour": colour, "begin": begin, "share": share, "words": words})
     lines = []
-    if peaks := series(rows, "memory/peak")[1]:
-        lines.append(f"Peak memory: {gigabytes(max(peaks))}.")
+    if memory.peak is not None:
+        planned = f", {memory.of_plan:.0%} of what was planned" if memory.of_plan else ""
+        lines.append(f"Peak memory: {gigabytes(memory.peak)}{planned}.")
+    if memory.retries:
+        lines.append(f"Work that did not fit was done again in parts: {memory.retries} times.")
     if speeds := series(rows, "tokens_per_second")[1]:
         lines.append(f"Completion tokens per second: {sum(speeds) / len(speeds):.0f} on average.")
     if not (time_parts or lines):
         return None
-    return {"time": time_parts, "lines": lines, "memory": []}
+    return {"time": time_parts, "lines": lines, "memory": memory_table(run.facts)}
 
 
 def _samples(completions: Completions) -> list[tuple[int, list[list[dict[str, Any]]]]]:

@@ -23,6 +23,7 @@ from fusedgrpo.engine.reporting.completions_log import CompletionsLog
 from fusedgrpo.engine.reporting.disk_refusals import Refusals, writing_to
 from fusedgrpo.engine.reporting.display import Display
 from fusedgrpo.engine.reporting.formatting import number
+from fusedgrpo.engine.reporting.live_report import LiveReport
 from fusedgrpo.engine.reporting.metrics_log import MetricsLog, Row, finite, read_metrics
 from fusedgrpo.engine.reporting.report import write_report
 from fusedgrpo.engine.reporting.rollout_line import rollout_progress
@@ -150,6 +151,8 @@ class RunLogger:
                 )
             )
         self.user_callbacks = callbacks  # itself: the user may add to it
+        self.live_report = LiveReport(run.path, run.report)
+        self._reported = False
 
     @classmethod
     @contextmanager
@@ -163,7 +166,11 @@ class RunLogger:
         ):
             with writing_to(run.path):
                 outputs = cls(config, run, stack, **rest)
-            yield outputs
+            try:
+                yield outputs
+            finally:
+                if not outputs._reported:
+                    outputs.live_report.last()
 
     def write(self, unwritten: Unwritten, step: int, *, insist: bool = False) -> None:
         """Write what is not written yet; see ``Refusals`` for what fails."""
@@ -181,6 +188,7 @@ class RunLogger:
         for folder in (self.completions_log, self.evaluations_log):
             if (why := folder.fold_if_due()) is not None:
                 log.warning("%s", why)  # nothing is lost: no reason to end a run
+        self.live_report.after_step()
 
     def writing(
         self, what: str, step: int, work: Callable[[], T], *, insist: bool = False
@@ -263,6 +271,7 @@ class RunLogger:
             where = save_model(self.run.path)
             if rows := read_metrics(self.run.metrics):
                 write_report(self.run.path, self.run.report)  # which draws the plots, too
+                self._reported = True
                 self.display.ends_with(rows)
         self.display.advice([], self.advisor.current, [])
         self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")

@@ -14,7 +14,7 @@ from fusedgrpo.engine.reporting.judging.findings import INTERVALS
 from fusedgrpo.engine.reporting.judging.several import Run
 from fusedgrpo.engine.reporting.judging.verdict import judge
 from fusedgrpo.engine.reporting.metrics_log import reward_names, series
-from fusedgrpo.engine.reporting.page.charts import Chart, Curve
+from fusedgrpo.engine.reporting.page.chart import Chart, Curve
 from fusedgrpo.engine.reporting.page.render import render, write_page
 
 Known = tuple[list[int], Curve]  # the steps that a curve has values at, and it

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fusedgrpo.engine.reporting.page import charts
-from fusedgrpo.engine.reporting.page.charts import Chart, run_charts
+from fusedgrpo.engine.reporting.page.chart import Chart
+from fusedgrpo.engine.reporting.page.charts import run_charts
 
 
 def of(rows: list[dict[str, Any]], **more: Any) -> dict[str, Chart]:

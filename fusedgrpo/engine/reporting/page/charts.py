@@ -1,90 +1,20 @@
-"""The curves of a run as data for ``static/charts.js``, which says what a chart is made of."""
+"""The curves of a run, chosen from its metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+from fusedgrpo.engine.reporting.completions_reader import Scores
 from fusedgrpo.engine.reporting.formatting import number
+from fusedgrpo.engine.reporting.looks import length_against_reward
 from fusedgrpo.engine.reporting.metrics_log import Row, finite, reward_names, series
-
-Kind = Literal["noisy", "plain", "points", "dashed", "edge"]
+from fusedgrpo.engine.reporting.page.chart import Chart, Curve, Kind
 
 MOST_POINTS = 20_000  # of a curve; of longer runs every so many steps
-DIGITS = 6  # significant ones of a value
+PHASE_COLOURS = {"sample": 5, "score": 1, "update": 4}
 FAR_APART = 30.0  # greatest values of two rewards, as a factor, that one axis cannot show
-
-
-@dataclass(frozen=True)
-class Curve:
-    """values: ``[N]``, None where there is none. colour: of the page's eight. joined: gaps are
-    steps that have no value, and are drawn over."""
-
-    name: str
-    values: Sequence[float | None]
-    colour: int
-    kind: Kind = "noisy"
-    joined: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """``id`` is that of its figure; ``unit`` labels the y axis; ``x``: ``[N]`` steps; ``lines``:
-    name -> value of a level; ``bands``: pairs of curves, the upper one first, with the room between
-    them filled; ``zero``: the axis begins there. ``note``: what else is to be said."""
-
-    id: str
-    title: str
-    unit: str
-    x: Sequence[int]
-    curves: Sequence[Curve]
-    lines: Mapping[str, float] = field(default_factory=dict)
-    bands: Sequence[tuple[int, int]] = ()
-    zero: bool = False
-    note: str = ""
-    every: int = 1
-
-    @property
-    def summary(self) -> str:
-        """What is drawn, for those who cannot see it."""
-        said = []
-        for curve in self.curves:
-            known = [value for value in curve.values if value is not None]
-            if curve.kind == "edge" or not known:
-                continue
-            if min(known) == max(known):
-                said.append(f"{curve.name}: {number(known[0])} throughout")
-            else:
-                said.append(
-                    f"{curve.name}: {number(known[0])} at first, {number(known[-1])} at last, "
-                    f"between {number(min(known))} and {number(max(known))}"
-                )
-        return "; ".join(said) + "."
-
-    def to_data(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "x": list(self.x),
-            "step": "step" if self.every == 1 else f"{self.every}th step",
-            "zero": self.zero,
-            "lines": [{"label": name, "value": value} for name, value in self.lines.items()],
-            "bands": [list(pair) for pair in self.bands],
-            "series": [
-                {
-                    "name": curve.name,
-                    "values": [None if v is None else _rounded(v) for v in curve.values],
-                    "colour": curve.colour,
-                    "kind": curve.kind,
-                    "joined": curve.joined,
-                }
-                for curve in self.curves
-            ],
-        }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
 
 
 class Columns:
@@ -155,6 +85,24 @@ _USED = (
     "memory/peak", "memory/planned", "clip_ratio/low_mean", "clip_ratio/high_mean",
     "clip_ratio/region_mean",
 )  # fmt: skip
+
+
+def length_charts(scores: Scores) -> list[Chart]:
+    """How long the better and the worse completions of a group are."""
+    found = length_against_reward(scores)
+    pairs = {"above the mean of their group": found.above, "below it": found.below}
+    curves = [
+        Curve(name, [None if v != v else v for v in values.tolist()], colour, "plain", joined=True)
+        for colour, (name, values) in enumerate(pairs.items())
+    ]
+    if len(found.time) < 2 or not all(any(v is not None for v in c.values) for c in curves):
+        return []
+    return [
+        Chart(
+            "length_of_better", "Length of completions by their reward", "tokens, mean",
+            found.time.first.tolist(), curves, zero=True,
+        )
+    ]  # fmt: skip
 
 
 def _together(rows: Sequence[Row], checks: Sequence[Row]) -> list[Row]:
@@ -327,7 +275,7 @@ def _update(columns: Columns, config: Mapping[str, Any]) -> Iterator[Chart]:
 def _cost(columns: Columns) -> Iterator[Chart]:
     curves = [
         columns.curve(f"time/{phase}", phase, colour)
-        for phase, colour in (("sample", 5), ("score", 1), ("update", 4))
+        for phase, colour in PHASE_COLOURS.items()
         if columns.has(f"time/{phase}")
     ]
     if curves:

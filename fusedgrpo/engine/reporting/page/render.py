@@ -14,7 +14,7 @@ from typing import Any
 import fusedgrpo
 from fusedgrpo.engine.reporting.formatting import number
 from fusedgrpo.engine.reporting.metrics_log import to_jsonable
-from fusedgrpo.engine.reporting.page.charts import Chart
+from fusedgrpo.engine.reporting.page.chart import Chart
 
 # Licences of what is written into the page come with it.
 STYLES = ("vendor/uplot/uPlot.min.css", "static/page.css")
