@@ -58,6 +58,15 @@ def make_run(path: Path, seed: int = 0, steps: int = STEPS, top: float = 0.9) ->
     ]  # fmt: skip
     for step in (1, steps):
         CompletionsLog(path / "completions").write(step, records)
+    tokens = [HOSTILE, " is", " all"]
+    drift = [{**record, "tokens": tokens, "before": [-2.0, -1.0, None], "after": [-1.0, -1.5, -1.0],
+              "reference": [-2.0, -1.0, -1.0]} for record in records]  # fmt: skip
+    CompletionsLog(path / "drift").write(steps, drift)
+    facts = {"model": {"name": HOSTILE, "parameters": 7e9, "trainable": 4e6, "dtype": HOSTILE},
+             "sessions": [{"started": "2026-01-02T03:04:05+00:00", "ended": None,
+                           "command": "c " * 90, "machine": {"gpu": HOSTILE},
+                           "versions": {HOSTILE: "1"}}]}  # fmt: skip
+    (path / "run.json").write_text(json.dumps(facts))
     for step in (0, steps):
         answers = [{"set": "", **record, "reward": float(step > 0)} for record in records]
         CompletionsLog(path / "held_out").write(step, answers)
@@ -175,8 +184,10 @@ def test_curves_say_their_values_and_zoom_together(browser: Any, made: dict[str,
     page, said = opened(browser, made["report"])
     chart = page.locator('[data-chart="reward"]')
     over = chart.locator(".u-over")
+    over.scroll_into_view_if_needed()
     box = over.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    chart.locator(".tip").wait_for()
     tip = chart.locator(".tip").inner_text()
     rows = [json.loads(line) for line in (made["run"] / "metrics.jsonl").read_text().splitlines()]
     step = int(re.search(r"step (\d+)", tip)[1])

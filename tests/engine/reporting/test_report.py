@@ -20,6 +20,7 @@ def make_rows(rewards, **more):
 def make_run(path, rows, config="learning_rate: 5.0e-7\nfinetuning_type: lora\n"):
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "config.resolved.yaml").write_text(config)
+    (path / "run.json").write_text('{"sessions": [{"versions": {"torch": "2.1"}}]}')
     (path / "completions").mkdir()
     for step in (1, 20):
         record = {
@@ -88,7 +89,7 @@ def test_the_report_holds_all_its_parts(tmp_path):
         "Completions of step 1<",
         "Completions of step 20<",
         "finetuning_type: lora",
-        "torch ",
+        "torch 2.1",
     ):
         assert part in page
 

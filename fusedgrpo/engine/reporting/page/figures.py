@@ -82,8 +82,8 @@ def _histogram(scores: Scores) -> Figure | None:
     return Figure(
         "How rewards are spread",
         [*marks, *axes.frame("step", "reward", ticks)],
-        "The darker, the more completions of these steps have this reward. Point at a cell for "
-        "its number.",
+        "The stronger the colour, the more completions of these steps have this reward. Point at "
+        "a cell for its number.",
         f"Rewards from {number(found.least)} to {number(found.greatest)}.",
     )
 
