@@ -199,7 +199,7 @@ def test_curves_say_their_values_and_zoom_together(browser: Any, made: dict[str,
         drawn = "Charts.all.filter((chart) => chart.plot).map((chart) => chart.plot.scales.x)"
         return {(scale["min"], scale["max"]) for scale in page.evaluate(drawn)}
 
-    assert ranges() == {(0, STEPS)}
+    assert (0, STEPS) in ranges()  # that of better lengths begins with the first rollout
     page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 50)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60, steps=4)
