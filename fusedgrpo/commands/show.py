@@ -36,12 +36,8 @@ def show(
         raise ConfigError("--held_out, --evaluated: one at a time.")
     if held_out and step is not None:
         raise ConfigError("--step: --held_out compares the first check with the last.")
-    if held_out:
-        lines = _held_out(run, prompt)
-    elif evaluated:
-        lines = _sampled(run, "eval_completions", step, prompt)
-    else:
-        lines = _sampled(run, "completions", step, prompt)
+    folder = "eval_completions" if evaluated else "completions"
+    lines = _held_out(run, prompt) if held_out else _sampled(run, folder, step, prompt)
     typer.echo("\n".join(lines))
 
 

@@ -51,7 +51,7 @@ class Evaluating(TRLSurface):
     estimate_advantages: Estimator
     # A run's own evaluations do without: it takes another forward pass.
     evaluates_loss = True
-    # And it keeps what was sampled, for its log.
+    # While they go on, the records of what they sample, for the log; None: nobody wants them.
     answers: list[dict[str, Any]] | None = None
 
     def evaluate(

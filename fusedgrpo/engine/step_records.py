@@ -124,7 +124,7 @@ class StepRecords(Evaluating):
         self.answers = [] if outputs.writes else None
         try:
             metrics = self.evaluate()
-            if self.answers is not None:
+            if self.answers:
                 self.unwritten.evaluations[self.progress.step] = self.answers
         finally:
             self.evaluates_loss, self.answers = True, None

@@ -21,9 +21,10 @@ from fusedgrpo.engine.drift_check import DriftCheck
 from fusedgrpo.engine.held_out_check import HeldOutCheck
 from fusedgrpo.engine.memory.plan import measured_phases, plan_table
 from fusedgrpo.engine.publishing import Publishing
+from fusedgrpo.engine.reporting.no_logger import NoLogger
 from fusedgrpo.engine.reporting.opening import opening
 from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
-from fusedgrpo.engine.reporting.run_logger import NoLogger, RunLogger
+from fusedgrpo.engine.reporting.run_logger import RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.resuming import Resuming
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer

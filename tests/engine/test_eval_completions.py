@@ -73,6 +73,9 @@ def test_every_evaluation_is_kept_once_and_dropped_with_its_steps(
     make(tmp_path, SETS).train(str(tmp_path / "checkpoints/step-000002"))
     assert evaluations(tmp_path) == found
     assert list(Completions(folded.directory / "dropped-001").steps) == [4]
+    # Rollouts were folded in the run itself.
+    assert list((tmp_path / "completions").glob("steps-000001-000003.parquet"))
+    assert Completions(tmp_path / "completions").steps == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_has_the_evaluation_that_is_not_written_yet() -> None:

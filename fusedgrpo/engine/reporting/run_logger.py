@@ -16,7 +16,7 @@ import yaml
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.callbacks import Callback
 from fusedgrpo.engine.checkpoint_files import abandon_after
-from fusedgrpo.engine.execution import Progress, unwatched
+from fusedgrpo.engine.execution import Progress
 from fusedgrpo.engine.reporting.advisor import Advisor
 from fusedgrpo.engine.reporting.completions_folding import FoldingLog
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
@@ -45,13 +45,6 @@ def _write_all(waiting: dict[int, Sequence[Mapping[str, Any]]], log: Completions
     for step in sorted(waiting):
         log.write(step, waiting[step])
         del waiting[step]
-
-
-class _NoDisplay:
-    """A ``Display`` that nobody sees."""
-
-    def phase(self, name: str) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 class RunLogger:
@@ -276,41 +269,3 @@ class RunLogger:
         self.display.advice([], self.advisor.current, [])
         self.display.note(f"Done. Weights: {where}. Report: {self.run.report}.")
         self.tell(("on_end", self.run.path))
-
-
-class NoLogger(RunLogger):
-    """Nothing is locked, shown or written: in every process but the first, and where ``step`` is
-    called without ``train``."""
-
-    writes = False
-
-    def __init__(self) -> None:
-        self.display = _NoDisplay()  # type: ignore[assignment]
-        self.progress = unwatched
-
-    @classmethod
-    @contextmanager
-    def opened(cls, config: GRPOConfig, *, resume: bool, **rest: Any) -> Iterator[RunLogger]:
-        yield cls()
-
-    def write(self, unwritten: Unwritten, step: int, *, insist: bool = False) -> None:
-        unwritten.completions.clear()
-        unwritten.evaluations.clear()
-        del unwritten.rows[: len(unwritten.complete_rows)]
-
-    def writing(
-        self, what: str, step: int, work: Callable[[], T], *, insist: bool = False
-    ) -> T | None: ...
-    def tell(self, *events: tuple[Any, ...]) -> None: ...
-    def evaluated_first(self, metrics: Mapping[str, Any]) -> None: ...
-    def answered(self, step: int, records: Sequence[Mapping[str, Any]]) -> None: ...
-    def drifted(self, step: int, records: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def lacks_answers(self, step: int) -> bool:
-        return False
-
-    def skipped_rows(self, rows: Sequence[dict[str, Any]]) -> None: ...
-    def finish(self, save_model: Callable[[Path], Path]) -> None: ...
-
-    def dump(self, step: int, samples: Sequence[TrainingSample], **facts: Any) -> Path:
-        return Path(f"step-{step:06d}.json")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusedgrpo.engine.reporting.completions_reader import Scores
-from fusedgrpo.engine.reporting.judging.changes import CONFIDENCE, RESAMPLES, WIDE, quantile
+from fusedgrpo.engine.reporting.judging.changes import CONFIDENCE, RESAMPLES, Z, quantile
 
 PROMPTS = 10  # of a window, fewer say too little of others
 AT_ONCE = 2**20  # prompts that are drawn at a time, in 24 MB
@@ -39,7 +39,7 @@ def margin_over_prompts(
         return None
     # Percentiles of means of n values are those of a normal variable with a variance of n - 1 of
     # them: too narrow for few (Hesterberg 2015, arXiv 1411.5279).
-    wider = quantile(prompts - 1) / WIDE * math.sqrt(prompts / (prompts - 1))
+    wider = quantile(prompts - 1) / Z * math.sqrt(prompts / (prompts - 1))
     resampled = wider * _resampled(sums, counts)
     # Completions of a step share its policy, which other prompts would have met as well: drawing
     # prompts cannot see how much it swings from step to step, and the more completions there are,

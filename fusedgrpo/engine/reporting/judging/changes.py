@@ -11,7 +11,7 @@ from statistics import fmean, variance
 import numpy as np
 
 CONFIDENCE = 0.99  # of every interval here: a run has many figures, and each could look like news
-WIDE = 2.5758  # of the normal distribution, two-sided, at that confidence
+Z = 2.5758  # of the normal distribution, two-sided, at that confidence
 _MEDIAN = 0.6745  # of the absolute value of a normal variable, in standard deviations
 RESAMPLES = 4000
 FEWEST = 10  # values of a training series
@@ -133,10 +133,10 @@ def of_evaluations(
         noise, freedom = _scatter(np.asarray(values, dtype=float))
         margin = quantile(freedom) * noise * math.sqrt(1 + 1 / many)
         if count < TURNING and spread:  # few values may agree by chance
-            margin = max(margin, 0.25 * WIDE * spread * math.sqrt(2 / PROMPTS))
+            margin = max(margin, 0.25 * Z * spread * math.sqrt(2 / PROMPTS))
     else:
         each = spread if spread else 0.5 * max(abs(v) for v in values)
-        margin = WIDE * each * math.sqrt(2 / PROMPTS)
+        margin = Z * each * math.sqrt(2 / PROMPTS)
     change = Change(
         first=float(first),
         last=float(last),
@@ -173,7 +173,7 @@ def _scatter(values: np.ndarray) -> tuple[float, int]:
 def quantile(freedom: int) -> float:
     """Student's t at ``CONFIDENCE``, two-sided, by the expansion in 1 / freedom (Abramowitz and
     Stegun 26.7.5)."""
-    z, freedom = WIDE, max(freedom, 2)
+    z, freedom = Z, max(freedom, 2)
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
