@@ -78,6 +78,11 @@ class View:
     high: float
     note: str
 
+    @property
+    def note_on_means(self) -> str:
+        """The same where curves are drawn."""
+        return f"{self.note} (in no mean)" if self.note else ""
+
 
 def view_of(curves: Iterable[np.ndarray]) -> View | None:
     """The view that leaves out what is far from the rest of its curve, so that the others are more
@@ -99,6 +104,4 @@ def view_of(curves: Iterable[np.ndarray]) -> View | None:
     if not len(outside):
         return View(low, high, "")
     far = plain(float(outside[np.abs(outside).argmax()]))
-    return View(
-        low, high, f"{len(outside)} beyond the picture and left out of means, the furthest {far}"
-    )
+    return View(low, high, f"{len(outside)} beyond the picture, the furthest {far}")

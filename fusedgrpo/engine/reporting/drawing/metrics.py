@@ -66,7 +66,7 @@ def _draw_alone(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, 
     if view is None:
         return ""
     axes.set_ylim(view.low, view.high)
-    return view.note
+    return view.note_on_means
 
 
 def draw_lengths(figure: Figure, material: Material) -> bool:

@@ -84,7 +84,7 @@ def draw_rewards(figure: Figure, material: Material) -> bool:
             _draw(axes, curve, window_of(count), view)
         if view is not None:
             axes.set_ylim(view.low, view.high)
-            notes.append(view.note)
+            notes.append(view.note_on_means)
         axes.set_ylabel(UNIT)
     steps = np.concatenate([curve.steps for panel in panels for curve in panel])
     over_steps(found[-1], steps)

@@ -104,8 +104,8 @@ def _gathered(scores: Scores, member: np.ndarray) -> Groups:
     low, high = np.where(known, low, np.nan), np.where(known, high, np.nan)
     many = np.maximum(scored, 1)
     mean = np.bincount(owners, weights=values, minlength=count) / many
-    # The mean of equal numbers may round to a neighbour of theirs.
-    mean = np.where(known, np.where(low == high, low, mean), np.nan)
+    # Exact where all are equal: float64 holds the sum of so many float32s.
+    mean = np.where(known, mean, np.nan)
     squares = np.bincount(owners, weights=(values - mean[owners]) ** 2, minlength=count)
     return Groups(
         step=scores.step[at],
