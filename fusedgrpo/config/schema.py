@@ -128,6 +128,12 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "micro-batches served by one sampling; null: one optimizer step", low=1
     )
     num_iterations: int = option(1, "optimizer passes over each rollout", low=1)
+    dynamic_sampling: bool = option(
+        False, "sample other prompts in the place of groups whose rewards do not differ (DAPO)"
+    )
+    max_sampling_rounds: int = option(
+        4, "most prompts that dynamic_sampling takes, as a multiple of a rollout's", low=1
+    )
     tokens_per_microbatch: int | None = option(
         None, "packed tokens per forward pass; null: chosen for the device", low=1
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
+
+import torch
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.advantages import Estimator
@@ -14,9 +18,11 @@ from fusedgrpo.engine.data.dataset import Example, PromptDataset
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.group_signal import GroupSignal
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
+from fusedgrpo.engine.rollout.metrics import filter_metrics, length_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.types import Rollout
 from fusedgrpo.engine.scoring import make_buffer, per_completion, score_rollout
@@ -41,22 +47,80 @@ class Collecting(Protocol):
     processes: Processes
 
 
+@dataclass(frozen=True)
+class Collected:
+    """All that was sampled and scored for a rollout: groups, the examples that they answer, their
+    rewards; and the places of the groups that are trained on."""
+
+    rollout: Rollout
+    examples: list[Example]
+    rewards: RewardBatch
+    used: tuple[int, ...]
+
+    @property
+    def group_ids(self) -> torch.Tensor:
+        return torch.tensor(self.rollout.group_ids)
+
+    @property
+    def used_rows(self) -> torch.Tensor:
+        """``[B]`` bool: the completions that are trained on."""
+        return torch.isin(self.group_ids, torch.tensor(self.used))
+
+    @property
+    def is_filtered(self) -> bool:
+        return len(self.used) < len(self.rollout.groups)
+
+
 class Collector:
     """Makes the rollout that a trainer's progress is at: asked again, it makes the same one."""
 
     def __init__(self, trainer: Collecting):
         self.trainer = trainer
 
-    def prompts(self) -> list[Example]:
-        """The next prompts, which stay the next until the stream's cursor moves."""
-        plan, stream = self.trainer.plan, self.trainer.stream
-        count = plan.groups_per_rollout
-        if plan.total_prompts is not None:
-            count = min(count, plan.total_prompts - stream.cursor)
-        return stream.peek(count)
+    def collect(self, phase: Callable[[str], AbstractContextManager[None]]) -> Collected:
+        """Sample and score the next prompts; with dynamic sampling others in the place of those
+        whose groups have no signal, until there are enough or no more may be tried.
 
-    def sample(self, examples: Sequence[Example]) -> Rollout:
-        """``num_generations`` completions for each of ``examples``."""
+        What is used are the first groups with signal in the order of the prompts, so it does not
+        matter how many are sampled at once. Where none has any, it is what comes without dynamic
+        sampling: there is nothing to learn then, and the step says so.
+        """
+        plan = self.trainer.plan
+        rollout, examples, scored = Rollout(()), list[Example](), list[RewardBatch]()
+        signal: list[bool] = []
+        while missing := min(
+            self._wanted - sum(signal),
+            plan.sampling_rounds * plan.groups_per_rollout - len(examples),
+        ):
+            chosen = self.trainer.stream.peek(len(examples) + missing)[len(examples) :]
+            with phase("sample"):
+                sampled = self.sample(chosen, first=len(examples))
+            with phase("score"):
+                scored.append(self.score(sampled, chosen, number=len(scored)))
+            if plan.sampling_rounds == 1:
+                return Collected(sampled, chosen, scored[0], tuple(range(len(chosen))))
+            signal += self._signal.of(scored[-1], torch.tensor(sampled.group_ids))
+            examples += chosen
+            rollout = Rollout(rollout.groups + sampled.groups)
+        used = [i for i, has_any in enumerate(signal) if has_any] or range(self._wanted)
+        return Collected(rollout, examples, RewardBatch.joined(scored), tuple(used))
+
+    @property
+    def _wanted(self) -> int:
+        """How many groups the next rollout is to have."""
+        plan = self.trainer.plan
+        if plan.total_prompts is None:
+            return plan.groups_per_rollout
+        return min(plan.groups_per_rollout, plan.total_prompts - self.trainer.stream.cursor)
+
+    @property
+    def _signal(self) -> GroupSignal:
+        trainer = self.trainer
+        return GroupSignal(trainer.args, trainer.reward_funcs.weights, trainer.estimate_advantages)
+
+    def sample(self, examples: Sequence[Example], first: int = 0) -> Rollout:
+        """``num_generations`` completions for each of ``examples``, the ``first`` of which has that
+        place in the rollout."""
         args = self.trainer.args
         groups = self.trainer.sampler.sample(
             [example.prompt_ids for example in examples],
@@ -64,12 +128,14 @@ class Collector:
             self.trainer.sampling,
             derive(args.seed, "sample", self.trainer.progress.rollouts),
             rows=[example.row for example in examples],
+            **({"first": first} if first else {}),
         )
         return Rollout(tuple(groups))
 
-    def score(self, rollout: Rollout, examples: Sequence[Example]) -> RewardBatch:
-        """The rewards of the completions."""
+    def score(self, rollout: Rollout, examples: Sequence[Example], number: int = 0) -> RewardBatch:
+        """The rewards of the completions; ``number`` counts the calls for one rollout."""
         trainer = self.trainer
+        purpose = ("score", trainer.progress.rollouts, *([number] if number else []))
         return score_rollout(
             trainer.reward_funcs,
             rollout,
@@ -77,14 +143,19 @@ class Collector:
             conversational=trainer.data.conversational,
             column_names=trainer.data.column_names,
             state=self.reward_state(),
-            seed=derive(trainer.args.seed, "score", trainer.progress.rollouts),
+            seed=derive(trainer.args.seed, *purpose),
             processes=trainer.processes,
         )
 
-    def buffer(self, rollout: Rollout, rewards: RewardBatch) -> RolloutBuffer:
-        """The rollout with advantages, and with the log-probs that its loss compares with."""
+    def buffer(self, collected: Collected) -> RolloutBuffer:
+        """What is used, with advantages and with the log-probs that its loss compares with. Its
+        metrics are of all that was sampled, and say what was used of that."""
         trainer = self.trainer
-        return make_buffer(
+        rollout, rewards = collected.rollout, collected.rewards
+        if collected.is_filtered:
+            rollout = Rollout(tuple(rollout.groups[i] for i in collected.used))
+            rewards = rewards.chosen(collected.used_rows)
+        buffer = make_buffer(
             rollout,
             rewards,
             trainer.reward_funcs,
@@ -94,18 +165,33 @@ class Collector:
             steps=-(-len(rollout.groups) // trainer.plan.groups_per_step),
             execution=trainer.execution,
         )
+        if trainer.plan.sampling_rounds > 1:
+            buffer.metrics |= self._metrics(collected, buffer)
+        return buffer
 
-    def records(
-        self, buffer: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]
-    ) -> list[dict[str, Any]]:
-        """The entries of a rollout in the log of completions."""
+    def _metrics(self, collected: Collected, buffer: RolloutBuffer) -> dict[str, Any]:
+        trainer = self.trainer
+        rewards, ids = collected.rewards, collected.group_ids
+        return {
+            **length_metrics(collected.rollout),
+            **reward_metrics(trainer.reward_funcs.names, rewards, ids, trainer.args.scale_rewards),
+            **filter_metrics(rewards.total, ids, collected.used, buffer.metrics),
+            "dynamic_sampling/rounds": len(collected.examples) / self._wanted,
+        }
+
+    def records(self, collected: Collected, buffer: RolloutBuffer) -> list[dict[str, Any]]:
+        """The entries of a rollout in the log of completions; of those that are not used
+        ``advantage`` is None."""
+        rollout, rewards = collected.rollout, collected.rewards
+        advantages = torch.full((len(rewards.total),), torch.nan)
+        advantages[collected.used_rows] = buffer.advantages
         return completion_records(
-            buffer.rollout,
-            prompts=[example.prompt for example in per_completion(buffer.rollout, examples)],
+            rollout,
+            prompts=[example.prompt for example in per_completion(rollout, collected.examples)],
             names=self.trainer.reward_funcs.names,
             rewards=rewards.values,
             total=rewards.total,
-            advantages=buffer.advantages,
+            advantages=advantages,
             extra=rewards.extra,
         )
 

@@ -29,7 +29,7 @@ def completion_records(
     """One JSON-able record per completion, in the rollout's flat order.
 
     prompts: [B], as the reward functions got them. names: [F]. rewards: [B, F], NaN = None.
-    total, advantages: [B]. extra: column -> [B], what the reward functions logged.
+    total, advantages: [B], NaN for none. extra: column -> [B], what the reward functions logged.
     """
     labels = unique_labels(names)
     columns = extra or {}
@@ -52,7 +52,7 @@ def completion_records(
             "length": len(completion.ids),
             "rewards": dict(zip(labels, (none_if_nan(v) for v in values), strict=True)),
             "reward": none_if_nan(reward),
-            "advantage": advantage,
+            "advantage": none_if_nan(advantage),
             "extra": {name: column[i] for name, column in columns.items()},
         }
         for i, (completion, group, prompt, values, reward, advantage) in enumerate(rows)
