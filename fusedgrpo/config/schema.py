@@ -131,6 +131,11 @@ class GRPOConfig(TrainingArgumentsSurface):
     dynamic_sampling: bool = option(
         False, "sample other prompts in the place of groups whose rewards do not differ (DAPO)"
     )
+    prompt_selection: str = option(
+        "uniform",
+        "which prompts come next: each once in an epoch; by the signal they promise; by weights of "
+        f"yours; the lowest of a column first: {one_of('prompt_selection')}, column:NAME",
+    )
     max_sampling_rounds: int = option(
         4, "most prompts that dynamic_sampling takes, as a multiple of a rollout's", low=1
     )

@@ -62,6 +62,11 @@ class Collected:
         return torch.tensor(self.rollout.group_ids)
 
     @property
+    def totals(self) -> torch.Tensor:
+        """``[groups, G]``: the weighted sums of rewards."""
+        return self.rewards.total.reshape(len(self.rollout.groups), -1)
+
+    @property
     def used_rows(self) -> torch.Tensor:
         """``[B]`` bool: the completions that are trained on."""
         return torch.isin(self.group_ids, torch.tensor(self.used))
@@ -86,6 +91,7 @@ class Collector:
         sampling: there is nothing to learn then, and the step says so.
         """
         plan = self.trainer.plan
+        self.trainer.stream.share = self.trainer.progress.step / plan.total_steps
         rollout, examples, scored = Rollout(()), list[Example](), list[RewardBatch]()
         signal: list[bool] = []
         while missing := min(
@@ -148,8 +154,8 @@ class Collector:
         )
 
     def buffer(self, collected: Collected) -> RolloutBuffer:
-        """What is used, with advantages and with the log-probs that its loss compares with. Its
-        metrics are of all that was sampled, and say what was used of that."""
+        """The groups that are used, with advantages and the log-probs that their loss compares
+        with. Metrics are of all that was sampled, and say what was used of that."""
         trainer = self.trainer
         rollout, rewards = collected.rollout, collected.rewards
         if collected.is_filtered:

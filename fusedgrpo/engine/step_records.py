@@ -145,7 +145,9 @@ class StepRecords(Evaluating):
         with self.signals.held():
             self.buffer = buffer
             self.unwritten.completions[self.progress.step + 1] = records
+            self.stream.observe(collected.examples, collected.totals.numpy())
             self.stream.cursor += len(groups)
+            buffer.metrics |= self.stream.metrics()
             self.progress.cursor = self.stream.cursor
             self.progress.rollouts += 1
             self.progress.num_tokens += tokens

@@ -62,8 +62,10 @@ def reward_metrics(
 def filter_metrics(
     total: Tensor, group_ids: Tensor, used: Sequence[int], of_used: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What dynamic sampling took of a rollout. total: ``[B]``, of all that was sampled. used: the
-    groups that are trained on. of_used: the metrics of these alone.
+    """How much of a rollout dynamic sampling took.
+
+    total: ``[B]``, of all that was sampled. used: the groups that are trained on. of_used: the
+    metrics of these alone.
 
     A group that is left out is solved if all of it has the best reward of the rollout and that is
     above 0, else failed; groups that nothing judged have failed.
