@@ -61,7 +61,7 @@ def test_what_teaches_comes_often_and_nothing_is_left_out() -> None:
     waits = {
         row: [i for i, rollout in enumerate(rollouts) if row in rollout] for row in range(COUNT)
     }
-    longest = max(b - a for places in waits for a, b in itertools.pairwise(places))
+    longest = max(b - a for places in waits.values() for a, b in itertools.pairwise(places))
     assert longest * 5 <= STARVED * COUNT + 5 * COUNT
     assert all(len(set(rollout)) == 5 for rollout in rollouts)
     metrics = of.metrics()
