@@ -24,7 +24,7 @@ from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.metrics import filter_metrics, length_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
-from fusedgrpo.engine.rollout.types import Rollout
+from fusedgrpo.engine.rollout.types import Group, Rollout
 from fusedgrpo.engine.scoring import make_buffer, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.models.policy import Policy
@@ -45,6 +45,18 @@ class Collecting(Protocol):
     estimate_advantages: Estimator
     execution: Execution
     processes: Processes
+
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A group of a prompt that was tried. rewards: of its completions. teaches: it has signal."""
+
+    group: Group
+    rewards: RewardBatch
+    teaches: bool
 
 
 @dataclass(frozen=True)
@@ -82,34 +94,79 @@ class Collector:
     def __init__(self, trainer: Collecting):
         self.trainer = trainer
 
-    def collect(self, phase: Callable[[str], AbstractContextManager[None]]) -> Collected:
+    def collect(self, phase: Phase) -> Collected:
         """Sample and score the next prompts; with dynamic sampling others in the place of those
         whose groups have no signal, until there are enough or no more may be tried.
 
-        What is used are the first groups with signal in the order of the prompts, so it does not
-        matter how many are sampled at once. Where none has any, it is what comes without dynamic
-        sampling: there is nothing to learn then, and the step says so.
+        What is used are the first groups with signal in the order of the prompts, and each group is
+        scored by itself: it does not matter what is in flight together, or ends first. Where none
+        has any, it is what comes without dynamic sampling: there is nothing to learn then, and the
+        step says so.
         """
-        plan = self.trainer.plan
-        self.trainer.stream.share = self.trainer.progress.step / plan.total_steps
-        rollout, examples, scored = Rollout(()), list[Example](), list[RewardBatch]()
-        signal: list[bool] = []
-        while missing := min(
-            self._wanted - sum(signal),
-            plan.sampling_rounds * plan.groups_per_rollout - len(examples),
-        ):
-            chosen = self.trainer.stream.peek(len(examples) + missing)[len(examples) :]
+        trainer, plan = self.trainer, self.trainer.plan
+        trainer.stream.share = trainer.progress.step / plan.total_steps
+        if plan.sampling_rounds == 1:
+            examples = trainer.stream.peek(self._wanted)
             with phase("sample"):
-                sampled = self.sample(chosen, first=len(examples))
+                rollout = self.sample(examples)
             with phase("score"):
-                scored.append(self.score(sampled, chosen, number=len(scored)))
-            if plan.sampling_rounds == 1:
-                return Collected(sampled, chosen, scored[0], tuple(range(len(chosen))))
-            signal += self._signal.of(scored[-1], torch.tensor(sampled.group_ids))
-            examples += chosen
-            rollout = Rollout(rollout.groups + sampled.groups)
-        used = [i for i, has_any in enumerate(signal) if has_any] or range(self._wanted)
-        return Collected(rollout, examples, RewardBatch.joined(scored), tuple(used))
+                rewards = self.score(rollout, examples)
+            return Collected(rollout, examples, rewards, tuple(range(len(examples))))
+        candidates = trainer.stream.peek(plan.sampling_rounds * plan.groups_per_rollout)
+        found = self._stream(candidates, phase) if trainer.sampler.streams else (
+            self._in_rounds(candidates, phase)
+        )  # fmt: skip
+        used = [i for i, one in enumerate(found) if one.teaches] or range(self._wanted)
+        return Collected(
+            Rollout(tuple(one.group for one in found)),
+            candidates[: len(found)],
+            RewardBatch.joined([one.rewards for one in found]),
+            tuple(used),
+        )
+
+    def _stream(self, candidates: list[Example], phase: Phase) -> list[Tried]:
+        """Each group is scored when it is whole, and the next prompt takes its place if it has no
+        signal, while the others are decoded."""
+        trainer, found = self.trainer, dict[int, Tried]()
+
+        def teaches(place: int, group: Group) -> bool:
+            with phase("score"):
+                found[place] = self._tried(group, candidates[place], place)
+            return found[place].teaches
+
+        with phase("sample"):
+            trainer.sampler.sample_until(
+                [example.prompt_ids for example in candidates],
+                trainer.args.num_generations,
+                trainer.sampling,
+                derive(trainer.args.seed, "sample", trainer.progress.rollouts),
+                wanted=self._wanted,
+                teaches=teaches,
+                rows=[example.row for example in candidates],
+            )
+        return [found[place] for place in range(len(found))]
+
+    def _in_rounds(self, candidates: list[Example], phase: Phase) -> list[Tried]:
+        """As many prompts as groups are missing, until none is."""
+        found: list[Tried] = []
+        while missing := self._wanted - sum(one.teaches for one in found):
+            first = len(found)
+            chosen = candidates[first : first + missing]
+            if not chosen:
+                break
+            with phase("sample"):
+                sampled = self.sample(chosen, first=first)
+            with phase("score"):
+                rewards = self.score(sampled, chosen, first=first)
+                ids = torch.tensor(sampled.group_ids)
+                for i, group in enumerate(sampled.groups):
+                    of_group = rewards.chosen(ids == i)
+                    found.append(Tried(group, of_group, self._signal.of_group(of_group)))
+        return found
+
+    def _tried(self, group: Group, example: Example, place: int) -> Tried:
+        rewards = self.score(Rollout((group,)), [example], first=place)
+        return Tried(group, rewards, self._signal.of_group(rewards))
 
     @property
     def _wanted(self) -> int:
@@ -138,10 +195,11 @@ class Collector:
         )
         return Rollout(tuple(groups))
 
-    def score(self, rollout: Rollout, examples: Sequence[Example], number: int = 0) -> RewardBatch:
-        """The rewards of the completions; ``number`` counts the calls for one rollout."""
+    def score(
+        self, rollout: Rollout, examples: Sequence[Example], first: int | None = None
+    ) -> RewardBatch:
+        """The rewards of the completions. first: see ``score_rollout``."""
         trainer = self.trainer
-        purpose = ("score", trainer.progress.rollouts, *([number] if number else []))
         return score_rollout(
             trainer.reward_funcs,
             rollout,
@@ -149,8 +207,9 @@ class Collector:
             conversational=trainer.data.conversational,
             column_names=trainer.data.column_names,
             state=self.reward_state(),
-            seed=derive(trainer.args.seed, *purpose),
+            seed=derive(trainer.args.seed, "score", trainer.progress.rollouts),
             processes=trainer.processes,
+            first=first,
         )
 
     def buffer(self, collected: Collected) -> RolloutBuffer:

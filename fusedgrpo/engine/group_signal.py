@@ -26,15 +26,12 @@ class GroupSignal:
         self.weights = weights
         self.estimate = estimate
 
-    def of(self, rewards: RewardBatch, group_ids: Tensor) -> list[bool]:
-        """For each group, in order of its number, whether it has signal. group_ids: ``[B]``.
+    def of_group(self, rewards: RewardBatch) -> bool:
+        """Whether the completions of one group have signal.
 
         The total has to differ; where each part is normalised by itself, one that counts; where
         advantages are estimated by the user's function, they must not all be 0.
         """
-        return [self._of_group(rewards.chosen(group_ids == g)) for g in group_ids.unique()]
-
-    def _of_group(self, rewards: RewardBatch) -> bool:
         if self.own_estimator:
             alone = torch.zeros(len(rewards.total), dtype=torch.int64)
             return bool(self.estimate(rewards, alone, self.weights).any())

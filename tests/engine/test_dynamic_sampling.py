@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fusedgrpo.engine.group_signal import GroupSignal, differ
 from fusedgrpo.engine.reporting.completions_log import steps_in
 from fusedgrpo.engine.reporting.metrics_log import read_jsonl, read_metrics
 from fusedgrpo.engine.rewards import RewardBatch
+from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 
 PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(12)]
 SOLVED = {PROMPTS[i]["prompt"] for i in (1, 4)}
@@ -168,6 +170,64 @@ def test_what_is_in_flight_does_not_matter(tmp_path: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
 
 
+def test_streaming_and_rounds_are_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups are scored one by one either way, from seeds of their own."""
+
+    def drawn(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [x + random.random() * (x not in (0.0, 2.0)) for x in
+                by_prompt(prompts[:1] * len(prompts), completion_ids)]  # fmt: skip
+
+    calls: list[int] = []
+    sample_until = DecoderSampler.sample_until
+
+    def counted(self: DecoderSampler, prompt_ids: Any, *args: Any, **named: Any) -> Any:
+        groups = sample_until(self, prompt_ids, *args, **named)
+        calls.append(len(groups))
+        assert len(prompt_ids) == 12
+        return groups
+
+    monkeypatch.setattr(DecoderSampler, "sample_until", counted)
+    make(tmp_path / "streamed", drawn, max_in_flight=4).train()
+    assert calls == [row["dynamic_sampling/groups"] for row in rows(tmp_path / "streamed")]
+    monkeypatch.setattr(DecoderSampler, "streams", False)
+    make(tmp_path / "rounds", drawn, max_in_flight=4).train()
+    assert len(calls) == 4
+    for step in range(1, 5):
+        ours, theirs = (logged(tmp_path / name, step) for name in ("streamed", "rounds"))
+        assert [r["completion"] for r in ours] == [r["completion"] for r in theirs]
+        assert [r["reward"] for r in ours] == [r["reward"] for r in theirs]
+        assert [r["advantage"] for r in ours] == [r["advantage"] for r in theirs]
+
+
+def test_a_prompt_enters_while_others_are_decoded(tmp_path: Path) -> None:
+    """And never more than are wanted are in flight, also after running out of memory."""
+    trainer = make(tmp_path)
+    sampler = trainer.sampler
+    assert isinstance(sampler, DecoderSampler)
+    examples = trainer.stream.peek(12)
+    vain = {0, 1, 4}
+    asked: list[int] = []
+
+    def teaches(place: int, group: Any) -> bool:
+        asked.append(place)
+        assert said([group]) == said([expected[place]])
+        return place not in vain
+
+    def said(groups: list[Any]) -> list[Any]:
+        return [(g.row, g.prompt_ids, [c.ids for c in g.completions]) for g in groups]
+
+    prompts = [example.prompt_ids for example in examples]
+    expected = sampler.sample(prompts, 3, trainer.sampling, 5)
+    groups = sampler.sample_until(prompts, 3, trainer.sampling, 5, wanted=3, teaches=teaches)
+    assert said(groups) == said(expected[:6]) and sorted(asked) == list(range(6))
+    everything = sampler.sample_until(
+        prompts, 3, trainer.sampling, 5, wanted=3, teaches=lambda i, group: False
+    )
+    assert said(everything) == said(expected)
+
+
 def test_evaluation_is_never_filtered(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     found = trainer.evaluate(PROMPTS[:3])
@@ -195,7 +255,7 @@ def test_signal_is_what_advantages_are_made_of(tmp_path: Path) -> None:
         factors = torch.tensor(weights)
         batch = RewardBatch(values, (values * factors).sum(1), {}, {}, {}, 0)
         made = GroupSignal(config, factors, find_estimator(config, [tmp_path]))
-        return made.of(batch, ids)
+        return [made.of_group(batch.chosen(ids == i)) for i in range(3)]
 
     assert signal([1.0, 1.0]) == [False, False, True]
     each: dict[str, Any] = {"multi_objective_aggregation": "normalize_then_sum"}
