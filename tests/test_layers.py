@@ -32,7 +32,7 @@ LAYERS = [
     ["engine.reporting"],
     ["engine.custom_loss", "engine.advantages", "engine.step_metrics",
      "engine.token_choice", "engine.step_passes"],
-    ["engine.learner", "engine.scoring"],
+    ["engine.learner", "engine.scoring", "engine.group_signal"],
     ["engine.comparison", "engine.evaluation", "engine.warmup", "engine.checkpointing",
      "engine.same_run"],
     ["engine.collector", "engine.held_out_check", "engine.drift_check", "engine.nonfinite",

@@ -17,6 +17,7 @@ EXTENSIBLE: dict[str, tuple[str, ...]] = {
     "loss_type": LOSS_TYPES,
     "advantage_estimator": ("group",),
     "sampler": ("auto", "generate", "decoder"),
+    "prompt_selection": ("uniform", "informative"),
     "dataset_format": ("auto", "prompt", "alpaca", "sharegpt", "openai"),
 }
 
@@ -90,6 +91,12 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             f"a rollout of {count:,} completions can never be kept: at most "
             f"{MOST_COMPLETIONS:,}. Lower prompts_per_step, num_generations or the batch sizes.",
         )  # fmt: skip
+    if c.prompt_selection != "uniform" and not c.shuffle_dataset:
+        yield (
+            ("prompt_selection", "shuffle_dataset"),
+            f"prompt_selection: {c.prompt_selection} draws prompts, and shuffle_dataset: false "
+            "asks for them in the order of the data; leave one of them out.",
+        )
     if c.max_length and c.max_length <= c.max_completion_length:
         yield (
             ("max_length", "max_completion_length"),

@@ -128,6 +128,17 @@ class GRPOConfig(TrainingArgumentsSurface):
         None, "micro-batches served by one sampling; null: one optimizer step", low=1
     )
     num_iterations: int = option(1, "optimizer passes over each rollout", low=1)
+    dynamic_sampling: bool = option(
+        False, "sample other prompts in the place of groups whose rewards do not differ (DAPO)"
+    )
+    prompt_selection: str = option(
+        "uniform",
+        "which prompts come next: each once in an epoch; by the signal they promise; by weights of "
+        f"yours; the lowest of a column first: {one_of('prompt_selection')}, column:NAME",
+    )
+    max_sampling_rounds: int = option(
+        4, "most prompts that dynamic_sampling takes, as a multiple of a rollout's", low=1
+    )
     tokens_per_microbatch: int | None = option(
         None, "packed tokens per forward pass; null: chosen for the device", low=1
     )

@@ -21,7 +21,9 @@ class BatchPlan:
     groups_per_rollout are sampled in one go and serve ``steps_per_rollout`` optimizer steps of
     ``groups_per_step`` each (the last one may have fewer), ``num_iterations`` times over.
     total_prompts is None for a run limited by ``max_steps``; a run by epochs samples exactly
-    total_prompts, its last rollout takes what is left, and total_steps counts exactly that.
+    total_prompts, its last rollout takes what is left, and total_steps counts exactly that. With
+    dynamic sampling a rollout takes up to ``sampling_rounds`` times its groups, and a run by epochs
+    has as many steps as without it, over more prompts: total_prompts is None.
     """
 
     num_prompts: int
@@ -33,6 +35,7 @@ class BatchPlan:
     num_iterations: int
     total_prompts: int | None
     total_steps: int
+    sampling_rounds: int = 1
 
     @property
     def completions_per_step(self) -> int:
@@ -63,7 +66,12 @@ class BatchPlan:
             if self.num_iterations > 1:
                 text += f" ({_count(self.num_iterations, 'pass', 'es')} over them)"
             parts.append(text)
+        if self.sampling_rounds > 1:
+            most = self.sampling_rounds * self.groups_per_rollout
+            parts.append(f"up to {_count(most, 'prompt')} tried for groups whose rewards differ")
         epochs = f"{self.prompts / self.num_prompts:.3g}"
+        if self.sampling_rounds > 1:
+            epochs = f"at least {epochs}"
         run = f"{_count(self.total_steps, 'step')} = {epochs} epoch{'' if epochs == '1' else 's'}"
         parts.append(f"{run} of {_count(self.num_prompts, 'prompt')}")
         return "; ".join(parts)
@@ -100,6 +108,8 @@ def resolve_batch(config: GRPOConfig, num_prompts: int, world_size: int = 1) -> 
         rollouts, rest = divmod(total_prompts, per_rollout)
         passes = rollouts * math.ceil(per_rollout / per_step) + math.ceil(rest / per_step)
         total_steps = passes * config.num_iterations
+        if config.dynamic_sampling:
+            total_prompts = None
     return BatchPlan(
         num_prompts=num_prompts,
         num_generations=group,
@@ -110,6 +120,7 @@ def resolve_batch(config: GRPOConfig, num_prompts: int, world_size: int = 1) -> 
         num_iterations=config.num_iterations,
         total_prompts=total_prompts,
         total_steps=total_steps,
+        sampling_rounds=config.max_sampling_rounds if config.dynamic_sampling else 1,
     )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
+
+import torch
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.advantages import Estimator
@@ -14,11 +18,13 @@ from fusedgrpo.engine.data.dataset import Example, PromptDataset
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.group_signal import GroupSignal
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
+from fusedgrpo.engine.rollout.metrics import filter_metrics, length_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
-from fusedgrpo.engine.rollout.types import Rollout
+from fusedgrpo.engine.rollout.types import Group, Rollout
 from fusedgrpo.engine.scoring import make_buffer, per_completion, score_rollout
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.models.policy import Policy
@@ -41,22 +47,143 @@ class Collecting(Protocol):
     processes: Processes
 
 
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A group of a prompt that was tried. rewards: of its completions. teaches: it has signal."""
+
+    group: Group
+    rewards: RewardBatch
+    teaches: bool
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All that was sampled and scored for a rollout: groups, the examples that they answer, their
+    rewards; and the places of the groups that are trained on."""
+
+    rollout: Rollout
+    examples: list[Example]
+    rewards: RewardBatch
+    used: tuple[int, ...]
+
+    @property
+    def group_ids(self) -> torch.Tensor:
+        return torch.tensor(self.rollout.group_ids)
+
+    @property
+    def totals(self) -> torch.Tensor:
+        """``[groups, G]``: the weighted sums of rewards."""
+        return self.rewards.total.reshape(len(self.rollout.groups), -1)
+
+    @property
+    def used_rows(self) -> torch.Tensor:
+        """``[B]`` bool: the completions that are trained on."""
+        return torch.isin(self.group_ids, torch.tensor(self.used))
+
+    @property
+    def is_filtered(self) -> bool:
+        return len(self.used) < len(self.rollout.groups)
+
+
 class Collector:
     """Makes the rollout that a trainer's progress is at: asked again, it makes the same one."""
 
     def __init__(self, trainer: Collecting):
         self.trainer = trainer
 
-    def prompts(self) -> list[Example]:
-        """The next prompts, which stay the next until the stream's cursor moves."""
-        plan, stream = self.trainer.plan, self.trainer.stream
-        count = plan.groups_per_rollout
-        if plan.total_prompts is not None:
-            count = min(count, plan.total_prompts - stream.cursor)
-        return stream.peek(count)
+    def collect(self, phase: Phase) -> Collected:
+        """Sample and score the next prompts; with dynamic sampling others in the place of those
+        whose groups have no signal, until there are enough or no more may be tried.
 
-    def sample(self, examples: Sequence[Example]) -> Rollout:
-        """``num_generations`` completions for each of ``examples``."""
+        What is used are the first groups with signal in the order of the prompts, and each group is
+        scored by itself: it does not matter what is in flight together, or ends first. Where none
+        has any, it is what comes without dynamic sampling: there is nothing to learn then, and the
+        step says so.
+        """
+        trainer, plan = self.trainer, self.trainer.plan
+        trainer.stream.share = trainer.progress.step / plan.total_steps
+        if plan.sampling_rounds == 1:
+            examples = trainer.stream.peek(self._wanted)
+            with phase("sample"):
+                rollout = self.sample(examples)
+            with phase("score"):
+                rewards = self.score(rollout, examples)
+            return Collected(rollout, examples, rewards, tuple(range(len(examples))))
+        candidates = trainer.stream.peek(plan.sampling_rounds * plan.groups_per_rollout)
+        found = self._stream(candidates, phase) if trainer.sampler.streams else (
+            self._in_rounds(candidates, phase)
+        )  # fmt: skip
+        used = [i for i, one in enumerate(found) if one.teaches] or range(self._wanted)
+        return Collected(
+            Rollout(tuple(one.group for one in found)),
+            candidates[: len(found)],
+            RewardBatch.joined([one.rewards for one in found]),
+            tuple(used),
+        )
+
+    def _stream(self, candidates: list[Example], phase: Phase) -> list[Tried]:
+        """Each group is scored when it is whole, and the next prompt takes its place if it has no
+        signal, while the others are decoded."""
+        trainer, found = self.trainer, dict[int, Tried]()
+
+        def teaches(place: int, group: Group) -> bool:
+            with phase("score"):
+                found[place] = self._tried(group, candidates[place], place)
+            return found[place].teaches
+
+        with phase("sample"):
+            trainer.sampler.sample_until(
+                [example.prompt_ids for example in candidates],
+                trainer.args.num_generations,
+                trainer.sampling,
+                derive(trainer.args.seed, "sample", trainer.progress.rollouts),
+                wanted=self._wanted,
+                teaches=teaches,
+                rows=[example.row for example in candidates],
+            )
+        return [found[place] for place in range(len(found))]
+
+    def _in_rounds(self, candidates: list[Example], phase: Phase) -> list[Tried]:
+        """As many prompts as groups are missing, until none is."""
+        found: list[Tried] = []
+        while missing := self._wanted - sum(one.teaches for one in found):
+            first = len(found)
+            chosen = candidates[first : first + missing]
+            if not chosen:
+                break
+            with phase("sample"):
+                sampled = self.sample(chosen, first=first)
+            with phase("score"):
+                rewards = self.score(sampled, chosen, first=first)
+                ids = torch.tensor(sampled.group_ids)
+                for i, group in enumerate(sampled.groups):
+                    of_group = rewards.chosen(ids == i)
+                    found.append(Tried(group, of_group, self._signal.of_group(of_group)))
+        return found
+
+    def _tried(self, group: Group, example: Example, place: int) -> Tried:
+        rewards = self.score(Rollout((group,)), [example], first=place)
+        return Tried(group, rewards, self._signal.of_group(rewards))
+
+    @property
+    def _wanted(self) -> int:
+        """How many groups the next rollout is to have."""
+        plan = self.trainer.plan
+        if plan.total_prompts is None:
+            return plan.groups_per_rollout
+        return min(plan.groups_per_rollout, plan.total_prompts - self.trainer.stream.cursor)
+
+    @property
+    def _signal(self) -> GroupSignal:
+        trainer = self.trainer
+        return GroupSignal(trainer.args, trainer.reward_funcs.weights, trainer.estimate_advantages)
+
+    def sample(self, examples: Sequence[Example], first: int = 0) -> Rollout:
+        """``num_generations`` completions for each of ``examples``, the ``first`` of which has that
+        place in the rollout."""
         args = self.trainer.args
         groups = self.trainer.sampler.sample(
             [example.prompt_ids for example in examples],
@@ -64,11 +191,14 @@ class Collector:
             self.trainer.sampling,
             derive(args.seed, "sample", self.trainer.progress.rollouts),
             rows=[example.row for example in examples],
+            **({"first": first} if first else {}),
         )
         return Rollout(tuple(groups))
 
-    def score(self, rollout: Rollout, examples: Sequence[Example]) -> RewardBatch:
-        """The rewards of the completions."""
+    def score(
+        self, rollout: Rollout, examples: Sequence[Example], first: int | None = None
+    ) -> RewardBatch:
+        """The rewards of the completions. first: see ``score_rollout``."""
         trainer = self.trainer
         return score_rollout(
             trainer.reward_funcs,
@@ -79,12 +209,18 @@ class Collector:
             state=self.reward_state(),
             seed=derive(trainer.args.seed, "score", trainer.progress.rollouts),
             processes=trainer.processes,
+            first=first,
         )
 
-    def buffer(self, rollout: Rollout, rewards: RewardBatch) -> RolloutBuffer:
-        """The rollout with advantages, and with the log-probs that its loss compares with."""
+    def buffer(self, collected: Collected) -> RolloutBuffer:
+        """The groups that are used, with advantages and the log-probs that their loss compares
+        with. Metrics are of all that was sampled, and say what was used of that."""
         trainer = self.trainer
-        return make_buffer(
+        rollout, rewards = collected.rollout, collected.rewards
+        if collected.is_filtered:
+            rollout = Rollout(tuple(rollout.groups[i] for i in collected.used))
+            rewards = rewards.chosen(collected.used_rows)
+        buffer = make_buffer(
             rollout,
             rewards,
             trainer.reward_funcs,
@@ -94,18 +230,33 @@ class Collector:
             steps=-(-len(rollout.groups) // trainer.plan.groups_per_step),
             execution=trainer.execution,
         )
+        if trainer.plan.sampling_rounds > 1:
+            buffer.metrics |= self._metrics(collected, buffer)
+        return buffer
 
-    def records(
-        self, buffer: RolloutBuffer, rewards: RewardBatch, examples: Sequence[Example]
-    ) -> list[dict[str, Any]]:
-        """The entries of a rollout in the log of completions."""
+    def _metrics(self, collected: Collected, buffer: RolloutBuffer) -> dict[str, Any]:
+        trainer = self.trainer
+        rewards, ids = collected.rewards, collected.group_ids
+        return {
+            **length_metrics(collected.rollout),
+            **reward_metrics(trainer.reward_funcs.names, rewards, ids, trainer.args.scale_rewards),
+            **filter_metrics(rewards.total, ids, collected.used, buffer.metrics),
+            "dynamic_sampling/rounds": len(collected.examples) / self._wanted,
+        }
+
+    def records(self, collected: Collected, buffer: RolloutBuffer) -> list[dict[str, Any]]:
+        """The entries of a rollout in the log of completions; of those that are not used
+        ``advantage`` is None."""
+        rollout, rewards = collected.rollout, collected.rewards
+        advantages = torch.full((len(rewards.total),), torch.nan)
+        advantages[collected.used_rows] = buffer.advantages
         return completion_records(
-            buffer.rollout,
-            prompts=[example.prompt for example in per_completion(buffer.rollout, examples)],
+            rollout,
+            prompts=[example.prompt for example in per_completion(rollout, collected.examples)],
             names=self.trainer.reward_funcs.names,
             rewards=rewards.values,
             total=rewards.total,
-            advantages=buffer.advantages,
+            advantages=advantages,
             extra=rewards.extra,
         )
 

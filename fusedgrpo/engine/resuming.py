@@ -95,6 +95,7 @@ class Resuming:
             "best": self.run_control.to_record(),
             "schedule": metric_schedule.state(self.learner.scheduler),
             "entropy_bonus": self.learner.bonus.state(),
+            "selection": self.stream.state(),
             **self.identity.to_record(),
         }
         if self.scheduler_is_given:
@@ -116,6 +117,7 @@ class Resuming:
             self.run_control.restore(state.get("best"))
             metric_schedule.restore(self.learner.scheduler, state.get("schedule"))
             self.learner.bonus.restore(state.get("entropy_bonus"))
+            self.stream.restore(state.get("selection"))
             self.unwritten = Unwritten()
             if "unwritten" in state:  # else it is of version 0.1
                 self.unwritten = Unwritten.from_state(copy.deepcopy(state["unwritten"]))

@@ -26,7 +26,7 @@ from fusedgrpo.engine.rollout.metrics import (
 )
 from fusedgrpo.engine.rollout.training_sample import TrainingSample, has_gradient
 from fusedgrpo.engine.rollout.types import Rollout
-from fusedgrpo.engine.seeding import seeded
+from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.errors import NonFiniteError
 from fusedgrpo.kernels import LossOptions
 from fusedgrpo.loss_options import LOSS_TYPES
@@ -49,27 +49,37 @@ def score_rollout(
     state: SimpleNamespace,
     seed: int,
     processes: Processes,
+    first: int | None = None,
 ) -> RewardBatch:
     """Call the reward functions, by TRL's convention: strings for plain prompts, lists with one
     assistant message for conversational ones, and every other column of the data by its name.
 
-    Each process scores its share of the groups, with random generators seeded from ``seed``.
+    Each process scores its share of the groups, with random generators seeded from ``seed``. first:
+    the place of the first group in the rollout; then each group is scored by itself, from a seed of
+    its own, and what it gets does not depend on which are scored with it.
     """
     own = processes.share(len(rollout.groups))
+
+    def score_some(some: range, own_seed: int) -> RewardBatch:
+        with seeded(own_seed):
+            return _score(
+                rewards,
+                Rollout(rollout.groups[some.start : some.stop]),
+                examples[some.start : some.stop],
+                conversational=conversational,
+                column_names=column_names,
+                state=state,
+            )
 
     def score() -> RewardBatch:
         if not own and len(rollout.groups):
             width = len(rewards.names)
             return RewardBatch(torch.zeros(0, width), torch.zeros(0), {}, {}, {}, 0)
-        with seeded(processes.derive(seed)):
-            return _score(
-                rewards,
-                Rollout(rollout.groups[own.start : own.stop]),
-                examples[own.start : own.stop],
-                conversational=conversational,
-                column_names=column_names,
-                state=state,
-            )
+        if first is None:
+            return score_some(own, processes.derive(seed))
+        return RewardBatch.joined(
+            [score_some(range(i, i + 1), derive(seed, "group", first + i)) for i in own]
+        )
 
     return RewardBatch.joined(processes.run_everywhere(score))
 

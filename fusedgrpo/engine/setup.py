@@ -29,6 +29,7 @@ from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.held_out import HeldOut, each_of
 from fusedgrpo.engine.data.run_data import all_examples, load_data
+from fusedgrpo.engine.data.selection import SelectedStream, find_selection
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.data.streams import is_stream, training_rows
 from fusedgrpo.engine.distributed import Processes
@@ -188,11 +189,7 @@ def build_parts(
             policy=policy,
             eos_ids=ends,
             plan=plan,
-            stream=PromptStream(
-                train,
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                shuffle=args.shuffle_dataset,
-            ),
+            stream=_stream(args, train, folders),
             estimate_advantages=estimator,
             learner=learner,
             run_sampler=run_sampler,
@@ -202,6 +199,20 @@ def build_parts(
     except BaseException:
         rewards.close()
         raise
+
+
+def _stream(args: GRPOConfig, train: PromptDataset, folders: Sequence[Path]) -> PromptStream:
+    """Raises ConfigError, DataError."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    option = args.prompt_selection
+    if option == "uniform":
+        return PromptStream(train, seed=seed, shuffle=args.shuffle_dataset)
+    return SelectedStream(
+        train,
+        seed=seed,
+        weigh=find_selection(option, train, folders),
+        keeps_up=option == "informative",
+    )
 
 
 def _check_equal(

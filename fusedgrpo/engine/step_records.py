@@ -9,7 +9,7 @@ from typing import Any
 from fusedgrpo.engine import metric_schedule, nonfinite
 from fusedgrpo.engine.checkpointer import Checkpointer
 from fusedgrpo.engine.checkpointing import Progress
-from fusedgrpo.engine.data.dataset import Example
+from fusedgrpo.engine.collector import Collected
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.drift_check import Chosen, DriftCheck
 from fusedgrpo.engine.evaluating import Evaluating
@@ -22,7 +22,6 @@ from fusedgrpo.engine.metric_names import merged
 from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
 from fusedgrpo.engine.reporting.run_logger import RunLogger
 from fusedgrpo.engine.reporting.unwritten import Unwritten
-from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.run_control import RunControl
@@ -165,23 +164,19 @@ class StepRecords(Evaluating):
             self.buffer = None
             self.stream.cursor = self.progress.cursor = max(self.stream.cursor, prompts)
 
-    def _take(
-        self,
-        buffer: RolloutBuffer,
-        rewards: RewardBatch,
-        examples: Sequence[Example],
-        outputs: RunLogger,
-    ) -> None:
+    def _take(self, buffer: RolloutBuffer, collected: Collected, outputs: RunLogger) -> None:
         """The rollout is whole: from here on its prompts are used and its tokens counted."""
-        groups = buffer.rollout.groups
-        records = self.collector.records(buffer, rewards, examples)
+        groups = collected.rollout.groups
+        records = self.collector.records(collected, buffer)
         tokens = sum(
             len(group.prompt_ids) + len(c.ids) for group in groups for c in group.completions
         )
         with self.signals.held():
             self.buffer = buffer
             self.unwritten.completions[self.progress.step + 1] = records
+            self.stream.observe(collected.examples, collected.totals.numpy())
             self.stream.cursor += len(groups)
+            buffer.metrics |= self.stream.metrics()
             self.progress.cursor = self.stream.cursor
             self.progress.rollouts += 1
             self.progress.num_tokens += tokens

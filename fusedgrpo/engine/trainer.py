@@ -272,13 +272,10 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         self.events.begin_step()
         timer = PhaseTimer(outputs.display.phase, on_gpu=self.policy.device.type == "cuda")
         if self.buffer is None or self.buffer.finished:
-            examples = self.collector.prompts()
-            with timer.phase("sample"):
-                rollout = self.collector.sample(examples)
+            collected = self.collector.collect(timer.phase)
             with timer.phase("score"):
-                rewards = self.collector.score(rollout, examples)
-                buffer = self.collector.buffer(rollout, rewards)
-            self._take(buffer, rewards, examples, outputs)
+                buffer = self.collector.buffer(collected)
+            self._take(buffer, collected, outputs)
         assert self.buffer is not None
         chosen = self._begin_drift_check(outputs)
         samples = self.buffer.next_samples(mask_truncated=self.args.mask_truncated_completions)

@@ -64,6 +64,13 @@ RUNS = {
         "prompts_per_step": 7,
         "reward_funcs": [first_prompt_only],
     },
+    "other prompts for those without signal": {
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "reward_funcs": [first_prompt_only, even_ids],
+        "dynamic_sampling": True,
+        "max_steps": 2,
+    },
     # The decoder's rows are others in two processes, and in 16 bits a token turns at a tie.
     "in bfloat16": {
         "sampler": "generate",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from fusedgrpo.engine.data.dataset import Example, PromptDataset
 from fusedgrpo.engine.seeding import derive
@@ -11,8 +15,11 @@ from fusedgrpo.engine.seeding import derive
 class PromptStream:
     """Endless passes over ``data``; ``cursor`` counts the prompts handed out and is all its state.
 
-    Every prompt comes exactly once in each epoch; a rollout may span two of them.
+    Every prompt comes exactly once in each epoch; a rollout may span two of them. share: of the run
+    that is over, for streams that go by it; whoever asks for prompts sets it before.
     """
+
+    share = 0.0
 
     def __init__(self, data: PromptDataset, *, seed: int, shuffle: bool):
         self.data = data
@@ -32,6 +39,20 @@ class PromptStream:
             epoch, index = divmod(position, len(self.data))
             examples.append(self.data[self._permutation(epoch)[index]])
         return examples
+
+    def observe(self, examples: Sequence[Example], rewards: np.ndarray) -> None:
+        """Take in the rewards of the next prompts' groups, ``[P, G]``; no use here."""
+
+    def state(self) -> dict[str, Any] | None:
+        """The state beside ``cursor``, for JSON."""
+        return None
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """The inverse of ``state``."""
+
+    def metrics(self) -> dict[str, float]:
+        """How prompts are chosen, for a row of metrics."""
+        return {}
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:

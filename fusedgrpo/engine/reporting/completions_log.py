@@ -29,8 +29,8 @@ def completion_records(
     """One JSON-able record per completion, in the rollout's flat order.
 
     prompts: [B], as the reward functions got them. names: [F]. rewards: [B, F], NaN = None.
-    total, advantages: [B]; None: they are not trained on. extra: column -> [B], what the reward
-    functions logged.
+    total, advantages: [B]; None: they are not trained on, NaN: this one is not. extra: column ->
+    [B], what the reward functions logged.
     """
     labels = unique_labels(names)
     columns = extra or {}
@@ -58,7 +58,7 @@ def completion_records(
     ]
     if advantages is not None:
         for record, advantage in zip(records, advantages.tolist(), strict=True):
-            record["advantage"] = advantage
+            record["advantage"] = none_if_nan(advantage)
     return records
 
 

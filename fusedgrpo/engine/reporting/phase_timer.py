@@ -19,15 +19,27 @@ class PhaseTimer:
         self._started = time.perf_counter()
         self._seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
         self._peaks: dict[str, int] = {}
+        self._inside: str | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside as ``name``."""
-        self._show(name)
+        """Count what happens inside as ``name``. A phase inside of another is taken out of that
+        one's time, and is not shown: there are many of them."""
         started = time.perf_counter()
+        if self._inside is not None:
+            yield
+            seconds = time.perf_counter() - started
+            self._seconds[name] += seconds
+            self._seconds[self._inside] -= seconds
+            return
+        self._show(name)
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        yield
+        self._inside = name
+        try:
+            yield
+        finally:
+            self._inside = None
         if self._on_gpu:
             torch.cuda.synchronize()
             self._peaks[f"memory/{name}"] = torch.cuda.max_memory_allocated()

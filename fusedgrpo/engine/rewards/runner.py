@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -86,6 +87,18 @@ class RewardBatch:
             },
             metrics={name: _mean_of(name, parts) for name in logged},
             dropped=sum(part.dropped for part in parts),
+        )
+
+    def chosen(self, rows: torch.Tensor) -> RewardBatch:
+        """The rewards of some completions, ``[B]`` bool; what is of the whole batch stays."""
+        return dataclasses.replace(
+            self,
+            values=self.values[rows],
+            total=self.total[rows],
+            extra={
+                name: [value for value, take in zip(column, rows.tolist(), strict=True) if take]
+                for name, column in self.extra.items()
+            },
         )
 
 

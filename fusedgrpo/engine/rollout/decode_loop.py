@@ -23,11 +23,12 @@ from fusedgrpo.models.ragged_decode import Choose, Prompt, RaggedDecoder, Room
 @dataclass(frozen=True, slots=True)
 class Limits:
     """rows: sequences in flight. prompt_tokens: read in one forward pass, 0 for all. most: tokens
-    of a completion."""
+    of a completion. prompts: at once, None for as many as there are."""
 
     rows: int
     prompt_tokens: int
     most: int
+    prompts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,15 @@ class _Decoding:
         how: How,
         watcher: Watcher,
         ended: Callable[[Sequence[int]], bool] | None = None,
+        allowed: Callable[[], int] | None = None,
     ):
         lengths = [len(group.ids) for group in asked]
         rows = min(limits.rows, sum(len(group.samples) for group in asked))
-        room = Room(pages_needed(lengths, rows, limits.most), rows, limits.most, max(lengths))
+        pages = pages_needed(lengths, rows, limits.most, limits.prompts)
+        room = Room(pages, rows, limits.most, max(lengths))
         graphs = None if how.graphs is None else how.graphs()
         self.decoder = RaggedDecoder(policy, room, choose, graphs)
-        self.scheduler = Scheduler(asked, self.decoder.cache, rows, seed_of)
+        self.scheduler = Scheduler(asked, self.decoder.cache, rows, seed_of, allowed)
         self.limits = limits
         self.ends = ends
         self.watcher = watcher
@@ -138,12 +141,14 @@ def decode(
     how: How | None = None,
     watcher: Watcher | None = None,
     ended: Callable[[Sequence[int]], bool] | None = None,
+    allowed: Callable[[], int] | None = None,
 ) -> Iterator[Live]:
     """Yields each completion as it ends: with a token of ``ends``, ``limits.most`` tokens, or where
     ``ended`` says so of its tokens.
 
     samples: for some of the ``prompts``, by their place, which completions. seed_of: the seed of a
-    completion's noise.
+    completion's noise. allowed: how many of ``samples`` may have begun, None for all of them; it
+    may grow with the completions that end.
     """
     how = how or How.on(policy.device)
     watcher = watcher or Watcher()
@@ -151,7 +156,7 @@ def decode(
     if not asked:
         return
     with policy.scoring(), policy.autocast(), how.weights():
-        loop = _Decoding(policy, asked, limits, choose, seed_of, ends, how, watcher, ended)
+        loop = _Decoding(policy, asked, limits, choose, seed_of, ends, how, watcher, ended, allowed)
         while loop.scheduler.busy:
             watcher.check_interrupt()
             launched = loop.admit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,6 +71,8 @@ class DecoderSampler(Sampler):
         self.how = dataclasses.replace(self.how, weights=self._active)
         check_decoder(policy, self.how)
 
+    streams = True
+
     def sample(
         self,
         prompt_ids: Sequence[Sequence[int]],
@@ -82,9 +84,41 @@ class DecoderSampler(Sampler):
         first: int = 0,
     ) -> list[Group]:
         """See ``Sampler``. Deterministic in (weights, prompt, seed, position of the prompt)."""
+        wanted = len(prompt_ids)
+        return self._sample(prompt_ids, n, params, seed, rows, first, wanted, lambda i, group: True)
+
+    def sample_until(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        *,
+        wanted: int,
+        teaches: Callable[[int, Group], bool],
+        rows: Sequence[int] | None = None,
+    ) -> list[Group]:
+        """See ``Sampler``. When a group is whole and teaches nothing, the next prompt enters beside
+        the completions that are in flight then."""
+        return self._sample(prompt_ids, n, params, seed, rows, 0, wanted, teaches)
+
+    def _sample(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        rows: Sequence[int] | None,
+        first: int,
+        wanted: int,
+        teaches: Callable[[int, Group], bool],
+    ) -> list[Group]:
+        """``sample_until``, where the first prompt has the position ``first``."""
         rows = range(len(prompt_ids)) if rows is None else rows
         asked = [(i, sample) for i in range(len(prompt_ids)) for sample in range(n)]
         done: dict[tuple[int, int], Completion] = {}
+        groups: dict[int, Group] = {}
+        in_vain: list[int] = []
         choose = NextToken(self.policy, params)
         stops = StopTexts(self.text.tokenizer, params.stop_strings)
 
@@ -93,29 +127,34 @@ class DecoderSampler(Sampler):
             for i, sample in asked:
                 if (i, sample) not in done:
                     left.setdefault(i, []).append(sample)
+            behind = len(groups)
             for live in decode(
                 self.policy,
                 prompt_ids,
                 left,
-                self._limits(len(asked), params),
+                dataclasses.replace(self._limits(wanted * n, params), prompts=wanted),
                 choose,
                 lambda i, sample: derive(seed, first + i, sample),
                 self.eos_ids,
                 how=self.how,
                 watcher=watcher,
                 ended=stops.ended if stops else None,
+                allowed=lambda: wanted + len(in_vain) - behind,
             ):
                 completion = self._completion(live)
                 check_finite(completion, rows[live.asked.index])
-                done[live.asked.index, live.sample] = completion
+                i = live.asked.index
+                done[i, live.sample] = completion
+                own = tuple(done[i, k] for k in range(n) if (i, k) in done)
+                if len(own) == n:
+                    groups[i] = Group(rows[i], tuple(prompt_ids[i]), own)
+                    if not teaches(i, groups[i]):
+                        in_vain.append(i)
 
         with self.execution.progress() as report:
             watcher = Watcher(self.execution.check_interrupt, report)
-            self.execution.oom_retry.sample(decode_rest, len(asked))
-        return [
-            Group(rows[i], tuple(prompt), tuple(done[i, sample] for sample in range(n)))
-            for i, prompt in enumerate(prompt_ids)
-        ]
+            self.execution.oom_retry.sample(decode_rest, wanted * n)
+        return [groups[i] for i in sorted(groups)]
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,31 @@ def reward_metrics(
     if rewards.dropped:
         row["rewards_dropped"] = rewards.dropped
     return merged(row, rewards.metrics)
+
+
+def filter_metrics(
+    total: Tensor, group_ids: Tensor, used: Sequence[int], of_used: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How much of a rollout dynamic sampling took.
+
+    total: ``[B]``, of all that was sampled. used: the groups that are trained on. of_used: the
+    metrics of these alone.
+
+    A group that is left out is solved if all of it has the best reward of the rollout and that is
+    above 0, else failed; groups that nothing judged have failed.
+    """
+    groups = [total[group_ids == g] for g in group_ids.unique()]
+    best = total[~total.isnan()].max() if (~total.isnan()).any() else torch.tensor(0.0)
+    left = [members for g, members in enumerate(groups) if g not in set(used)]
+    solved = sum(bool(best > 0 and members.nanmean() >= best * (1 - 1e-6)) for members in left)
+    return {
+        "dynamic_sampling/groups": len(groups),
+        "dynamic_sampling/groups_kept": len(used),
+        "dynamic_sampling/groups_solved": solved,
+        "dynamic_sampling/groups_failed": len(left) - solved,
+        "dynamic_sampling/kept_reward": of_used["reward"],
+        "dynamic_sampling/kept_mean_length": of_used["completions/mean_length"],
+    }
 
 
 def mismatch_metrics(sampler_logp: Tensor, policy_logp: Tensor) -> dict[str, float]:

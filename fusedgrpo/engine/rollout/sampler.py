@@ -84,6 +84,25 @@ class Sampler(abc.ABC):
     # the model's configuration.
     memory: ClassVar[Callable[..., int] | None] = None
 
+    # Whether it has ``sample_until``.
+    streams: ClassVar[bool] = False
+
+    def sample_until(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        *,
+        wanted: int,
+        teaches: Callable[[int, Group], bool],
+        rows: Sequence[int] | None = None,
+    ) -> list[Group]:
+        """The groups of the first prompts, as many as it takes for ``wanted`` of them to teach
+        something, or of all. teaches: asked once of each group, by its place, when it is whole; in
+        any order. What a group says is what ``sample`` says."""
+        raise NotImplementedError
+
     def weights_changed(self) -> None:  # noqa: B027  most of them keep nothing
         """The policy has other weights than before: called after each update that was applied and
         after a checkpoint was put back. Whoever keeps a copy, or something computed, renews it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from fusedgrpo.models.kv_cache import PagedCache, pages_of
 from fusedgrpo.models.ragged_decode import Prompt, Row
@@ -41,17 +42,30 @@ class Live:
     stopped: bool = False
 
 
-def pages_needed(lengths: Sequence[int], rows: int, most: int) -> int:
+def pages_needed(lengths: Sequence[int], rows: int, most: int, at_once: int | None = None) -> int:
     """Pages that are enough for ``rows`` completions of ``most`` tokens at once, of prompts with
-    these ``lengths``. The last token of a completion is never kept."""
-    prompts = sorted(map(pages_of, lengths), reverse=True)[:rows]
+    these ``lengths``, ``at_once`` of them. The last token of a completion is never kept."""
+    at_once = rows if at_once is None else min(rows, at_once)
+    prompts = sorted(map(pages_of, lengths), reverse=True)[:at_once]
     return sum(prompts) + rows * pages_of(most - 1)
 
 
 class Scheduler:
-    """Prompts enter in the order given, their completions as places fall free: ``rows`` at most."""
+    """Prompts enter in the order given, their completions as places fall free: ``rows`` at most.
 
-    def __init__(self, asked: Sequence[Asked], cache: PagedCache, rows: int, seed_of: SeedOf):
+    allowed: how many of the prompts may have entered by now, None for all. The others may never.
+    """
+
+    def __init__(
+        self,
+        asked: Sequence[Asked],
+        cache: PagedCache,
+        rows: int,
+        seed_of: SeedOf,
+        allowed: Callable[[], int] | None = None,
+    ):
+        self._allowed = allowed or (lambda: len(asked))
+        self._entered = 0
         self.waiting = deque(asked)
         self.groups: list[Asked] = []
         self.cache = cache
@@ -60,7 +74,12 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.groups)
+        return bool(self.groups) or self._may_enter > 0
+
+    @property
+    def _may_enter(self) -> int:
+        """How many of the prompts that wait may enter."""
+        return min(len(self.waiting), self._allowed() - self._entered)
 
     @property
     def live(self) -> list[Live]:
@@ -69,8 +88,9 @@ class Scheduler:
 
     @property
     def unstarted(self) -> int:
-        """How many completions wait."""
-        return sum(len(group.samples) for group in (*self.groups, *self.waiting))
+        """How many completions wait, of prompts that may enter."""
+        waiting = islice(self.waiting, max(self._may_enter, 0))
+        return sum(len(group.samples) for group in (*self.groups, *waiting))
 
     def admit(self) -> tuple[list[Prompt], list[Live]]:
         """Fill the free places: the prompts that have to be read for it, and the completions."""
@@ -79,9 +99,10 @@ class Scheduler:
         while self._places:
             group = next((group for group in self.groups if group.samples), None)
             if group is None:
-                if not self.waiting:
+                if self._may_enter <= 0:
                     break
                 group = self.waiting.popleft()
+                self._entered += 1
                 group.prompt = Prompt(group.ids, self.cache.take(pages_of(len(group.ids))))
                 self.groups.append(group)
                 unread.append(group.prompt)
