@@ -230,6 +230,8 @@ class Collector:
             steps=-(-len(rollout.groups) // trainer.plan.groups_per_step),
             execution=trainer.execution,
         )
+        if collected.is_filtered:
+            buffer.numbers = list(collected.used)
         if trainer.plan.sampling_rounds > 1:
             buffer.metrics |= self._metrics(collected, buffer)
         return buffer

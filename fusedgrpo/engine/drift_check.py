@@ -27,14 +27,16 @@ SHARE = 0.02  # of the completions of the run, which checks between its ends may
 
 @dataclass(frozen=True)
 class Chosen:
-    """Completions of a step. rollout: the step that sampled them. indices: their places in
-    its flat order; groups: the numbers of theirs. buffer: they alone, in that order. rewards: None
-    where there is none. before: ``[N]``, the log-probs of all their tokens before the update; None
-    if they were not asked for."""
+    """Completions of a step.
+
+    rollout: the step that sampled them. logged: of each the number of its group and its place,
+    among all that were sampled. buffer: they alone, in that order. rewards: None where there is
+    none. before: ``[N]``, the log-probs of all their tokens before the update; None if they were
+    not asked for.
+    """
 
     rollout: int
-    indices: list[int]
-    groups: list[int]
+    logged: list[tuple[int, int]]
     buffer: RolloutBuffer
     rewards: list[float | None]
     before: Tensor | None
@@ -74,8 +76,7 @@ class DriftCheck:
         rewards = [] if buffer.rewards is None else buffer.rewards[indices].tolist()
         return Chosen(
             rollout=step - behind,
-            indices=indices,
-            groups=[group_ids[index] for index in indices],
+            logged=[buffer.logged_at(index) for index in indices],
             buffer=few,
             rewards=[none_if_nan(reward) for reward in rewards] or [None] * len(indices),
             before=self._score(few) if score else None,
@@ -99,8 +100,8 @@ class DriftCheck:
         return [
             {
                 "rollout": chosen.rollout,
-                "completion": chosen.indices[i],
-                "group": chosen.groups[i],
+                "completion": chosen.logged[i][1],
+                "group": chosen.logged[i][0],
                 "row": rows[i],
                 "prompt": self._decode(list(sample.prompt_ids)),
                 "tokens": token_texts(self._decode, sample.completion_ids),

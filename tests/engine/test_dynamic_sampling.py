@@ -17,6 +17,7 @@ from fusedgrpo.engine.advantages import find_estimator
 from fusedgrpo.engine.batch_plan import resolve_batch
 from fusedgrpo.engine.group_signal import GroupSignal, differ
 from fusedgrpo.engine.reporting.completions_log import steps_in
+from fusedgrpo.engine.reporting.drift_log import read_drift
 from fusedgrpo.engine.reporting.metrics_log import read_jsonl, read_metrics
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
@@ -113,6 +114,18 @@ def test_the_update_is_that_of_the_groups_that_are_used(tmp_path: Path) -> None:
     assert row["num_tokens"] == sum(2 + r["length"] for r in logged(tmp_path / "a", 1))
     expected = [s.advantage for s in samples]
     assert sum(expected[:3]) == pytest.approx(0, abs=1e-5) and any(expected[:3])
+
+
+def test_what_an_update_did_is_found_in_the_log(tmp_path: Path) -> None:
+    make(tmp_path, max_steps=2, num_iterations=2).train()
+    sampled = logged(tmp_path, 1)
+    for records in read_drift(tmp_path / "drift").values():
+        assert records
+        for record in records:
+            own = sampled[record["completion"]]
+            assert (own["group"], own["row"]) == (record["group"], record["row"])
+            assert own["advantage"] == pytest.approx(record["advantage"])
+            assert own["reward"] == pytest.approx(record["reward"])
 
 
 def test_there_may_not_be_enough(tmp_path: Path) -> None:

@@ -171,10 +171,3 @@ def _joined(pieces: Sequence[Scores]) -> Scores:
         },
         parts={name: part(name) for name in names},
     )
-
-
-def first_and_last(directory: str | Path) -> list[list[dict[str, Any]]]:
-    """The records of the first and the last step in ``directory`` (none, one or two lists)."""
-    completions = Completions(directory)
-    steps = completions.steps
-    return [completions.read(step) for step in (steps if len(steps) < 2 else (steps[0], steps[-1]))]

@@ -58,7 +58,7 @@ def write_runs_page(paths: Sequence[Path], path: Path) -> Path:
 
 def _outcomes(runs: Sequence[Run]) -> Iterator[list[str]]:
     for run in runs:
-        found = judge(run.rows, run.config, run.checks)
+        found = judge(run.rows, run.config, run.checks, run.completions.scores)
         steps = str(run.rows[-1]["step"])
         reward = number(several.last_value(run.rows, "reward"))
         reasons = found.reasons[0].text if found.reasons else ""

@@ -24,8 +24,9 @@ class RolloutBuffer:
     """rollout: B completions. advantages: ``[B]`` float32. old_logp, ref_logp, sampler_weight:
     ``[N]`` float32 over all completion tokens, flat order, or None; log-probs are NaN for
     completions that no gradient needs them of. rewards: ``[B]`` float32, the weighted sums, or
-    None. metrics: of the rollout, repeated on each of its steps. done: optimizer steps taken so
-    far. All tensors on the CPU.
+    None. numbers: of its groups among all that were sampled for it, None where they are all.
+    metrics: of the rollout, repeated on each of its steps. done: optimizer steps taken so far. All
+    tensors on the CPU.
     """
 
     rollout: Rollout
@@ -36,6 +37,7 @@ class RolloutBuffer:
     ref_logp: Tensor | None = None
     sampler_weight: Tensor | None = None
     rewards: Tensor | None = None
+    numbers: list[int] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     done: int = 0
 
@@ -98,6 +100,12 @@ class RolloutBuffer:
         ]
         return RolloutBuffer(Rollout(tuple(groups)), self.advantages[list(indices)], 1, 1)
 
+    def logged_at(self, index: int) -> tuple[int, int]:
+        """The group and the place, among all that were sampled, of a completion of ``[B]``."""
+        group = self.rollout.group_ids[index]
+        number = group if self.numbers is None else self.numbers[group]
+        return number, index + (number - group) * len(self.rollout.groups[group].completions)
+
     def row_at(self, token: int) -> int:
         """The data row of the completion that has this token of ``[N]``."""
         end = 0
@@ -120,6 +128,7 @@ class RolloutBuffer:
             "iterations": self.iterations,
             "done": self.done,
             "metrics": self.metrics,
+            "numbers": self.numbers,
             "groups": [
                 {
                     "row": group.row,
@@ -159,6 +168,7 @@ class RolloutBuffer:
             ref_logp=tensors.get("ref_logp"),
             sampler_weight=tensors.get("sampler_weight"),
             rewards=tensors.get("rewards"),
+            numbers=values.get("numbers"),
             metrics=values["metrics"],
             done=values["done"],
         )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fusedgrpo.engine.reporting import completions_folding, completions_parquet
 from fusedgrpo.engine.reporting.completions_folding import FoldingLog
-from fusedgrpo.engine.reporting.completions_reader import Completions, first_and_last, scores_from
+from fusedgrpo.engine.reporting.completions_reader import Completions, scores_from
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 JSON = st.recursive(
@@ -145,7 +145,8 @@ def test_a_long_run_is_few_files_with_columns_for_people(tmp_path: Path) -> None
     ranges = [footer.row_group(i).column(0).statistics for i in range(4)]
     assert [(each.min, each.max) for each in ranges] == [(step, step) for step in (5, 6, 7, 8)]
     assert Completions(tmp_path).steps == list(range(1, 11))
-    (first, _), (last, _) = first_and_last(tmp_path)
+    steps = Completions(tmp_path)
+    (first, _), (last, _) = (steps.read(steps.steps[i]) for i in (0, -1))
     assert (first["step"], last["step"]) == (1, 10)
 
     assert "steps 7-10 was moved to" in str(log.drop_after(6))

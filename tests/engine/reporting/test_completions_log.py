@@ -6,7 +6,7 @@ import math
 import torch
 
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog, completion_records
-from fusedgrpo.engine.reporting.completions_reader import first_and_last
+from fusedgrpo.engine.reporting.completions_reader import Completions
 from fusedgrpo.engine.rollout.types import Completion, Group, Rollout
 
 
@@ -64,9 +64,10 @@ def test_one_strict_json_file_per_rollout(tmp_path):
 
 def test_first_and_last_by_number_also_beyond_six_digits(tmp_path):
     log = CompletionsLog(tmp_path)
-    assert first_and_last(tmp_path) == []
+    assert Completions(tmp_path).steps == []
     for step in (999999, 1000000, 2):
         log.write(step, make_records())
-    first, last = first_and_last(tmp_path)
+    found = Completions(tmp_path)
+    first, last = (found.read(found.steps[i]) for i in (0, -1))
     assert first[0]["step"] == 2
     assert last[0]["step"] == 1000000

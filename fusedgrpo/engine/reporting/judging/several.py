@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusedgrpo.engine.reporting.completions_log import prompt_text
+from fusedgrpo.engine.reporting.completions_reader import Completions
 from fusedgrpo.engine.reporting.held_out_log import Checks
 from fusedgrpo.engine.reporting.judging.changes import bootstrapped
 from fusedgrpo.engine.reporting.metrics_log import Row, finite, series
@@ -24,12 +25,14 @@ SEEDS = {"seed", "data_seed"}
 
 @dataclass(frozen=True)
 class Run:
-    """name: the end of its path that tells it from the others. rows, config, checks: its files."""
+    """name: the end of its path that tells it from the others. rows, config, checks, completions:
+    its files."""
 
     name: str
     rows: list[dict[str, Any]]
     config: dict[str, Any]
     checks: Checks
+    completions: Completions
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             raise DataError(f"{folder}: is named twice.")
     found = map(RecordedRun.read, folders)
     return [
-        Run(name, run.rows, run.config, run.checks)
+        Run(name, run.rows, run.config, run.checks, run.completions)
         for name, run in zip(_names(folders), found, strict=True)
     ]
 

@@ -174,10 +174,11 @@ def _each(
         if not change.fell:
             continue
         lost = change.first > 0 and change.share_left < LOST
+        level = "bad" if lost else "note" if change.slight else "warning"
         rest = " and is lost" if lost and change.share_left < 0.1 else ""
         yield Finding(
             f"{key}component",
-            "bad" if lost else "warning",
+            level,  # type: ignore[arg-type]
             f"{before}{name} fell{rest}: {in_words(change)}.",
             change.ends,
             f"Look at completions/ of {when(change.ends)} for what is rewarded instead; weigh "

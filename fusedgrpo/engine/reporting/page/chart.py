@@ -44,7 +44,7 @@ class Chart:
 
     @property
     def summary(self) -> str:
-        """What is drawn, for those who cannot see it."""
+        """A description for those who cannot see it."""
         said = []
         for curve in self.curves:
             known = [value for value in curve.values if value is not None]

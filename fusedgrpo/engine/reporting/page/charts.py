@@ -52,7 +52,7 @@ def run_charts(
     *,
     kl_is_sampled: bool = False,
 ) -> tuple[list[Chart], list[Chart]]:
-    """Those that one looks at, and one for each other metric of ``rows``.
+    """The charts that one looks at, and one for each other metric of ``rows``.
 
     checks: rows of ``check_rows``. kl_is_sampled: ``kl`` was measured on a few completions now and
     then.

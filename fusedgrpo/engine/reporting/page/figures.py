@@ -47,7 +47,7 @@ class Figure:
 
 
 def completion_figures(scores: Scores, rows: Sequence[Row]) -> list[Figure]:
-    """Those that there is something to draw of."""
+    """The pictures that there is something to draw of."""
     found = [_histogram(scores), _signal(scores), _lengths(scores), _way(rows)]
     return [figure for figure in found if figure is not None]
 

@@ -1,4 +1,4 @@
-"""What a run is and ran on, in words, from ``run.json``."""
+"""The facts of ``run.json`` in words: model, data, batch, hardware, versions."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def write_page(path: Path, text: str) -> None:
 
 
 def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
-    """Of this page's own scripts and styles, and of nothing else."""
+    """A policy that allows these scripts and styles, and nothing else."""
     own = {"script-src": scripts, "style-src": styles}
     sources = [f"{kind} {' '.join(map(_hash, texts))}" for kind, texts in own.items()]
     return "; ".join(
