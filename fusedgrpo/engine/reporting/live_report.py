@@ -30,9 +30,9 @@ class LiveReport:
         self._failed = False
 
     def after_step(self) -> None:
-        """Write the page of a run that goes on, if one is due."""
+        """Write the page of a run that goes on, if one is due and there is a step to show."""
         started = self._clock()
-        if started < self._due:
+        if started < self._due or not self._has_rows():
             return
         self._write(live=True)
         ended = self._clock()
@@ -40,9 +40,12 @@ class LiveReport:
 
     def last(self) -> None:
         """Write the page of a run that has ended before its time, as far as it came."""
-        metrics = self._run_dir / "metrics.jsonl"
-        if metrics.exists() and metrics.stat().st_size:
+        if self._has_rows():
             self._write(live=False)
+
+    def _has_rows(self) -> bool:
+        metrics = self._run_dir / "metrics.jsonl"
+        return metrics.exists() and metrics.stat().st_size > 0
 
     def _write(self, *, live: bool) -> None:
         try:
