@@ -48,6 +48,7 @@ class DriftCheck:
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self._has_reference: bool = trainer.args.drift_check and trainer.policy.has_reference
 
     def steps(self) -> frozenset[int]:
         """The steps whose update is checked."""
@@ -86,7 +87,7 @@ class DriftCheck:
         """A record of each completion, after the update."""
         policy, few = self.trainer.policy, chosen.buffer
         after, reference = self._score(few), None
-        if policy.has_reference:
+        if self._has_reference:
             # Weights may be swapped for it: held, they come back whatever signal there is.
             with self.trainer.signals.held(), policy.reference():
                 reference = self._score(few)

@@ -17,7 +17,7 @@ from fusedgrpo.models import loading_bars
 from fusedgrpo.models.adapters.attached import has_adapters, unwrapped
 from fusedgrpo.models.adapters.checks import prepare
 from fusedgrpo.models.adapters.files import check_options, find_adapter, put_onto
-from fusedgrpo.models.adapters.lora import add_lora, check_kind, does_nothing
+from fusedgrpo.models.adapters.lora import add_lora, check_kind
 from fusedgrpo.models.at_rest import at_rest_after, say_what_is_cast, store_in_float16
 from fusedgrpo.models.device import pick_compute_dtype, resting_dtype, stored_dtype
 from fusedgrpo.models.dropout import (
@@ -87,7 +87,7 @@ def policy_parts(
     router = find_router(causal_lm, config.router_aux_loss_coef, autocast)
     saved = find_adapter(config) if not given or config.adapter_name_or_path else None
     keep: Literal["adapter", "model"] | None = None
-    begins_as_base = False
+    new_adapter = False
     if saved is not None or has_adapters(model):
         _refuse_beside_an_adapter(model, config, peft_config, saved)
         if saved is not None:
@@ -97,7 +97,7 @@ def policy_parts(
         keep = "adapter"  # whatever it was trained to do is part of the reference
     elif config.finetuning_type == "lora":
         model = add_lora(model, config, peft_config)
-        begins_as_base = does_nothing(model)
+        new_adapter = True
         # Only of the adapters that we make ourselves is it known that they start as nothing. A
         # reference that is to move needs weights of its own.
         keep = None if peft_config is None and not config.sync_ref_model else "adapter"
@@ -128,7 +128,7 @@ def policy_parts(
         "compute_dtype": compute_dtype,
         "temperature": config.temperature,
         "keep_reference": keep if config.beta else None,
-        "begins_as_base": begins_as_base,
+        "new_adapter": new_adapter,
         "shared_prompt": config.shared_prompt,
         "router": router,
         "disable_dropout": config.disable_dropout,

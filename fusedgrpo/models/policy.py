@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from fusedgrpo import stages
 from fusedgrpo.kernels import LogProbs, linear_logprob
 from fusedgrpo.models import packed_attention as attention
 from fusedgrpo.models.adapters.attached import Adapters, has_adapters, unwrapped
+from fusedgrpo.models.adapters.lora import does_nothing
 from fusedgrpo.models.dropout import as_it_samples, own_dropout, switched_off
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import Head, find_head, head_layer, vocabulary_size
@@ -52,14 +54,12 @@ class Policy:
     reference policy is the model as it is now. With fresh adapters that is the model with the
     adapters switched off; with ``keep_reference="adapter"`` a copy of the weights that train (for
     adapters that were trained before), with ``keep_reference="model"`` a frozen copy of the model.
-    begins_as_base: the adapters change nothing yet.
+    new_adapter: it was made just now.
 
     shared_prompt: ``"auto"`` forwards each prompt once for all its completions if the model gives
     the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
     ``layout``, for ``PackedBatch.build``. router: the load-balancing loss of a mixture of experts.
     disable_dropout, trains_as_it_samples: what ``training`` switches off.
-
-    has_reference: whether inside ``reference`` it is the policy that it began as.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Policy:
         compute_dtype: torch.dtype | Literal["inherit"] | None = None,
         temperature: float = 1.0,
         keep_reference: Literal["adapter", "model"] | None = None,
-        begins_as_base: bool = False,
+        new_adapter: bool = False,
         shared_prompt: SharedPrompt = "auto",
         router: RouterLoss | None = None,
         disable_dropout: bool = False,
@@ -82,7 +82,8 @@ class Policy:
         self.temperature = temperature
         self.router = router
         self.disable_dropout = disable_dropout
-        self.has_reference = keep_reference is not None or begins_as_base
+        self._keeps_reference = keep_reference is not None
+        self._new_adapter = new_adapter
         self.trains_as_it_samples = trains_as_it_samples
         self._said_positions = False
         self.adapters = Adapters(model) if has_adapters(model) else None
@@ -101,6 +102,11 @@ class Policy:
     ) -> Policy:
         """The policy that ``config`` describes; see ``loading.policy_parts``."""
         return cls(**policy_parts(config, model, peft_config))
+
+    @functools.cached_property
+    def has_reference(self) -> bool:
+        """Whether inside ``reference`` it is the policy that it began as. Ask before it trains."""
+        return self._keeps_reference or (self._new_adapter and does_nothing(self.model))
 
     @property
     def causal_lm(self) -> Any:

@@ -198,7 +198,13 @@ def test_what_a_full_disk_did_not_take_is_written_later(
 )
 def test_checks_are_spread_evenly_and_few_in_a_short_run(total: int, each: int, count: int) -> None:
     plan = SimpleNamespace(total_steps=total, completions_per_step=each)
-    check = DriftCheck(SimpleNamespace(plan=plan, args=SimpleNamespace(drift_check=True)))
+    check = DriftCheck(
+        SimpleNamespace(
+            plan=plan,
+            args=SimpleNamespace(drift_check=True),
+            policy=SimpleNamespace(has_reference=False),
+        )
+    )
     steps = sorted(check.steps())
     assert len(steps) == count and steps[0] == 1 and steps[-1] == total
     gaps = [b - a for a, b in pairwise(steps)] or [0]

@@ -227,6 +227,6 @@ def test_one_that_is_full_at_the_beginning_does(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RunRecord, "write", refused)
-    monkeypatch.setattr("fusedgrpo.engine.reporting.run_logger.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("fusedgrpo.engine.reporting.disk_refusals.PAUSE_SECONDS", 0.0)
     with pytest.raises(OutputDirError, match=r"run\.json of step 0 could not be written"):
         make(tmp_path, max_steps=1).train()
