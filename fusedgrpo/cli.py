@@ -23,6 +23,7 @@ from fusedgrpo.commands.options import options
 from fusedgrpo.commands.plan import plan
 from fusedgrpo.commands.push import push
 from fusedgrpo.commands.show import show
+from fusedgrpo.commands.tasks import tasks
 from fusedgrpo.commands.train import train
 from fusedgrpo.commands.training_command import ANY_WORDS, TrainingCommand
 
@@ -40,6 +41,7 @@ app.command()(export)
 app.command("eval", cls=TrainingCommand, context_settings=ANY_WORDS)(evaluate)
 app.command()(push)
 app.command()(show)
+app.command()(tasks)
 
 
 def _say_version(asked: bool) -> None:

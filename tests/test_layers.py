@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "fusedgrpo"
 # From the ground up. What is in one row does not know the others of it. The longest name counts.
 LAYERS = [
     ["errors", "search_path", "stages"],
-    ["host", "input_files", "loss_options", "named_code"],
+    ["host", "input_files", "loss_options", "named_code", "tasks"],
     ["config"],
     ["kernels"],
     ["models"],

@@ -86,6 +86,11 @@ class GRPOConfig(TrainingArgumentsSurface):
     dataset: str | None = option(
         None, "file, directory, name in dataset_dir or Hub name", free=True
     )
+    task_options: dict[str, Any] | None = option(
+        None,
+        "of dataset: reasoning_gym:NAME: size, held_out_size, seed, and by the name of a task its "
+        "difficulty",
+    )
     dataset_dir: str = option("data", "where dataset_info.json and named data sets are", free=True)
     eval_dataset: str | None = option(None, "data set for evaluation", free=True)
     dataset_format: str = option(
@@ -228,7 +233,9 @@ class GRPOConfig(TrainingArgumentsSurface):
 
     group("rewards")
     reward_funcs: Any = option(
-        None, "what rewards: names, module:function, file.py:function, or callables"
+        None,
+        "what rewards: names, module:function, file.py:function, or callables; null: the verifier "
+        "of a reasoning_gym task",
     )
     reward_weights: list[float] | None = option(None, "one weight per reward function; null: 1")
     reward_kwargs: dict[str, Any] | None = option(

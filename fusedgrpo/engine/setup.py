@@ -58,6 +58,7 @@ from fusedgrpo.models.policy import Policy, ReferenceSync
 from fusedgrpo.models.settings import model_limits, model_settings
 from fusedgrpo.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer, text_tokenizer
 from fusedgrpo.named_code import code_folders
+from fusedgrpo.tasks import REWARD, is_task
 
 log = logging.getLogger("fusedgrpo")
 
@@ -126,7 +127,7 @@ def build_parts(
     tokenizer = text_tokenizer(processing_class)
     clock = RunClock(processes.run_on_main(datetime.now))
     rewards = build_rewards(
-        args.reward_funcs if reward_funcs is None else reward_funcs,
+        _reward_funcs(args, reward_funcs, train_dataset),
         weights=args.reward_weights,
         kwargs=args.reward_kwargs,
         on_error=args.on_reward_error,
@@ -199,6 +200,14 @@ def build_parts(
     except BaseException:
         rewards.close()
         raise
+
+
+def _reward_funcs(args: GRPOConfig, given: Any, train_dataset: Any) -> Any:
+    """The rewards that were passed, else the option's, else the verifier of tasks."""
+    if given is not None or args.reward_funcs is not None:
+        return args.reward_funcs if given is None else given
+    source = args.dataset if train_dataset is None else train_dataset
+    return [REWARD] if is_task(source) else None
 
 
 def _stream(args: GRPOConfig, train: PromptDataset, folders: Sequence[Path]) -> PromptStream:

@@ -29,10 +29,11 @@ from fusedgrpo.engine.data.formats import (
 from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.media import media_reason
 from fusedgrpo.engine.data.rows import BadRowError, Row
-from fusedgrpo.engine.data.sources import read_source
+from fusedgrpo.engine.data.sources import read_source, read_tasks
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import DataError
 from fusedgrpo.input_files import exists
+from fusedgrpo.tasks import is_task
 
 logger = logging.getLogger("fusedgrpo")
 
@@ -154,7 +155,9 @@ def load_prompts(
         clock=clock,
         said=said,
     )
-    name, rows = _read_all(source, config, split, formats or Formats(config.dataset_format))
+    messages = bool(getattr(tokenizer, "chat_template", None))
+    formats = formats or Formats(config.dataset_format)
+    name, rows = _read_all(source, config, split, formats, messages)
     with stages.stage(f"reading the prompts of {name}", counted=True):
         found = [_read(row, layout) for row, layout in stages.count(rows, "rows")]
     digests = [None if isinstance(each, BadRowError) else each[1] for each in found]
@@ -182,16 +185,19 @@ def load_prompts(
 
 
 def _read_all(
-    source: Any, config: GRPOConfig, split: str, formats: Formats
+    source: Any, config: GRPOConfig, split: str, formats: Formats, messages: bool
 ) -> tuple[str, list[tuple[Row, Layout]]]:
-    """The name of the source, or of all in a comma-separated list, and their rows in order."""
+    """The name of the source, or of all in a comma-separated list, and their rows in order.
+    messages: questions of tasks are those of a user in a chat."""
     several = isinstance(source, str) and "," in source and not exists(Path(source))
     names: list[str] = []
     rows: list[tuple[Row, Layout]] = []
     for one in source.split(",") if several else [source]:
-        found = read_source(
-            one.strip() if several else one, config.dataset_dir, split, formats=formats
-        )
+        one = one.strip() if several else one
+        if is_task(one):
+            found = read_tasks(one, config, split, messages)
+        else:
+            found = read_source(one, config.dataset_dir, split, formats=formats)
         kept = found.rows[: config.max_samples]
         if not kept:
             raise DataError(f"{found.name}: no rows.")

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.held_out import HeldOut, each_of, load_held_out
 from fusedgrpo.errors import ConfigError
+from fusedgrpo.tasks import is_task
+
+log = logging.getLogger("fusedgrpo")
 
 
 def all_examples(train: PromptDataset, held_out: HeldOut | None) -> list[Example]:
     """All that may be sampled."""
     return [example for part in (train, *each_of(held_out)) for example in part.examples]
+
+
+def unseen(held_out: PromptDataset, trained: PromptDataset) -> PromptDataset | None:
+    """``held_out`` without the prompts that are trained on, which a task of few different questions
+    makes again; None if there are no others."""
+    known = {repr(example.prompt) for example in trained.examples}
+    left = [example for example in held_out.examples if repr(example.prompt) not in known]
+    if len(left) < len(held_out):
+        log.warning(
+            "%s: %d of %d held-out questions are trained on, too, and are left out.",
+            *(held_out.source, len(held_out) - len(left), len(held_out)),
+        )
+    return dataclasses.replace(held_out, examples=left) if left else None
 
 
 def load_data(
@@ -39,6 +57,9 @@ def load_data(
         )
     elif args.val_size:
         prompts, evaluation = prompts.split(args.val_size, args.seed)
+    elif is_task(source):
+        held_out = load_prompts(source, args, processing_class, split="test", **reading)
+        evaluation = unseen(held_out, prompts)
     if args.eval_strategy != "no" and evaluation is None:
         raise ConfigError(
             f"eval_strategy: {args.eval_strategy} needs an eval_dataset or a val_size."

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedgrpo import stages
+from fusedgrpo import stages, tasks
+from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.files import SUFFIXES, read_file
 from fusedgrpo.engine.data.formats import Layout
 from fusedgrpo.engine.data.formats.chosen import Formats
@@ -64,6 +65,15 @@ def read_source(
         "A data set is a name, a path, a datasets.Dataset, a table of pandas, polars or pyarrow, "
         f"or a list of dicts, got {type(source).__name__}."
     )
+
+
+def read_tasks(name: str, config: GRPOConfig, split: str, messages: bool) -> Source:
+    """Questions of tasks, those of the split "test" from other seeds. Raises DataError."""
+    with stages.stage(f"making questions of {name}", counted=False):
+        rows = tasks.task_rows(
+            name, config.task_options, held_out=split == "test", messages=messages
+        )
+    return Source(name, [read_row(f"question {i}", row) for i, row in enumerate(rows)])
 
 
 def _read_named(name: str, directory: Path, split: str, formats: Formats) -> Source:

@@ -15,6 +15,7 @@ from typing import Any
 from fusedgrpo.engine.columns import ANSWER, CONVENTION
 from fusedgrpo.engine.rewards.math_answer import is_correct, latex_verdict, text_of
 from fusedgrpo.errors import RewardError
+from fusedgrpo.tasks import verify
 
 Completions = list[Any]
 Rewards = list[float | None]
@@ -233,12 +234,26 @@ def get_soft_overlong_punishment(
     return soft_overlong_punishment_reward
 
 
+def reasoning_gym(
+    completions: Completions, task_index: list[int] | None = None, **columns: Any
+) -> Rewards:
+    """The score of the task's own verifier (``fusedgrpo.tasks.verify``). Raises
+    :class:`RewardError` for other data than ``dataset: reasoning_gym:NAME``."""
+    if task_index is None:
+        raise RewardError(
+            "reward function 'reasoning_gym' is the verifier of dataset: reasoning_gym:NAME, and "
+            "the data has no task."
+        )
+    return list(verify(completions, task_index=task_index, **columns))
+
+
 FUNCTIONS: dict[str, Callable[..., Rewards]] = {
     "accuracy": accuracy,
     "format": format,
     "accuracy_reward": accuracy_reward,
     "reasoning_accuracy_reward": reasoning_accuracy_reward,
     "think_format_reward": think_format_reward,
+    "reasoning_gym": reasoning_gym,
 }
 
 FACTORIES: dict[str, Callable[..., Callable[..., Rewards]]] = {
