@@ -110,6 +110,16 @@ def opened(
     return page, said
 
 
+def at_once(page: Any, script: str) -> Any:
+    """What a function returns on the page, again where it was loaded again meanwhile."""
+    while True:
+        try:
+            return page.evaluate(script)
+        except playwright.Error as error:
+            if "context was destroyed" not in str(error) and "not defined" not in str(error):
+                raise
+
+
 def until(page: Any, condition: str) -> None:
     """Wait for it. Playwright's own waiting compiles strings, which the page's policy forbids."""
     page.evaluate(
@@ -284,22 +294,24 @@ def test_the_page_of_a_run_that_goes_on_loads_itself_again(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "RELOADS", 1)
-    path = report.write_report(make_run(tmp_path / "run", steps=20), live=True)
+    path = report.write_report(make_run(tmp_path / "run", steps=20), live=True, pictures=False)
     page, said = opened(browser, path)
+    page.set_default_timeout(300_000)
     assert "goes on" in page.locator(".live").inner_text()
-    page.evaluate("Charts.zoom(5, 10)")
-    page.evaluate("document.querySelector('details').open = true")
-    metrics = tmp_path / "run/metrics.jsonl"
-    with metrics.open("a") as file:
+    # In one go, for the page may be loaded again at any moment.
+    do = """() => { Charts.zoom(5, 10); document.querySelector("details").open = true; }"""
+    at_once(page, do)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 21, "reward": 0.5}) + "\n")
-    report.write_report(tmp_path / "run", live=True)
+    report.write_report(tmp_path / "run", live=True, pictures=False)
     page.locator("main", has_text="21 steps").wait_for()
-    assert page.evaluate("[Charts.all[0].plot.scales.x.min, Charts.all[0].plot.scales.x.max]") == [
-        5,
-        10,
-    ]
-    assert page.evaluate("document.querySelector('details').open")
-    page.get_by_role("button", name="Stop loading again").click()
+    look = """() => {
+      document.getElementById("pause").click();
+      const { min, max } = Charts.all[0].plot.scales.x;
+      return [min, max, document.querySelector("details").open, Charts.all[0].spec.x.length];
+    }"""
+    assert at_once(page, look) == [5, 10, True, 22]
+    assert page.locator("#pause").get_attribute("aria-pressed") == "true"
     monkeypatch.setattr(plots, "render", lambda *a, **b: None)
     report.write_report(tmp_path / "run")
     page.reload()
