@@ -38,9 +38,10 @@ from fusedgrpo.engine.rollout.training_sample import TrainingSample
 log = logging.getLogger("fusedgrpo")
 
 T = TypeVar("T")
+Records = TypeVar("Records", bound=Sequence[Mapping[str, Any]])
 
 
-def _write_all(waiting: dict[int, Sequence[Mapping[str, Any]]], log: CompletionsLog) -> None:
+def _write_all(waiting: dict[int, Records], log: CompletionsLog) -> None:
     """Write what waits for it, by step; what is written waits no more."""
     for step in sorted(waiting):
         log.write(step, waiting[step])

@@ -105,7 +105,7 @@ def _signal(scores: Scores) -> Figure | None:
         if not shares.any():
             continue
         legend.append((key, words))
-        for c in np.flatnonzero(shares):
+        for c in np.flatnonzero(shares).tolist():
             corners = (
                 axes.x(found.time.edges[c]),
                 axes.y(begin[c] + shares[c]),
