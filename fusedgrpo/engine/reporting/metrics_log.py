@@ -71,7 +71,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # torn; a number, or a nesting, beyond all bounds
                 row = None
             if isinstance(row, dict):
                 rows.append(row)
@@ -82,7 +82,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a ``metrics.jsonl``; nulls (NaN when they were written) come back as None."""
-    return [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
+    return [row for row in read_jsonl(path) if _is_step(row.get("step"))]
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**53  # of which every one is a number to a browser
 
 
 class MetricsLog:

@@ -18,7 +18,7 @@ from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
 from fusedgrpo.engine.reporting.completions_log import prompt_text, scores_of
 from fusedgrpo.engine.reporting.completions_reader import Completions, Scores
-from fusedgrpo.engine.reporting.formatting import gigabytes, number
+from fusedgrpo.engine.reporting.formatting import gigabytes, number, quantity
 from fusedgrpo.engine.reporting.held_out_log import Checks, check_rows
 from fusedgrpo.engine.reporting.judging.findings import INTERVALS
 from fusedgrpo.engine.reporting.judging.prompts import compared, counts
@@ -129,7 +129,7 @@ def _summary(run: RecordedRun) -> str:
     facts = [
         str(run.config[key]) for key in ("model_name_or_path", "dataset") if run.config.get(key)
     ]
-    facts.append(f"{run.rows[-1]['step']} steps")
+    facts.append(quantity(run.rows[-1]["step"], "step"))
     how = newest_session(run.facts).get("how")
     if how not in (None, "finished"):
         facts.append(str(how))
@@ -145,7 +145,7 @@ def _held_out(checks: Checks) -> dict[str, Any] | None:
         return None
     words = ", ".join(f"{count} {status}" for status, count in counts(prompts).items())
     return {
-        "words": f"The most likely answer to each of {len(prompts)} prompts, step {min(checks)} "
+        "words": f"The most likely answer to each of {quantity(len(prompts), 'prompt')}, step {min(checks)} "
         f"and step {max(checks)}: {words}.",
         "shown": prompts[:PAIRS],
         "folded": prompts[PAIRS : PAIRS + FOLDED],
@@ -203,8 +203,9 @@ def _asked_again(scores: Scores) -> dict[str, Any] | None:
         ]
         for one in found.changed[:CHANGED]
     ]  # fmt: skip
+    asked = f"{quantity(found.prompts, 'prompt')} {'was' if found.prompts == 1 else 'were'} asked"
     return {
-        "words": f"{found.prompts} prompts were asked at least twice, the first time against the "
+        "words": f"{asked} at least twice, the first time against the "
         f"last: {counts}; {found.half} neither solved nor without any reward both times.",
         "changed": changed,
     }
@@ -223,7 +224,7 @@ def _cost(run: RecordedRun) -> dict[str, Any] | None:
         planned = f", {memory.of_plan:.0%} of what was planned" if memory.of_plan else ""
         lines.append(f"Peak memory: {gigabytes(memory.peak)}{planned}.")
     if memory.retries:
-        lines.append(f"Work that did not fit was done again in parts: {memory.retries} times.")
+        lines.append(f"Work that did not fit was done again in parts: {quantity(memory.retries, 'time')}.")
     if speeds := series(rows, "tokens_per_second")[1]:
         lines.append(f"Completion tokens per second: {sum(speeds) / len(speeds):.0f} on average.")
     if not (time_parts or lines):

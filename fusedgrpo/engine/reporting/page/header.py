@@ -89,7 +89,8 @@ def _adapter(facts: Mapping[str, Any]) -> str:
     share = f"{_count(model.get('trainable'))} weights"
     if not adapter:
         return f"all weights ({share})"
-    targets = ", ".join(map(str, adapter.get("target_modules") or []))
+    named = adapter.get("target_modules")
+    targets = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     return (
         f"{adapter.get('type')}, r {adapter.get('r')}, alpha {adapter.get('alpha')}, on "
         f"{adapter.get('modules')} layers ({targets}): {share}"
