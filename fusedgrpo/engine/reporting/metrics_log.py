@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,13 @@ logger = logging.getLogger("fusedgrpo")
 Row = Mapping[str, Any]
 
 
+_MOST = 1e150  # what is beyond has no square, and comes from no float32
+
+
 def finite(value: Any) -> float | None:
-    """``value`` as a float, or None where it is no finite number."""
-    if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
+    """``value`` as a float, or None where it is no number that one can count with: NaN, infinite or
+    beyond 1e150."""
+    if isinstance(value, (int, float)) and abs(value) <= _MOST:
         return float(value)
     return None
 

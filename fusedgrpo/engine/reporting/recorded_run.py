@@ -66,8 +66,8 @@ class RecordedRun:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options in a ``config.resolved.yaml``; none if it is not there, or with a warning if it is
-    no such file."""
+    """The options in a ``config.resolved.yaml``; none if it is not there, or, with a warning, if it
+    is no such file."""
     import yaml
 
     if not path.exists():

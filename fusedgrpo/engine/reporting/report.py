@@ -20,7 +20,7 @@ from fusedgrpo.engine.reporting.completions_log import prompt_text, scores_of
 from fusedgrpo.engine.reporting.completions_reader import Completions, Scores
 from fusedgrpo.engine.reporting.formatting import gigabytes, number, quantity
 from fusedgrpo.engine.reporting.held_out_log import Checks, check_rows
-from fusedgrpo.engine.reporting.judging.findings import INTERVALS
+from fusedgrpo.engine.reporting.judging.findings import INTERVALS, when
 from fusedgrpo.engine.reporting.judging.prompts import compared, counts
 from fusedgrpo.engine.reporting.judging.verdict import judge
 from fusedgrpo.engine.reporting.looks import (
@@ -95,6 +95,7 @@ def write_report(
         "config": run.config,
         "scores_of": scores_of,
         "prompt_text": prompt_text,
+        "when": when,
     }
     parts = {
         "advice": "Advice", "facts": "The run", "charts": "Curves", "held_out": "Held-out prompts",
@@ -145,8 +146,8 @@ def _held_out(checks: Checks) -> dict[str, Any] | None:
         return None
     words = ", ".join(f"{count} {status}" for status, count in counts(prompts).items())
     return {
-        "words": f"The most likely answer to each of {quantity(len(prompts), 'prompt')}, step {min(checks)} "
-        f"and step {max(checks)}: {words}.",
+        "words": f"The most likely answer to each of {quantity(len(prompts), 'prompt')}, "
+        f"step {min(checks)} and step {max(checks)}: {words}.",
         "shown": prompts[:PAIRS],
         "folded": prompts[PAIRS : PAIRS + FOLDED],
         "more": len(prompts) - PAIRS - FOLDED,
@@ -224,7 +225,8 @@ def _cost(run: RecordedRun) -> dict[str, Any] | None:
         planned = f", {memory.of_plan:.0%} of what was planned" if memory.of_plan else ""
         lines.append(f"Peak memory: {gigabytes(memory.peak)}{planned}.")
     if memory.retries:
-        lines.append(f"Work that did not fit was done again in parts: {quantity(memory.retries, 'time')}.")
+        again = quantity(memory.retries, "time")
+        lines.append(f"Work that did not fit was done again in parts: {again}.")
     if speeds := series(rows, "tokens_per_second")[1]:
         lines.append(f"Completion tokens per second: {sum(speeds) / len(speeds):.0f} on average.")
     if not (time_parts or lines):

@@ -165,7 +165,9 @@ class Evidence:
         answers."""
         keys = [f"rewards/{name}/mean" for name, weight in self._weights().items() if weight > 0]
         found = {key: self.at_the_end(key) for key in keys or ["reward"]}
-        shares = {key: v for key, v in found.items() if v is not None and is_share(self.values(key))}
+        shares = {
+            key: v for key, v in found.items() if v is not None and is_share(self.values(key))
+        }
         if any(value < share for value in shares.values()):
             return False
         return True if len(shares) == len(found) else None
