@@ -41,12 +41,14 @@ def series(rows: Iterable[Row], key: str) -> tuple[list[int], list[float]]:
 
 def reward_names(rows: Iterable[Row]) -> list[str]:
     """The reward functions that appear as ``rewards/{name}/mean``, in order of appearance."""
-    names: dict[str, None] = {}
+    keys: dict[str, None] = {}
     for row in rows:
-        for key in row:
-            if key.startswith("rewards/") and key.endswith("/mean"):
-                names[key[len("rewards/") : -len("/mean")]] = None
-    return list(names)
+        keys |= dict.fromkeys(row)  # most rows have the same
+    return [
+        key[len("rewards/") : -len("/mean")]
+        for key in keys
+        if key.startswith("rewards/") and key.endswith("/mean")
+    ]
 
 
 def to_jsonable(value: Any) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from statistics import fmean, variance
+from statistics import fmean
 
 import numpy as np
 
@@ -81,8 +80,8 @@ def of_training(steps: Sequence[int], values: Sequence[float]) -> Change | None:
         return None
     window = window_of(count)
     first, last = values[:window], values[-window:]
-    steps_between = [(b - a) ** 2 for a, b in pairwise(values)]
-    noise = max((variance(first) + variance(last)) / 2, fmean(steps_between) / 2)
+    inside = (np.var(first, ddof=1) + np.var(last, ddof=1)) / 2
+    noise = max(float(inside), float((np.diff(values) ** 2).mean()) / 2)
     margin = quantile(2 * (window - 1)) * math.sqrt(2 * noise / window)
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
     means = (sums[window:] - sums[:-window]) / window
