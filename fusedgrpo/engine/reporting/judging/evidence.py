@@ -152,7 +152,7 @@ class Evidence:
 
     @cached_property
     def held_out_components(self) -> dict[str, Change]:
-        """Those of all sets, with the set's name behind the reward's."""
+        """The same over all sets, with the set's name behind the reward's."""
         return {
             f"{reward} ({name})" if name else reward: change
             for name in self.held_out
