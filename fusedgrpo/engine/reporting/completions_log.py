@@ -75,8 +75,8 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def rewards_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The reward of each function by itself; none where a record, which others may have written, has no
-    such object."""
+    """The reward of each function by itself; none where a record, which others may have written,
+    has no such object."""
     rewards = record.get("rewards")
     return rewards if isinstance(rewards, Mapping) else {}
 
