@@ -50,6 +50,7 @@ _KINDS = {
 
 def _sampled(run: Path, folder: str, step: int | None, prompt: int | None) -> list[str]:
     from fusedgrpo.engine.reporting.completions_reader import Completions
+    from fusedgrpo.engine.reporting.formatting import quantity
 
     kind, advice = _KINDS[folder]
     found = Completions(run / folder)
@@ -63,7 +64,8 @@ def _sampled(run: Path, folder: str, step: int | None, prompt: int | None) -> li
     groups = [
         list(group) for _, group in groupby(records, key=lambda r: (r.get("set"), r.get("group")))
     ]
-    head = f"step {at[-1]} of {last}: {len(groups)} prompts, {len(records)} completions"
+    counts = f"{quantity(len(groups), 'prompt')}, {quantity(len(records), 'completion')}"
+    head = f"step {at[-1]} of {last}: {counts}"
     if prompt is None:
         return [head, *(_line(i, group) for i, group in enumerate(groups))]
     return [head, *_answers(_chosen(groups, prompt))]
@@ -92,6 +94,7 @@ def _answers(group: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _held_out(run: Path, prompt: int | None) -> list[str]:
+    from fusedgrpo.engine.reporting.formatting import quantity
     from fusedgrpo.engine.reporting.held_out_log import read_checks
     from fusedgrpo.engine.reporting.judging.prompts import compared, counts
 
@@ -104,7 +107,8 @@ def _held_out(run: Path, prompt: int | None) -> list[str]:
     if not prompts:
         raise ConfigError(f"{run}: only step {min(checks)} was checked, there is no after yet.")
     words = ", ".join(f"{count} {status}" for status, count in counts(prompts).items())
-    head = f"step {min(checks)} against step {max(checks)}: {len(prompts)} prompts, {words}"
+    count = quantity(len(prompts), "prompt")
+    head = f"step {min(checks)} against step {max(checks)}: {count}, {words}"
     if prompt is None:
         return [
             head,
@@ -134,20 +138,24 @@ def _numbers(group: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 def _scores(record: Mapping[str, Any]) -> str:
     from fusedgrpo.engine.reporting.completions_log import scores_of
-    from fusedgrpo.engine.reporting.formatting import number
+    from fusedgrpo.engine.reporting.formatting import escaped, number, quantity
 
     words = [f"{name} {number(value)}" for name, value in scores_of(record).items()]
-    return ", ".join([*words, f"{record.get('length')} tokens", str(record.get("finish_reason"))])
+    if isinstance(length := record.get("length"), int):
+        words.append(quantity(length, "token"))
+    return escaped(", ".join([*words, str(record.get("finish_reason"))]))
 
 
 def _prompt(record: Mapping[str, Any], width: int | None) -> str:
     from fusedgrpo.engine.reporting.completions_log import prompt_text
     from fusedgrpo.engine.reporting.formatting import escaped, printable, shorten
 
-    prompt = record.get("prompt") or ""
+    prompt = record.get("prompt")
     if width is None:
         return printable(prompt_text(prompt))
-    last = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    last = prompt_text(prompt)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        last = str(prompt[-1].get("content"))
     return escaped(shorten(" ".join(last.split()), width))
 
 

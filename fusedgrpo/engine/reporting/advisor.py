@@ -27,9 +27,9 @@ FEW_STEPS = 3  # in a row, before truncation is worth a word
 EQUAL_STEPS = 5  # in a row without any signal
 FLAT_STEPS = 50  # rollouts after which a reward should have moved
 # Of the signs of illness that the verdict knows, those that no rule here says sooner; asked for
-# again when there is a fiftieth more to look at.
+# again when there is a twentieth more to look at, half of what they call the end of a run.
 SIGNS = {"entropy", "length", "kl", "clipping", "mismatch", "component"}
-ANEW = 0.02
+ANEW = 0.05
 _SIGN_KEYS = re.compile(
     r"step|reward|rewards/.*/mean|time/sample|entropy|kl|completions/mean_length"
     r"|clip_ratio/region_mean|sampling/sampling_logp_difference/mean"

@@ -68,17 +68,27 @@ def none_if_nan(value: float) -> float | None:
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float | None]:
     """The scores of a completion by name: reward, its parts, and the advantage if it has one."""
-    scores = {"reward": record.get("reward"), **(record.get("rewards") or {})}
+    scores = {"reward": record.get("reward"), **rewards_of(record)}
     if "advantage" in record:
         scores["advantage"] = record["advantage"]
     return {name: finite(value) for name, value in scores.items()}
 
 
-def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """A prompt for people: the string itself, or the messages with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+def rewards_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The reward of each function by itself; none where a record, which others may have written,
+    has no such object."""
+    rewards = record.get("rewards")
+    return rewards if isinstance(rewards, Mapping) else {}
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt for people: the string itself, or the messages with their roles; of anything else
+    that a file may have, its text, and nothing for none."""
+    if prompt is None or isinstance(prompt, str):
+        return prompt or ""
+    if isinstance(prompt, Sequence) and all(isinstance(each, Mapping) for each in prompt):
+        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+    return str(prompt)
 
 
 class CompletionsLog:

@@ -7,6 +7,7 @@ its place in ``completions/`` of that step), ``tokens`` are texts, and ``before`
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +17,32 @@ from typing import Any
 from fusedgrpo.engine.reporting.completions_log import steps_in
 from fusedgrpo.engine.reporting.metrics_log import Row, finite, read_jsonl
 
+logger = logging.getLogger("fusedgrpo")
+
 Drift = Mapping[int, Sequence[Mapping[str, Any]]]  # step -> records
 
 _LIMIT = 20.0  # of a log-ratio, as in the loss
 
 
 def read_drift(directory: str | Path) -> Drift:
-    """The records of every check in ``directory``, in order of their steps."""
-    return {step: read_jsonl(path) for step, path in steps_in(directory).items()}
+    """The records of every check in ``directory``, in order of their steps; what is none is left
+    out with a warning."""
+    found = {}
+    for step, path in steps_in(directory).items():
+        records = read_jsonl(path)
+        found[step] = [record for record in records if _is_whole(record)]
+        if others := len(records) - len(found[step]):
+            logger.warning("%s: %d records are none of a check and left out", path, others)
+    return found
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether it has tokens, and of the log-probs that it has one for each of them."""
+    tokens = record.get("tokens")
+    given = [record[key] for key in ("before", "after", "reference") if record.get(key) is not None]
+    return isinstance(tokens, list) and all(
+        isinstance(values, list) and len(values) == len(tokens) for values in given
+    )
 
 
 def drift_rows(drift: Drift) -> list[dict[str, Any]]:

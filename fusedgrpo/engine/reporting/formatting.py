@@ -17,6 +17,11 @@ def number(value: float | None) -> str:
     return f"{value:.1e}"
 
 
+def quantity(count: int, name: str) -> str:
+    """``1 prompt``, ``2 prompts``."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+
+
 def clock(seconds: float) -> str:
     """``1:02:03`` or ``2:03``."""
     minutes, seconds = divmod(round(seconds), 60)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fusedgrpo.engine.reporting.completions_log import steps_in
+from fusedgrpo.engine.reporting.completions_log import rewards_of, steps_in
 from fusedgrpo.engine.reporting.metrics_log import finite, read_jsonl
 
 GREEDY = "greedy"  # in the names of their metrics, after the set's
@@ -22,21 +22,34 @@ def read_checks(directory: str | Path) -> Checks:
 
 def sets_of(checks: Checks) -> list[str]:
     """The sets of prompts, "" for one without a name, in order of appearance."""
-    names = (str(record.get("set") or "") for records in checks.values() for record in records)
+    names = (set_of(record) for records in checks.values() for record in records)
     return list(dict.fromkeys(names))
 
 
-def rewards_by_prompt(checks: Checks, name: str) -> dict[int, dict[int, float]]:
-    """Step -> row of the data -> reward, of one set."""
+def rewards_by_prompt(
+    checks: Checks, name: str, part: str | None = None
+) -> dict[int, dict[int, float]]:
+    """Step -> row of the data -> reward, of one set; or what one reward function gave, its
+    ``part``."""
+
+    def reward_of(record: Mapping[str, Any]) -> float | None:
+        return finite(record.get("reward") if part is None else rewards_of(record).get(part))
+
     return {
         step: {
             record["row"]: value
             for record in records
-            if (record.get("set") or "") == name
-            and (value := finite(record.get("reward"))) is not None
+            if set_of(record) == name
+            and isinstance(record.get("row"), int)
+            and (value := reward_of(record)) is not None
         }
         for step, records in checks.items()
     }
+
+
+def set_of(record: Mapping[str, Any]) -> str:
+    """The set that a record's prompt is of, "" for one without a name."""
+    return str(record.get("set") or "")
 
 
 def check_rows(checks: Checks) -> list[dict[str, Any]]:
@@ -45,9 +58,9 @@ def check_rows(checks: Checks) -> list[dict[str, Any]]:
     for step, records in sorted(checks.items()):
         row: dict[str, Any] = {"step": step}
         for name in sets_of({step: records}):
-            of_set = [record for record in records if (record.get("set") or "") == name]
+            of_set = [record for record in records if set_of(record) == name]
             before = f"eval_{name}_{GREEDY}_" if name else f"eval_{GREEDY}_"
-            rewards = [record.get("rewards") or {} for record in of_set]
+            rewards = [rewards_of(record) for record in of_set]
             means = {"reward": _mean(record.get("reward") for record in of_set)} | {
                 f"rewards/{key}/mean": _mean(each.get(key) for each in rewards)
                 for key in dict.fromkeys(key for each in rewards for key in each)

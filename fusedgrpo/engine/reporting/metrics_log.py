@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,13 @@ logger = logging.getLogger("fusedgrpo")
 Row = Mapping[str, Any]
 
 
+_MOST = 1e150  # what is beyond has no square, and comes from no float32
+
+
 def finite(value: Any) -> float | None:
-    """``value`` as a float, or None where it is no finite number."""
-    if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
+    """``value`` as a float, or None where it is no number that one can count with: NaN, infinite or
+    beyond 1e150."""
+    if isinstance(value, (int, float)) and abs(value) <= _MOST:
         return float(value)
     return None
 
@@ -38,12 +41,14 @@ def series(rows: Iterable[Row], key: str) -> tuple[list[int], list[float]]:
 
 def reward_names(rows: Iterable[Row]) -> list[str]:
     """The reward functions that appear as ``rewards/{name}/mean``, in order of appearance."""
-    names: dict[str, None] = {}
+    keys: dict[str, None] = {}
     for row in rows:
-        for key in row:
-            if key.startswith("rewards/") and key.endswith("/mean"):
-                names[key[len("rewards/") : -len("/mean")]] = None
-    return list(names)
+        keys |= dict.fromkeys(row)  # most rows have the same
+    return [
+        key[len("rewards/") : -len("/mean")]
+        for key in keys
+        if key.startswith("rewards/") and key.endswith("/mean")
+    ]
 
 
 def to_jsonable(value: Any) -> Any:
@@ -71,7 +76,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # torn; a number, or a nesting, beyond all bounds
                 row = None
             if isinstance(row, dict):
                 rows.append(row)
@@ -82,7 +87,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a ``metrics.jsonl``; nulls (NaN when they were written) come back as None."""
-    return [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
+    return [row for row in read_jsonl(path) if _is_step(row.get("step"))]
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**53  # of which every one is a number to a browser
 
 
 class MetricsLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fusedgrpo.engine.reporting.metrics_log import read_metrics
 from fusedgrpo.engine.reporting.run_lock import is_held
 from fusedgrpo.engine.reporting.run_record import newest_session, read_facts
 from fusedgrpo.errors import DataError
+
+logger = logging.getLogger("fusedgrpo")
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,15 @@ class RecordedRun:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options in a ``config.resolved.yaml``; none if it is not there."""
+    """The options in a ``config.resolved.yaml``; none if it is not there, or, with a warning, if it
+    is no such file."""
     import yaml
 
     if not path.exists():
         return {}
-    config = yaml.safe_load(path.read_text("utf-8"))
-    return config if isinstance(config, dict) else {}
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        logger.warning("%s is left out: %s", path, error)
+        return {}
+    return {str(name): value for name, value in config.items()} if isinstance(config, dict) else {}

@@ -18,9 +18,9 @@ from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
 from fusedgrpo.engine.reporting.completions_log import prompt_text, scores_of
 from fusedgrpo.engine.reporting.completions_reader import Completions, Scores
-from fusedgrpo.engine.reporting.formatting import gigabytes, number
+from fusedgrpo.engine.reporting.formatting import gigabytes, number, quantity
 from fusedgrpo.engine.reporting.held_out_log import Checks, check_rows
-from fusedgrpo.engine.reporting.judging.findings import INTERVALS
+from fusedgrpo.engine.reporting.judging.findings import INTERVALS, when
 from fusedgrpo.engine.reporting.judging.prompts import compared, counts
 from fusedgrpo.engine.reporting.judging.verdict import judge
 from fusedgrpo.engine.reporting.looks import (
@@ -95,6 +95,7 @@ def write_report(
         "config": run.config,
         "scores_of": scores_of,
         "prompt_text": prompt_text,
+        "when": when,
     }
     parts = {
         "advice": "Advice", "facts": "The run", "charts": "Curves", "held_out": "Held-out prompts",
@@ -129,7 +130,7 @@ def _summary(run: RecordedRun) -> str:
     facts = [
         str(run.config[key]) for key in ("model_name_or_path", "dataset") if run.config.get(key)
     ]
-    facts.append(f"{run.rows[-1]['step']} steps")
+    facts.append(quantity(run.rows[-1]["step"], "step"))
     how = newest_session(run.facts).get("how")
     if how not in (None, "finished"):
         facts.append(str(how))
@@ -145,8 +146,8 @@ def _held_out(checks: Checks) -> dict[str, Any] | None:
         return None
     words = ", ".join(f"{count} {status}" for status, count in counts(prompts).items())
     return {
-        "words": f"The most likely answer to each of {len(prompts)} prompts, step {min(checks)} "
-        f"and step {max(checks)}: {words}.",
+        "words": f"The most likely answer to each of {quantity(len(prompts), 'prompt')}, "
+        f"step {min(checks)} and step {max(checks)}: {words}.",
         "shown": prompts[:PAIRS],
         "folded": prompts[PAIRS : PAIRS + FOLDED],
         "more": len(prompts) - PAIRS - FOLDED,
@@ -203,8 +204,9 @@ def _asked_again(scores: Scores) -> dict[str, Any] | None:
         ]
         for one in found.changed[:CHANGED]
     ]  # fmt: skip
+    asked = f"{quantity(found.prompts, 'prompt')} {'was' if found.prompts == 1 else 'were'} asked"
     return {
-        "words": f"{found.prompts} prompts were asked at least twice, the first time against the "
+        "words": f"{asked} at least twice, the first time against the "
         f"last: {counts}; {found.half} neither solved nor without any reward both times.",
         "changed": changed,
     }
@@ -223,7 +225,8 @@ def _cost(run: RecordedRun) -> dict[str, Any] | None:
         planned = f", {memory.of_plan:.0%} of what was planned" if memory.of_plan else ""
         lines.append(f"Peak memory: {gigabytes(memory.peak)}{planned}.")
     if memory.retries:
-        lines.append(f"Work that did not fit was done again in parts: {memory.retries} times.")
+        again = quantity(memory.retries, "time")
+        lines.append(f"Work that did not fit was done again in parts: {again}.")
     if speeds := series(rows, "tokens_per_second")[1]:
         lines.append(f"Completion tokens per second: {sum(speeds) / len(speeds):.0f} on average.")
     if not (time_parts or lines):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedgrpo.engine.reporting import plots
-from fusedgrpo.engine.reporting.formatting import number
+from fusedgrpo.engine.reporting.formatting import number, quantity
 from fusedgrpo.engine.reporting.judging import several
 from fusedgrpo.engine.reporting.judging.findings import INTERVALS
 from fusedgrpo.engine.reporting.judging.several import Run
@@ -39,7 +39,7 @@ def write_runs_page(paths: Sequence[Path], path: Path) -> Path:
     parts += [("paired", "Held-out prompts")] * bool(paired) + [("curves", "Curves")] * bool(charts)
     text = render(
         "runs.html.j2",
-        title=f"fusedgrpo: {len(runs)} runs",
+        title=f"fusedgrpo: {quantity(len(runs), 'run')}",
         parts=parts,
         charts=charts,
         runs=[run.name for run in runs],

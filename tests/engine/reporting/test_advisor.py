@@ -185,7 +185,7 @@ def test_signs_cost_little_in_a_long_run(monkeypatch):
     asked = []
     monkeypatch.setattr(health, "findings", lambda evidence: asked.append(len(evidence.rows)) or [])
     observe(rows(3000, reward=0.5, loss=0.1))
-    assert asked[-1] > 2900 and len(asked) < 400
+    assert asked[-1] > 2900 and len(asked) < 150
 
 
 def test_what_a_verdict_says_of_the_options_is_not_said_again():

@@ -41,7 +41,7 @@ def test_cells_and_bars_say_what_they_are_of() -> None:
     spread = [m.title for m in found["How rewards are spread"].marks if m.kind == "rect"]
     assert spread == [
         "step 1: 3 completions (75%) with reward 0.00",
-        "step 1: 1 completions (25%) with reward 1.00",
+        "step 1: 1 completion (25%) with reward 1.00",
         "step 2: 4 completions (100%) with reward 1.00",
         "step 3: 4 completions (100%) with reward 0.00",
     ]

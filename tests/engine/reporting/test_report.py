@@ -149,3 +149,58 @@ def test_the_same_prompts_are_shown_before_and_after(tmp_path):
     assert page.index(">lost<") < page.index(">newly solved<") < page.index(">never<")
     assert "&lt;i&gt;two&lt;/i&gt;" in page and "<b>1</b>" not in page
     assert Tags(page).open == []
+
+
+FOREIGN = [None, 7, -1e308, "text", [], [1], [["x"]], {}, {"a": None}, True]
+
+
+@pytest.mark.parametrize("key", ["row", "set", "prompt", "completion", "length", "rewards"])
+def test_records_of_another_shape_are_no_end_of_a_report(tmp_path, key):
+    """Nor is one whose lists do not fit together, a configuration that is none, or a number that
+    no number is."""
+    run = make_run(tmp_path, make_rows([0.5] * 20))
+    (run / "config.resolved.yaml").write_text("a: [")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "reward": %s}\n{"step": true}\n' % ("9" * 5000))
+        file.write('{"step": 22, "reward": 1e308, "entropy": -1e308}\n' + "[" * 100_000 + "\n")
+    good = {"row": 0, "group": 0, "prompt": "1?", "completion": "2", "length": 1, "reward": 1.0,
+            "rewards": {"a": 1.0}, "advantage": 0.5}  # fmt: skip
+    odd = [{**good, key: value} for value in FOREIGN] + [{}, {"reward": 1e308}]
+    drift = [{**record, "tokens": ["a", "b"], "before": [-1.0, 1e308], "after": [-1.0, -1.0]}
+             for record in odd]  # fmt: skip
+    drift += [
+        {**good, "tokens": 3, "before": 1.0},
+        {**good, "tokens": ["a"], "before": [], "after": []},
+    ]
+    for name, records in (("completions", odd), ("held_out", odd), ("drift", drift)):
+        (run / name).mkdir(exist_ok=True)
+        for step in (0, 20):
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (run / name / f"step-{step:06d}.jsonl").write_text(lines)
+    page = write_report(run).read_text()
+    assert Tags(page).open == [] and "20 steps" not in page and "22 steps" in page
+    assert not re.search(r"\bnan\b|\binf\b|undefined", re.sub(r"(?s)<script.*?</script>", "", page))
+
+
+def test_one_of_a_thing_is_not_many(tmp_path):
+    run = make_run(tmp_path, [{"step": 1, "reward": 1.0, "time/sample": 1.0, "mine": 2.0}])
+    (run / "completions/step-000020.jsonl").unlink()
+    answer = {"row": 0, "prompt": "1?", "completion": "1", "length": 1, "reward": 0.0}
+    (run / "held_out").mkdir()
+    for step in (0, 1):
+        (run / f"held_out/step-{step:06d}.jsonl").write_text(json.dumps(answer) + "\n")
+    page = re.sub(r"(?s)<(script|style).*?</\1>", "", write_report(run).read_text())
+    assert "1 step<" in page and "each of 1 prompt," in page and ">1 token<" in page
+    assert "1 other metric<" in page
+    assert not re.search(r"(?<![\d.,])1 (steps|prompts|completions|tokens|groups|metrics)\b", page)
+
+
+def test_a_reason_says_which_steps_it_is_about(tmp_path):
+    rows = make_rows([0.5] * 40, entropy=0.5)
+    for row in rows[10:]:
+        row["entropy"] = 0.001
+    page = write_report(make_run(tmp_path, rows)).read_text()
+    assert re.search(
+        r"The entropy collapsed[^<]*\s*<span class=\"soft\">\(steps 36 to 40\)</span>", page
+    )
+    assert "entropy_coef: 0.001." in page

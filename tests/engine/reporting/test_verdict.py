@@ -154,6 +154,51 @@ CASES = {
         "green",
         {"held_out"},
     ),
+    "never right, and the form learned": Case(
+        lambda s: run(
+            s,
+            {"accuracy": flat(0.0), "format": rise(0.1, 1.0)},
+            held_out={"accuracy": flat(0.0), "format": rise(0.1, 1.0)},
+            noise=0.0,
+            evaluated_noise=0.0,
+        ),
+        "amber",
+        {"style_only", "held_out"},
+    ),
+    "never right, and the form known from the beginning": Case(
+        lambda s: run(
+            s, {"accuracy": flat(0.0), "format": flat(1.0)}, noise=0.0, silent=flat(1.0)
+        ),
+        "red",
+        {"too_hard"},
+        frozenset({"too_easy"}),
+    ),
+    "all get the same small reward": Case(
+        lambda s: run(s, flat(0.2), noise=0.0, silent=flat(1.0)), "red", {"too_hard"},
+        frozenset({"too_easy"}),
+    ),
+    "all get the same reward, on a scale of its own": Case(
+        lambda s: run(s, flat(20.0), noise=0.0, silent=flat(1.0)), "amber", {"silent"},
+        frozenset({"too_easy", "too_hard"}),
+    ),
+    "held out, the sum of two stays where the one in training rose": Case(
+        lambda s: run(
+            s,
+            {"accuracy": rise(0.3, 0.9), "format": flat(0.9)},
+            held_out={"accuracy": flat(0.3), "format": flat(0.9)},
+        ),
+        "amber",
+        {"held_out", "sum"},
+    ),
+    "harder prompts in training, better held out": Case(
+        lambda s: run(
+            s,
+            {"accuracy": rise(0.6, 0.2), "format": rise(0.1, 0.9)},
+            held_out={"accuracy": rise(0.3, 0.7), "format": rise(0.1, 0.9)},
+        ),
+        "amber",
+        {"component", "held_out"},
+    ),
     "no gradient": Case(
         lambda s: run(s, flat(0.4), grad_norm=flat(0.0)), "amber", {"no_gradient"}
     ),
@@ -173,6 +218,52 @@ def test_a_run_of_a_known_kind(name: str) -> None:
             )
     # Each figure has an interval of 99%, and a run has several.
     assert len(wrong) <= 1, wrong[0]
+
+
+def reasons(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {f.key: f"{f.text} {f.advice}" for f in judge(rows, LORA).reasons}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "solved"),
+    [
+        ({"accuracy": 0.99}, True),
+        ({"accuracy": 0.98, "format": 1.0}, True),
+        ({"accuracy": 0.2, "format": 1.0}, False),
+        ({"accuracy": 0.0}, False),
+        ({"points": 400.0}, False),
+        ({"penalty": -1.0}, False),
+    ],
+)
+def test_prompts_are_solved_before_where_every_reward_is_nearly_one(
+    rewards: dict[str, float], solved: bool
+) -> None:
+    held = {name: flat(value) for name, value in rewards.items()}
+    found = reasons(run(0, held, held_out=held, noise=0.001, evaluated_noise=0.0001))
+    assert ("They were solved before." in found["held_out"]) is solved
+
+
+def test_groups_without_signal_at_the_end_are_told_apart() -> None:
+    """Harder prompts are no advice to a run that no longer gets anything right."""
+    learned = reasons(run(0, rise(0.3, 0.99), noise=0.01, silent=rise(0.3, 0.97)))["silent"]
+    forgot = reasons(run(0, rise(0.4, 0.02), silent=rise(0.3, 0.97)))["silent"]
+    assert "Harder prompts" in learned and "Harder prompts" not in forgot
+    assert "half do" in forgot
+
+
+def test_the_headline_does_not_call_worse_what_is_better_held_out() -> None:
+    far = judge(run(0, rise(0.2, 0.6), held_out=rise(0.2, 0.6), kl=rise(0.0, 9.0)), LORA)
+    assert far.kind == "red"
+    assert far.headline == "Held-out prompts got better, but the run is not sound."
+    lost = judge(
+        run(
+            0,
+            {"accuracy": flat(0.5), "format": rise(0.1, 0.4)},
+            held_out={"accuracy": rise(0.5, 0.1), "format": rise(0.1, 0.5)},
+        ),
+        LORA,
+    )
+    assert lost.kind == "red" and lost.headline == "The run got worse."
 
 
 def made(rewards: list[float], **more: Any) -> list[dict[str, Any]]:
@@ -207,6 +298,29 @@ def test_held_out_prompts_are_compared_one_by_one_where_they_are_known() -> None
     assert found.reasons[0].text.startswith("Held-out prompts, most likely answers: mean reward")
     assert "(+0.05 ± 0.0054, 40 prompts)" in found.reasons[0].text
     assert judge([], {}, {0: check(before)}).kind == "unclear"
+
+
+def test_each_reward_on_held_out_prompts_is_compared_one_by_one_too() -> None:
+    """Two checks have no scatter of their own; 100 prompts of which 20 were lost say enough."""
+    rows = [{"step": 1, "rewards/accuracy/mean": 0.5, "rewards/format/mean": 0.5}]
+
+    def check(right: int, formed: int) -> list[dict[str, Any]]:
+        parts = [{"accuracy": float(i < right), "format": float(i < formed)} for i in range(100)]
+        return [
+            {"row": i, "reward": sum(each.values()), "rewards": each}
+            for i, each in enumerate(parts)
+        ]
+
+    found = judge(rows, {}, {0: check(50, 20), 20: check(30, 90)})
+    (lost,) = [f for f in found.reasons if f.key == "held_out_component"]
+    assert lost.level == "warning" and found.kind == "amber"
+    assert lost.text.startswith("Held-out prompts: accuracy (greedy) fell: 0.500 to 0.300")
+    assert "100 prompts" in lost.text
+
+
+def test_large_changes_are_written_out() -> None:
+    (found,) = judge(made([200.0, 300.0] * 10 + [900.0, 1000.0] * 10)).reasons
+    assert "(+700 ± 145)" in found.text
 
 
 def test_a_reward_that_weighs_nothing_or_is_a_penalty_is_read_as_such() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from statistics import fmean, variance
+from statistics import fmean
 
 import numpy as np
 
@@ -81,8 +80,8 @@ def of_training(steps: Sequence[int], values: Sequence[float]) -> Change | None:
         return None
     window = window_of(count)
     first, last = values[:window], values[-window:]
-    steps_between = [(b - a) ** 2 for a, b in pairwise(values)]
-    noise = max((variance(first) + variance(last)) / 2, fmean(steps_between) / 2)
+    inside = (np.var(first, ddof=1) + np.var(last, ddof=1)) / 2
+    noise = max(float(inside), float((np.diff(values) ** 2).mean()) / 2)
     margin = quantile(2 * (window - 1)) * math.sqrt(2 * noise / window)
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
     means = (sums[window:] - sums[:-window]) / window
@@ -126,7 +125,7 @@ def of_evaluations(
     first, last = values[0], fmean(values[-many:])
     top = max(range(count), key=lambda i: values[i])
     paired = _differences(steps, prompts) if prompts else None
-    if paired is not None and len(paired) > 1:
+    if paired is not None:
         first, last, many = paired[:, 0].mean(), paired[:, 1].mean(), 1
         margin = bootstrapped(paired[:, 1] - paired[:, 0])
     elif count >= EVALUATIONS:
@@ -182,6 +181,11 @@ def least(values: Sequence[float]) -> float:
     return 0.01 * max(abs(v) for v in values)
 
 
+def is_share(values: Sequence[float]) -> bool:
+    """Whether means of a reward look like shares of right answers, of which 1 is all."""
+    return max(values) <= 1.05 and min(values) >= -0.5
+
+
 def _with_fall(change: Change, margin: float) -> Change:
     below = change.best - change.last
     gained = change.best - change.first
@@ -191,11 +195,14 @@ def _with_fall(change: Change, margin: float) -> Change:
 def _differences(
     steps: Sequence[int], prompts: Mapping[int, Mapping[int, float]]
 ) -> np.ndarray | None:
-    """``[P, 2]``: each prompt in the first and in the last evaluation."""
+    """``[P, 2]``: each prompt in the first and in the last evaluation; None where they do not have
+    two in common."""
     if steps[0] not in prompts or steps[-1] not in prompts:
         return None
     before, after = prompts[steps[0]], prompts[steps[-1]]
     both = sorted(before.keys() & after.keys())
+    if len(both) < 2:
+        return None
     return np.asarray([(before[row], after[row]) for row in both], dtype=float).reshape(-1, 2)
 
 

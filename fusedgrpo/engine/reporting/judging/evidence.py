@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
@@ -22,6 +22,7 @@ from fusedgrpo.engine.reporting.held_out_log import (
 from fusedgrpo.engine.reporting.judging.bootstrap import margin_over_prompts
 from fusedgrpo.engine.reporting.judging.changes import (
     Change,
+    is_share,
     least,
     of_evaluations,
     of_training,
@@ -116,14 +117,14 @@ class Evidence:
     def components(self) -> dict[str, Change]:
         """The change of each reward function by itself in training. What is weighted negatively
         has its sign turned, what weighs nothing is left out."""
-        return self._each("rewards/{}/mean", self.rewarded)
+        return self._each(lambda name: self.rewarded(f"rewards/{name}/mean"))
 
     @cached_property
     def held_out(self) -> dict[str, Change]:
         """By name of an evaluation set, "" where there is one, the change of its reward."""
         prompts = {
-            f"{name}_{GREEDY}" if name else GREEDY: rewards_by_prompt(self.checks, name)
-            for name in sets_of(self.checks)
+            name: rewards_by_prompt(self.checks, checked)
+            for name, checked in self._checked_sets.items()
         }
         found = {}
         for key in sorted({key for row in self.evaluations for key in row}):
@@ -134,14 +135,42 @@ class Evidence:
         return found
 
     @cached_property
+    def _checked_sets(self) -> dict[str, str]:
+        """The sets of ``checks`` by their names among the evaluations."""
+        return {f"{name}_{GREEDY}" if name else GREEDY: name for name in sets_of(self.checks)}
+
+    def held_out_parts(self, name: str) -> dict[str, Change]:
+        """The change of each reward function by itself on the evaluation set ``name``."""
+        before = f"eval_{name}_" if name else "eval_"
+        checked = self._checked_sets.get(name)
+
+        def change_of(reward: str) -> Change | None:
+            prompts = None if checked is None else rewards_by_prompt(self.checks, checked, reward)
+            return self._evaluated(f"{before}rewards/{reward}/mean", prompts)
+
+        return self._each(change_of)
+
+    @cached_property
     def held_out_components(self) -> dict[str, Change]:
-        """Likewise of each reward function, with the set's name before it."""
-        found = {}
-        for name in self.held_out:
-            before = f"eval_{name}_" if name else "eval_"
-            for reward, change in self._each(before + "rewards/{}/mean", self._evaluated).items():
-                found[f"{reward} ({name})" if name else reward] = change
-        return found
+        """The same over all sets, with the set's name behind the reward's."""
+        return {
+            f"{reward} ({name})" if name else reward: change
+            for name in self.held_out
+            for reward, change in self.held_out_parts(name).items()
+        }
+
+    def at_their_tops(self, share: float) -> bool | None:
+        """Whether all rewards are at the end at ``share`` of the greatest that they can be. None
+        where one is on a scale that nobody has told us: its greatest mean may be of half-right
+        answers."""
+        keys = [f"rewards/{name}/mean" for name, weight in self._weights().items() if weight > 0]
+        found = {key: self.at_the_end(key) for key in keys or ["reward"]}
+        shares = {
+            key: v for key, v in found.items() if v is not None and is_share(self.values(key))
+        }
+        if any(value < share for value in shares.values()):
+            return False
+        return True if len(shares) == len(found) else None
 
     def is_style(self, name: str) -> bool:
         return _STYLE.search(name) is not None
@@ -149,15 +178,19 @@ class Evidence:
     def option(self, name: str) -> float | None:
         return finite(self.config.get(name))
 
-    def _each(self, key: str, change_of: Any) -> dict[str, Change]:
+    def _weights(self) -> dict[str, float]:
+        """By reward function, of those that weigh something."""
         names = reward_names(self.rows)
-        weights = self.config.get("reward_weights")
-        if not isinstance(weights, list) or len(weights) != len(names):
+        given = self.config.get("reward_weights")
+        weights = [finite(weight) for weight in given] if isinstance(given, list) else []
+        if len(weights) != len(names) or None in weights:
             weights = [1.0] * len(names)
+        return {name: weight for name, weight in zip(names, weights, strict=True) if weight}
+
+    def _each(self, change_of: Callable[[str], Change | None]) -> dict[str, Change]:
         found = {}
-        for name, weight in zip(names, weights, strict=True):
-            change = change_of(key.format(name)) if weight else None
-            if change is not None:
+        for name, weight in self._weights().items():
+            if (change := change_of(name)) is not None:
                 found[name] = change if weight > 0 else change.turned()
         return found
 

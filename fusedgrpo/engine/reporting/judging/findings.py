@@ -31,8 +31,13 @@ def in_words(change: Change) -> str:
     where = f", {change.prompts} prompts" if change.prompts else ""
     return (
         f"{number(change.first)} to {number(change.last)} "
-        f"({change.size:+.2g} ± {change.margin:.2g}{where})"
+        f"({_short(change.size, '+')} ± {_short(change.margin)}{where})"
     )
+
+
+def _short(value: float, sign: str = "") -> str:
+    """Two significant digits, and all of those before the point."""
+    return f"{value:{sign}.0f}" if 100 <= abs(value) < 1e5 else f"{value:{sign}.2g}"
 
 
 def when(steps: tuple[int, int] | None) -> str:

@@ -20,7 +20,7 @@ TRUNCATED = (0.5, 0.95)
 SILENT = 0.9  # share of completions in groups whose rewards are all equal
 SKIPPED = 0.1  # share of updates
 CLIPPED = 0.3  # share of tokens whose ratio is clipped
-SOLVED = 0.9  # of the greatest reward that was seen, from the beginning on
+SOLVED = 0.9  # of 1, of each reward
 LOW_RATE = 5e-6  # of an adapter
 
 
@@ -147,8 +147,9 @@ def silence(evidence: Evidence) -> Iterator[Finding]:
         return
     begins = evidence.values("frac_reward_zero_std")[: len(evidence.rollouts) // 5 or 1]
     always = fmean(begins) >= SILENT
-    rewards = evidence.values("reward")
-    level, top = evidence.at_the_end("reward") or 0.0, max(rewards)
+    level = evidence.at_the_end("reward") or 0.0
+    # Known to be solved, known not to be, or None: a reward on a scale of its own.
+    solved = evidence.at_their_tops(SOLVED) if level > 0 else False
     text = f"In {last:.0%} of the groups all completions get the same reward and teach nothing"
     if not always:
         # What remains of a task that was learned, which is no fault.
@@ -157,10 +158,22 @@ def silence(evidence: Evidence) -> Iterator[Finding]:
             "note",
             f"{text}, at the end.",
             evidence.last_steps,
-            "Harder prompts would go on teaching.",
+            "Harder prompts would go on teaching."
+            if solved
+            else "Prompts that the model can half do would go on teaching; see completions/ for "
+            "what the others get.",
         )
         return
-    solved = top > 0 and level >= SOLVED * top
+    if solved is None:
+        yield Finding(
+            "silent",
+            "warning",
+            f"{text}, from the beginning: the prompts are all solved, all out of reach, or the "
+            "reward is too coarse.",
+            (evidence.rollouts[0]["step"], evidence.rollouts[-1]["step"]),
+            "See completions/ for which it is; take prompts that the model can half do.",
+        )
+        return
     yield Finding(
         "too_easy" if solved else "too_hard",
         "warning" if solved else "bad",

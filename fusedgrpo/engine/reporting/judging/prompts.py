@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fusedgrpo.engine.reporting.held_out_log import Checks, sets_of
+from fusedgrpo.engine.reporting.held_out_log import Checks, set_of, sets_of
 from fusedgrpo.engine.reporting.metrics_log import finite
 
 Status = Literal["newly solved", "better", "same", "worse", "lost", "solved", "never"]
@@ -94,5 +94,5 @@ def _by_row(records: Sequence[Mapping[str, Any]], name: str) -> dict[Any, Mappin
     return {
         record["row"]: record
         for record in records
-        if (record.get("set") or "") == name and "row" in record and "reward" in record
+        if set_of(record) == name and isinstance(record.get("row"), int) and "reward" in record
     }

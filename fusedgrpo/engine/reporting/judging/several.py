@@ -12,7 +12,7 @@ import numpy as np
 
 from fusedgrpo.engine.reporting.completions_log import prompt_text
 from fusedgrpo.engine.reporting.completions_reader import Completions
-from fusedgrpo.engine.reporting.held_out_log import Checks
+from fusedgrpo.engine.reporting.held_out_log import Checks, set_of
 from fusedgrpo.engine.reporting.judging.changes import bootstrapped
 from fusedgrpo.engine.reporting.metrics_log import Row, finite, series
 from fusedgrpo.engine.reporting.recorded_run import RecordedRun
@@ -128,7 +128,7 @@ def _last_rewards(checks: Checks) -> dict[tuple[str, str], float]:
     """(set, prompt) -> reward, of the last check. Of a prompt that is there twice, the last."""
     records: Sequence[Mapping[str, Any]] = checks[max(checks)] if checks else []
     return {
-        (str(record.get("set") or ""), prompt_text(record.get("prompt") or "")): value
+        (set_of(record), prompt_text(record.get("prompt"))): value
         for record in records
         if (value := finite(record.get("reward"))) is not None
     }

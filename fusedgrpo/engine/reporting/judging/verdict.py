@@ -16,7 +16,7 @@ from fusedgrpo.engine.reporting.completions_reader import Scores
 from fusedgrpo.engine.reporting.formatting import number
 from fusedgrpo.engine.reporting.held_out_log import GREEDY, Checks
 from fusedgrpo.engine.reporting.judging import health
-from fusedgrpo.engine.reporting.judging.changes import FEWEST, Change
+from fusedgrpo.engine.reporting.judging.changes import FEWEST, Change, is_share
 from fusedgrpo.engine.reporting.judging.evidence import Evidence
 from fusedgrpo.engine.reporting.judging.findings import Finding, in_words, when
 from fusedgrpo.engine.reporting.metrics_log import Row
@@ -24,8 +24,10 @@ from fusedgrpo.engine.reporting.metrics_log import Row
 Kind = Literal["green", "amber", "red", "unclear"]
 
 LOST = 0.5  # a reward that keeps less of what it was is lost, one that keeps more has fallen
-SOLVED = 0.95  # of the greatest reward, before training
+SOLVED = 0.95  # of all prompts, before training
 CEILING = 0.9  # of the greatest value of a reward: from there it has nowhere to rise to
+# Findings of which a bad one is a loss, and not only that nothing was gained.
+LOSSES = {"held_out", "held_out_component", "component", "sum", "length", "kl", "peak"}
 # Signs that held-out prompts speak against: where these got better, the sign is a remark.
 OUTWEIGHED = {"truncated", "entropy", "clipping", "mismatch", "kl", "silent", "too_easy"}
 
@@ -87,6 +89,8 @@ def _headline(kind: Kind, evidence: Evidence, reasons: Sequence[Finding]) -> str
     by_level = {level: [f for f in reasons if f.level == level] for level in ("bad", "good")}
     grew = bool(by_level["good"])
     if kind == "red":
+        if any(f.key == "held_out" for f in by_level["good"]):
+            return "Held-out prompts got better, but the run is not sound."
         return "The run got worse." if _lost(by_level["bad"]) else "The run did not work."
     if kind == "green":
         return "The run learned."
@@ -94,7 +98,7 @@ def _headline(kind: Kind, evidence: Evidence, reasons: Sequence[Finding]) -> str
 
 
 def _lost(bad: Sequence[Finding]) -> bool:
-    return any(f.key in ("held_out", "component", "sum", "length", "kl", "peak") for f in bad)
+    return any(f.key in LOSSES for f in bad)
 
 
 def _held_out(evidence: Evidence) -> Iterator[Finding]:
@@ -110,7 +114,7 @@ def _held_out(evidence: Evidence) -> Iterator[Finding]:
             yield Finding("held_out", level, text, change.ends, *_earlier(evidence, change))  # type: ignore[arg-type]
         elif change.rose:
             yield Finding("held_out", "good", text, change.ends)
-        elif change.first >= SOLVED * _top([change.first, change.best]):
+        elif _solved_before(evidence, name, change):
             yield Finding("held_out", "note", f"{text} They were solved before.", change.ends)
         elif risen and not others:
             text += (
@@ -122,6 +126,13 @@ def _held_out(evidence: Evidence) -> Iterator[Finding]:
             yield Finding("held_out", "note", f"{text} No change beyond noise.", change.ends)
         if change.fell_back and not change.fell:
             yield _peak(evidence, label, change)
+
+
+def _solved_before(evidence: Evidence, name: str, change: Change) -> bool:
+    """Whether each reward was all but 1 on a set from the beginning. A sum may be 1 by half of its
+    parts, and of a reward on another scale nobody knows the greatest."""
+    parts = evidence.held_out_parts(name).values() or [change]
+    return all(is_share([one.first, one.best]) and one.first >= SOLVED for one in parts)
 
 
 def _label(name: str) -> str:
@@ -164,7 +175,7 @@ def components(evidence: Evidence) -> Iterator[Finding]:
 
 def _top(values: Sequence[float]) -> float:
     """The greatest value that a reward can have: 1 for what looks like a share of right answers."""
-    return 1.0 if 0 < max(values) <= 1.05 and min(values) >= -0.5 else max(values)
+    return 1.0 if is_share(values) else max(values)
 
 
 def _each(
@@ -173,7 +184,9 @@ def _each(
     for name, change in changes.items():
         if not change.fell:
             continue
-        lost = change.first > 0 and change.share_left < LOST
+        # Held-out prompts are the same ones at both ends, those in training may have got harder.
+        better = not key and _better_held_out(evidence, name)
+        lost = change.first > 0 and change.share_left < LOST and not better
         level = "bad" if lost else "note" if change.slight else "warning"
         rest = " and is lost" if lost and change.share_left < 0.1 else ""
         yield Finding(
@@ -184,6 +197,12 @@ def _each(
             f"Look at completions/ of {when(change.ends)} for what is rewarded instead; weigh "
             f"{name} more, or make the others depend on it.",
         )
+
+
+def _better_held_out(evidence: Evidence, reward: str) -> bool:
+    sets = [evidence.held_out_parts(name) for name in evidence.held_out]
+    changes = [parts[reward] for parts in sets if reward in parts]
+    return any(one.rose for one in changes) and not any(one.fell for one in changes)
 
 
 def _sum(evidence: Evidence) -> Iterator[Finding]:

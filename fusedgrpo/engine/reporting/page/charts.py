@@ -194,8 +194,9 @@ def _single(
 
 def _signal(columns: Columns) -> Iterator[Chart]:
     yield from _single(
-        columns, "reward_std", "Spread of rewards within groups", "standard deviation", 3,
-        note="What there is to learn from.", zero=True,
+        columns, "reward_std", "Spread of rewards over the rollout", "standard deviation", 3,
+        note="Between groups and within them; where it is 0 there is nothing to learn from.",
+        zero=True,
     )  # fmt: skip
     yield from _single(
         columns, "frac_reward_zero_std", "Groups without signal", "share of groups", 7,

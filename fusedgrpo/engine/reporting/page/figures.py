@@ -11,7 +11,7 @@ import numpy as np
 
 from fusedgrpo.engine.reporting import looks
 from fusedgrpo.engine.reporting.completions_reader import Scores
-from fusedgrpo.engine.reporting.formatting import number, percent
+from fusedgrpo.engine.reporting.formatting import number, percent, quantity
 from fusedgrpo.engine.reporting.looks.lengths import Cloud
 from fusedgrpo.engine.reporting.looks.tables import TimeBins
 from fusedgrpo.engine.reporting.metrics_log import Row
@@ -73,8 +73,8 @@ def _histogram(scores: Scores) -> Figure | None:
                 axes.box(
                     (x, y, axes.x(found.time.edges[c + 1]), axes.y(found.edges[r])),
                     "f0",
-                    f"{_steps(found.time, c)}: {found.counts[r, c]} completions ({percent(share)}) "
-                    f"with reward {what}",
+                    f"{_steps(found.time, c)}: {quantity(found.counts[r, c], 'completion')} "
+                    f"({percent(share)}) with reward {what}",
                     opacity=0.08 + 0.92 * math.sqrt(share),
                 )
             )
@@ -112,7 +112,8 @@ def _signal(scores: Scores) -> Figure | None:
                 axes.x(found.time.edges[c + 1]),
                 axes.y(begin[c]),
             )
-            said = f"{_steps(found.time, c)}: {percent(shares[c])} of {found.groups[c]} groups, "
+            groups = quantity(found.groups[c], "group")
+            said = f"{_steps(found.time, c)}: {percent(shares[c])} of {groups}, "
             marks.append(axes.box(corners, fill, said + words, opacity=0.8))
         begin = begin + shares
     return Figure(

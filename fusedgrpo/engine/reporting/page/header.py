@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from fusedgrpo.engine.reporting.formatting import quantity
 from fusedgrpo.engine.reporting.metrics_log import Row, finite
 from fusedgrpo.engine.reporting.run_record import newest_session
 
@@ -75,11 +76,14 @@ def _model(model: Mapping[str, Any]) -> str:
         return ""
     quantisation = _part(model, "quantisation")
     kind = quantisation.get("kind") or quantisation.get("method")
-    words = [str(model.get("name") or model.get("architecture")), str(model.get("architecture"))]
-    words.append(f"{_count(model.get('parameters'))} parameters")
     stored = f"{quantisation.get('bits')} bits ({kind})" if quantisation else model.get("dtype")
-    words.append(f"weights in {stored}")
-    return ", ".join(dict.fromkeys(words))
+    words = [
+        model.get("name"),
+        model.get("architecture"),
+        f"{_count(model.get('parameters'))} parameters",
+        _named("weights in", stored),
+    ]
+    return ", ".join(dict.fromkeys(str(word) for word in words if word))
 
 
 def _adapter(facts: Mapping[str, Any]) -> str:
@@ -89,22 +93,23 @@ def _adapter(facts: Mapping[str, Any]) -> str:
     share = f"{_count(model.get('trainable'))} weights"
     if not adapter:
         return f"all weights ({share})"
-    targets = ", ".join(map(str, adapter.get("target_modules") or []))
-    return (
-        f"{adapter.get('type')}, r {adapter.get('r')}, alpha {adapter.get('alpha')}, on "
-        f"{adapter.get('modules')} layers ({targets}): {share}"
-    )
+    named = adapter.get("target_modules")
+    targets = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
+    words = [adapter.get("type"), _named("r", adapter.get("r"))]
+    words.append(_named("alpha", adapter.get("alpha")))
+    words.append(f"on {_many(adapter.get('modules'), 'layer')} ({targets}): {share}")
+    return ", ".join(str(word) for word in words if word)
 
 
 def _data(data: Mapping[str, Any]) -> str:
     if not data:
         return ""
-    words = [str(data.get("source")), f"{data.get('rows')} prompts"]
+    words = [str(data.get("source") or "?"), _many(data.get("rows"), "prompt")]
     if data.get("skipped"):
-        words.append(f"{data['skipped']} rows left out")
+        words.append(f"{_many(data['skipped'], 'row')} left out")
     for name, count in _part(data, "held_out").items():
         words.append(f"{count} held out" + (f" ({name})" if name else ""))
-    words.append(f"longest prompt {data.get('longest_prompt')} tokens")
+    words.append(f"longest prompt {_many(data.get('longest_prompt'), 'token')}")
     return ", ".join(words)
 
 
@@ -112,9 +117,10 @@ def _batch(batch: Mapping[str, Any]) -> str:
     if not batch:
         return ""
     words = [
-        f"{batch.get('prompts_per_step')} prompts x {batch.get('generations')} completions a step",
-        f"{batch.get('prompts_per_rollout')} prompts sampled at once",
-        f"{batch.get('tokens_per_microbatch')} tokens a micro-batch",
+        f"{_many(batch.get('prompts_per_step'), 'prompt')} x "
+        f"{_many(batch.get('generations'), 'completion')} a step",
+        f"{_many(batch.get('prompts_per_rollout'), 'prompt')} sampled at once",
+        f"{_many(batch.get('tokens_per_microbatch'), 'token')} a micro-batch",
     ]
     if (passes := finite(batch.get("iterations"))) and passes > 1:
         words.append(f"{passes:.0f} passes")
@@ -127,19 +133,28 @@ def _machine(machine: Mapping[str, Any]) -> str:
     words = []
     if machine.get("gpu"):
         words.append(f"{machine['gpu']} ({_gib(machine.get('gpu_memory'))})")
-    words.append(f"{machine.get('cpu')}, {machine.get('threads')} threads")
+    words.append(f"{machine.get('cpu') or '?'}, {_many(machine.get('threads'), 'thread')}")
     words.append(_gib(machine.get("memory")))
     if (count := finite(machine.get("processes"))) and count > 1:
         words.append(f"{count:.0f} processes")
-    words.append(f"computing in {machine.get('precision')}")
-    words.append(str(machine.get("platform")))
-    return ", ".join(words)
+    words += [_named("computing in", machine.get("precision")), str(machine.get("platform") or "")]
+    return ", ".join(word for word in words if word)
 
 
 def _computed(facts: Mapping[str, Any]) -> str:
     names = {"attention": "attention", "layout": "layout", "sampler": "sampler"}
     names |= {"rollout_weights": "rollout weights", "kernels": "kernels"}
     return ", ".join(f"{words} {facts[name]}" for name, words in names.items() if facts.get(name))
+
+
+def _named(name: str, value: Any) -> str:
+    """``alpha 16``; nothing for a value that is not there."""
+    return "" if value is None else f"{name} {value}"
+
+
+def _many(count: Any, name: str) -> str:
+    """``1 prompt``, ``2 prompts``; a question mark for a number that is not there."""
+    return quantity(count, name) if isinstance(count, int) else f"? {name}s"
 
 
 def _gib(size: Any) -> str:

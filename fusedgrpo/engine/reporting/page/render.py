@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fusedgrpo
-from fusedgrpo.engine.reporting.formatting import number
+from fusedgrpo.engine.reporting.formatting import number, quantity
 from fusedgrpo.engine.reporting.metrics_log import to_jsonable
 from fusedgrpo.engine.reporting.page.chart import Chart
 
@@ -115,5 +115,5 @@ def _templates() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["number"] = number
+    found.filters |= {"number": number, "quantity": quantity}
     return found

@@ -70,11 +70,11 @@ def _one(record: Mapping[str, Any], values: Sequence[float], top: float) -> Colo
             _kind(push, top),
             f"log-prob {_shown(b)} before, {_shown(a)} after; x advantage: {_shown(push)}",
         )
-        for text, push, b, a in zip(record.get("tokens") or [], values, before, after, strict=False)
+        for text, push, b, a in zip(record["tokens"], values, before, after, strict=True)
     ]
     words = f"reward {number(finite(record.get('reward')))}, "
     words += f"advantage {number(finite(record.get('advantage')))}"
-    prompt = prompt_text(record.get("prompt") or "")
+    prompt = prompt_text(record.get("prompt"))
     return ColouredCompletion(
         prompt, words, tokens[:MOST_TOKENS], max(0, len(tokens) - MOST_TOKENS)
     )

@@ -149,7 +149,7 @@ const Charts = (() => {
         { ...axis, size: 42, space: 60, label: "step", labelSize: 18, labelGap: 0,
           labelFont: "12px system-ui, sans-serif",
           values: (u, ticks) => ticks.map((t) => (Number.isInteger(t) ? String(t) : "")) },
-        { ...axis, size: (u, ticks) => 14 + 7 * Math.max(3, ...(ticks || []).map((t) => t.length)),
+        { ...axis, size: (u, ticks) => 18 + 8 * Math.max(3, ...(ticks || []).map((t) => t.length)),
           space: 34, values: (u, ticks) => ticks.map(shown) },
       ],
       series, bands: bands(spec),
