@@ -89,7 +89,7 @@ def test_a_prompt_that_waits_comes_first() -> None:
     of.known.last[[4, 9]] = of.cursor - STARVED * COUNT - np.array([2, 1])
     assert [e.row for e in of.peek(2)] == [4, 9]
     of.known.last[:] = -1  # all have waited as long: what is drawn comes first
-    of.cursor += 1
+    of.cursor += STARVED * COUNT
     assert [e.row for e in of.peek(COUNT)] != list(range(COUNT))
 
 
