@@ -142,7 +142,7 @@ class GRPOConfig(TrainingArgumentsSurface):
         f"yours; the lowest of a column first: {one_of('prompt_selection')}, column:NAME",
     )
     max_sampling_rounds: int = option(
-        4, "most prompts that dynamic_sampling takes, as a multiple of a rollout's", low=1
+        4, "most prompts that dynamic_sampling takes, as a multiple of a rollout's", low=2
     )
     tokens_per_microbatch: int | None = option(
         None, "packed tokens per forward pass; null: chosen for the device", low=1

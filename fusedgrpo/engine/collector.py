@@ -52,7 +52,8 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Tried:
-    """A group of a prompt that was tried. rewards: of its completions. teaches: it has signal."""
+    """A group of a prompt that was tried. rewards: of its completions. teaches: it has signal, and
+    a completion that is in the loss."""
 
     group: Group
     rewards: RewardBatch
@@ -110,7 +111,7 @@ class Collector:
             with phase("sample"):
                 rollout = self.sample(examples)
             with phase("score"):
-                rewards = self.score(rollout, examples)
+                rewards = RewardBatch.joined(self.score(rollout, examples))
             return Collected(rollout, examples, rewards, tuple(range(len(examples))))
         candidates = trainer.stream.peek(plan.sampling_rounds * plan.groups_per_rollout)
         found = self._stream(candidates, phase) if trainer.sampler.streams else (
@@ -131,7 +132,8 @@ class Collector:
 
         def teaches(place: int, group: Group) -> bool:
             with phase("score"):
-                found[place] = self._tried(group, candidates[place], place)
+                (rewards,) = self.score(Rollout((group,)), [candidates[place]], first=place)
+            found[place] = self._tried(group, rewards)
             return found[place].teaches
 
         with phase("sample"):
@@ -157,16 +159,18 @@ class Collector:
             with phase("sample"):
                 sampled = self.sample(chosen, first=first)
             with phase("score"):
-                rewards = self.score(sampled, chosen, first=first)
-                ids = torch.tensor(sampled.group_ids)
-                for i, group in enumerate(sampled.groups):
-                    of_group = rewards.chosen(ids == i)
-                    found.append(Tried(group, of_group, self._signal.of_group(of_group)))
+                scored = self.score(sampled, chosen, first=first)
+            found += map(self._tried, sampled.groups, scored)
         return found
 
-    def _tried(self, group: Group, example: Example, place: int) -> Tried:
-        rewards = self.score(Rollout((group,)), [example], first=place)
-        return Tried(group, rewards, self._signal.of_group(rewards))
+    def _tried(self, group: Group, rewards: RewardBatch) -> Tried:
+        trainer, args = self.trainer, self.trainer.args
+        signal = GroupSignal(args, trainer.reward_funcs.weights, trainer.estimate_advantages)
+        # With mask_truncated_completions there may be no loss, whatever the rewards.
+        in_loss = not args.mask_truncated_completions or any(
+            completion.finish_reason != "length" for completion in group.completions
+        )
+        return Tried(group, rewards, in_loss and signal.of_group(rewards))
 
     @property
     def _wanted(self) -> int:
@@ -175,11 +179,6 @@ class Collector:
         if plan.total_prompts is None:
             return plan.groups_per_rollout
         return min(plan.groups_per_rollout, plan.total_prompts - self.trainer.stream.cursor)
-
-    @property
-    def _signal(self) -> GroupSignal:
-        trainer = self.trainer
-        return GroupSignal(trainer.args, trainer.reward_funcs.weights, trainer.estimate_advantages)
 
     def sample(self, examples: Sequence[Example], first: int = 0) -> Rollout:
         """``num_generations`` completions for each of ``examples``, the ``first`` of which has that
@@ -197,8 +196,8 @@ class Collector:
 
     def score(
         self, rollout: Rollout, examples: Sequence[Example], first: int | None = None
-    ) -> RewardBatch:
-        """The rewards of the completions. first: see ``score_rollout``."""
+    ) -> list[RewardBatch]:
+        """The rewards of the completions, in batches. first: see ``score_rollout``."""
         trainer = self.trainer
         return score_rollout(
             trainer.reward_funcs,

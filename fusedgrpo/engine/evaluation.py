@@ -52,17 +52,15 @@ def sample_and_score(
             rows=[example.row for example in examples],
             first=start,
         )
-        scored.append(
-            score_rollout(
-                rewards,
-                Rollout(tuple(part)),
-                examples,
-                conversational=data.conversational,
-                column_names=data.column_names,
-                state=state,
-                seed=derive(seed, "score", start),
-                processes=processes,
-            )
+        scored += score_rollout(
+            rewards,
+            Rollout(tuple(part)),
+            examples,
+            conversational=data.conversational,
+            column_names=data.column_names,
+            state=state,
+            seed=derive(seed, "score", start),
+            processes=processes,
         )
         groups += part
     return Rollout(tuple(groups)), RewardBatch.joined(scored)

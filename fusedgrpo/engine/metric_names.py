@@ -13,7 +13,7 @@ OWN_METRICS = frozenset({
 })  # fmt: skip
 OWN_PREFIXES = (
     "rewards/", "completions/", "time/", "memory/", "sampling/", "clip_ratio/", "cispo_", "vespo/",
-    "log_ratio_", "sapo/", "router", "eval_", "log_metric/",
+    "log_ratio_", "sapo/", "router", "eval_", "log_metric/", "dynamic_sampling/", "selection/",
 )  # fmt: skip
 USER_METRIC = "log_metric/"
 

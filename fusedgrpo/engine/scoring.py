@@ -50,13 +50,14 @@ def score_rollout(
     seed: int,
     processes: Processes,
     first: int | None = None,
-) -> RewardBatch:
+) -> list[RewardBatch]:
     """Call the reward functions, by TRL's convention: strings for plain prompts, lists with one
     assistant message for conversational ones, and every other column of the data by its name.
 
-    Each process scores its share of the groups, with random generators seeded from ``seed``. first:
-    the place of the first group in the rollout; then each group is scored by itself, from a seed of
-    its own, and what it gets does not depend on which are scored with it.
+    Each process scores its share of the groups, with random generators seeded from ``seed``; the
+    batches of all processes, which are of the rollout end to end. first: the place of the first
+    group in the rollout; then each group is scored by itself, from a seed of its own, and what it
+    gets does not depend on which are scored with it: a batch for each.
     """
     own = processes.share(len(rollout.groups))
 
@@ -71,17 +72,15 @@ def score_rollout(
                 state=state,
             )
 
-    def score() -> RewardBatch:
-        if not own and len(rollout.groups):
-            width = len(rewards.names)
-            return RewardBatch(torch.zeros(0, width), torch.zeros(0), {}, {}, {}, 0)
-        if first is None:
-            return score_some(own, processes.derive(seed))
-        return RewardBatch.joined(
-            [score_some(range(i, i + 1), derive(seed, "group", first + i)) for i in own]
-        )
+    def score() -> list[RewardBatch]:
+        if first is not None:
+            return [score_some(range(i, i + 1), derive(seed, "group", first + i)) for i in own]
+        if own or not rollout.groups:
+            return [score_some(own, processes.derive(seed))]
+        width = len(rewards.names)
+        return [RewardBatch(torch.zeros(0, width), torch.zeros(0), {}, {}, {}, 0)]
 
-    return RewardBatch.joined(processes.run_everywhere(score))
+    return [batch for batches in processes.run_everywhere(score) for batch in batches]
 
 
 def _score(

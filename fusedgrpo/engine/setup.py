@@ -172,6 +172,8 @@ def build_parts(
         _check_equal(processes, args, train, held_out, policy)
         execution = Execution(work_limits(args, memory_plan, policy), processes, signals)
         plan = resolve_batch(args, len(train), processes.size)
+        if plan.sampling_rounds > 1:  # groups are scored one by one
+            rewards.patience = plan.groups_per_rollout * plan.num_generations // processes.size
         ends = eos_ids(policy.causal_lm, tokenizer)
         learner = _learner(args, policy, plan, execution, memory_plan, custom_loss, given)
         run_sampler = RunSampler(

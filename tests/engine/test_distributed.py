@@ -302,13 +302,13 @@ def test_a_process_without_work_is_not_asked_for_rewards():
 
         def gather(self, value):
             first = RewardBatch(torch.ones(2, 1), torch.ones(2), {"f": 1.0}, {"a": [1, 2]}, {}, 0)
-            return [(first, None), value]
+            return [([first], None), value]
 
     functions = types.SimpleNamespace(names=["f"])  # without a ``score``
     rollout = Rollout((Group(0, (5,), (Completion((6,), "x", "stop"),) * 2),))
-    batch = score_rollout(
+    batch = RewardBatch.joined(score_rollout(
         functions, rollout, [None], conversational=False, column_names=[], state=None, seed=0,
         processes=Second(),
-    )  # fmt: skip
+    ))  # fmt: skip
     assert batch.values.tolist() == [[1.0], [1.0]]
     assert batch.extra == {"a": [1, 2]}

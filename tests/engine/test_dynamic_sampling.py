@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from fusedgrpo.engine.reporting.drift_log import read_drift
 from fusedgrpo.engine.reporting.metrics_log import read_jsonl, read_metrics
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
+from fusedgrpo.errors import RewardError
+from fusedgrpo.models.ragged_decode import RaggedDecoder
 
 PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(12)]
 SOLVED = {PROMPTS[i]["prompt"] for i in (1, 4)}
@@ -173,6 +176,24 @@ def test_a_run_that_was_stopped_goes_on_the_same(tmp_path: Path, sampler: str) -
         assert torch.equal(a, b)
 
 
+def test_a_reward_function_that_fails_while_others_are_decoded(tmp_path: Path) -> None:
+    calls = [0]
+
+    def fails(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        calls[0] += 1
+        if calls[0] == 8:
+            raise ValueError("not now")
+        return by_prompt(prompts, completion_ids)
+
+    fails.__name__ = by_prompt.__name__
+    make(tmp_path / "whole").train()
+    with pytest.raises(RewardError, match="not now"):
+        make(tmp_path / "cut", fails).train()
+    assert 0 < len(rows(tmp_path / "cut")) < 4
+    make(tmp_path / "cut", fails).train(resume_from_checkpoint=True)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
 def test_what_is_in_flight_does_not_matter(tmp_path: Path) -> None:
     make(tmp_path / "a").train()
     make(tmp_path / "b", max_in_flight=2).train()
@@ -214,7 +235,9 @@ def test_streaming_and_rounds_are_the_same_run(
         assert [r["advantage"] for r in ours] == [r["advantage"] for r in theirs]
 
 
-def test_a_prompt_enters_while_others_are_decoded(tmp_path: Path) -> None:
+def test_a_prompt_enters_while_others_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And never more than are wanted are in flight, also after running out of memory."""
     trainer = make(tmp_path)
     sampler = trainer.sampler
@@ -239,6 +262,68 @@ def test_a_prompt_enters_while_others_are_decoded(tmp_path: Path) -> None:
         prompts, 3, trainer.sampling, 5, wanted=3, teaches=lambda i, group: False
     )
     assert said(everything) == said(expected)
+
+    # Memory runs out while a group is judged, and while the next tokens are computed.
+    plain, calls, tries = RaggedDecoder.next, [0], Counter[int]()
+
+    def failing(self: Any, rows: Any) -> Any:
+        calls[0] += 1
+        assert len({row.prompt for row in rows}) <= 3
+        if calls[0] in (7, 8, 12):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(self, rows)
+
+    def exhausted(place: int, group: Any) -> bool:
+        tries[place] += 1
+        if place == 1 and tries[1] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return teaches(place, group)
+
+    asked.clear()
+    monkeypatch.setattr(RaggedDecoder, "next", failing)
+    groups = sampler.sample_until(prompts, 3, trainer.sampling, 5, wanted=3, teaches=exhausted)
+    assert said(groups) == said(expected[:6]) and sorted(asked) == list(range(6))
+    assert tries == dict.fromkeys(range(6), 1) | {1: 2}
+    assert trainer.execution.oom_retry.retries == 4
+
+
+def test_rewards_are_not_computed_in_the_decoders_precision(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.policy.compute_dtype = torch.bfloat16
+    seen = []
+
+    def teaches(place: int, group: Any) -> bool:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return True
+
+    prompts = [example.prompt_ids for example in trainer.stream.peek(3)]
+    for outer in (False, True):
+        with torch.autocast("cpu", enabled=outer):
+            trainer.sampler.sample_until(prompts, 2, trainer.sampling, 5, wanted=3, teaches=teaches)
+    assert seen == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("sampler", ["decoder", "generate"])
+def test_rewards_that_are_lost_are_counted_once(tmp_path: Path, sampler: str) -> None:
+    def fails(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [torch.nan, *(float(sum(ids)) for ids in completion_ids[1:])]
+
+    trainer = make(tmp_path, fails, sampler=sampler, on_reward_error="drop")
+    row = trainer.step()
+    assert row["rewards_dropped"] == row["dynamic_sampling/groups"] >= 3
+
+
+def test_a_group_that_is_cut_off_as_a_whole_teaches_nothing(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path, lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids],
+        max_steps=1, mask_truncated_completions=True,
+    )  # fmt: skip
+    trainer.train()
+    records = logged(tmp_path, 1)
+    groups = [records[i : i + 3] for i in range(0, len(records), 3)]
+    ended = [any(r["finish_reason"] == "stop" for r in group) for group in groups]
+    assert 0 < sum(ended) < len(ended)
+    assert [group[0]["advantage"] is not None for group in groups] == ended
 
 
 def test_evaluation_is_never_filtered(tmp_path: Path) -> None:

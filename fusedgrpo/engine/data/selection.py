@@ -8,6 +8,7 @@ when it was last asked: what every completion gets right, or none, teaches nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from fusedgrpo.engine.data.dataset import Example, PromptDataset
 from fusedgrpo.engine.data.stream import PromptStream
-from fusedgrpo.engine.seeding import derive
+from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.errors import ConfigError, DataError, brief
 from fusedgrpo.named_code import load_code, locate_code
 
@@ -60,25 +61,26 @@ class Known:
     def state(self) -> dict[str, Any]:
         """All about prompts that were handed out, for JSON."""
         places = np.flatnonzero(self.last >= 0)
-        return {"places": places.tolist()} | {
-            name: getattr(self, name)[places].tolist()
-            for name in ("seen", "mean", "spread", "last")
+        return {"data": self.data.fingerprint, "places": places.tolist()} | {
+            name: getattr(self, name)[places].tolist() for name in self.ARRAYS
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """The inverse of ``state``."""
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """The inverse of ``state``; of other data, and of None, nothing is known."""
+        known = state if state and state["data"] == self.data.fingerprint else None
         for name in self.ARRAYS:
             values = getattr(self, name)
             values[:] = -1 if name == "last" else 0
-            values[state["places"]] = state[name]
+            if known:
+                values[known["places"]] = known[name]
 
 
 def informative(known: Known, share: float) -> np.ndarray:
-    """The spread of a prompt's rewards against the greatest one; a prompt that was not seen yet
-    promises as much as the best."""
+    """The spread of a prompt's rewards against the greatest one; a prompt that was not tried yet
+    promises as much as the best, one that nothing could judge promises nothing."""
     top = known.spread.max(initial=0.0)
     promise = known.spread / top if top > 0 else np.zeros(len(known.spread))
-    promise[known.seen == 0] = 1.0
+    promise[known.last < 0] = 1.0
     return FLOOR + (1 - FLOOR) * promise
 
 
@@ -89,7 +91,7 @@ class Curriculum:
     def __init__(self, data: PromptDataset, column: str):
         values = [example.columns.get(column) for example in data.examples]
         for example, value in zip(data.examples, values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            if isinstance(value, bool) or not isinstance(value, Real) or value != value:
                 raise DataError(
                     f"prompt_selection: column {column!r} of row {example.row} has {brief(value)}: "
                     "expected a number in every row, the easiest prompts the lowest."
@@ -168,8 +170,7 @@ class SelectedStream(PromptStream):
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         self._ranked = None
-        if state is not None:
-            self.known.restore(state)
+        self.known.restore(state)
 
     def metrics(self) -> dict[str, float]:
         """coverage: share of the prompts that were among the last P handed out; seen: among all;
@@ -187,15 +188,16 @@ class SelectedStream(PromptStream):
         weight, as the greatest of log(weight) + Gumbel noise (Efraimidis and Spirakis, 2006)."""
         key = (self.cursor, turn)
         if self._ranked is None or self._ranked[0] != key:
-            weights = self.weigh(self.known, self.share)
+            with seeded(derive(self.seed, "weigh", *key)):  # the user's code may draw
+                weights = self.weigh(self.known, self.share)
             draw = np.random.Generator(np.random.Philox(derive(self.seed, "select", *key)))
             with np.errstate(divide="ignore"):
                 keys = np.log(weights) + draw.gumbel(size=len(weights))
-            waited = self.cursor - self.known.last
+            waited = np.zeros(len(weights), dtype=np.int64)
             if self.keeps_up and turn == 0:
-                starved = waited > STARVED * len(weights)
-                keys[starved] = 1e6 + waited[starved]  # before all others, whatever their draw
-            order = np.argsort(-keys, kind="stable")
+                waited = self.cursor - self.known.last
+                waited[waited <= STARVED * len(weights)] = 0
+            order = np.lexsort((-keys, -waited))  # who has waited for too long, whatever the draw
             self._ranked = key, order[: int(np.isfinite(keys[order]).sum())]
         return self._ranked[1]
 

@@ -42,7 +42,8 @@ class PhaseTimer:
             self._inside = None
         if self._on_gpu:
             torch.cuda.synchronize()
-            self._peaks[f"memory/{name}"] = torch.cuda.max_memory_allocated()
+            key, peak = f"memory/{name}", torch.cuda.max_memory_allocated()
+            self._peaks[key] = max(self._peaks.get(key, 0), peak)  # a phase may come several times
         self._seconds[name] += time.perf_counter() - started
 
     def metrics(self, completion_tokens: int) -> dict[str, float]:

@@ -106,7 +106,9 @@ class RewardFunctions:
     """The reward functions of a run. Close it, or use it as a context manager.
 
     names: F names, by which metrics and logs go, no two the same. weights: float32 ``[F]``.
-    tokenizers: F, those of reward models; None for what is none.
+    tokenizers: F, those of reward models; None for what is none. patience: how many completions in
+    a row a function may fail on at least before that is the function's fault and not theirs, where
+    batches are small.
     """
 
     def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float], on_error: str):
@@ -115,7 +117,9 @@ class RewardFunctions:
         self.tokenizers = [getattr(scorer, "tokenizer", None) for scorer in scorers]
         self._scorers = list(scorers)
         self._drop = on_error == "drop"
+        self.patience = 0
         self._failed_batches = [0] * len(self._scorers)
+        self._failed_completions = [0] * len(self._scorers)
         self._said_unscored = False
         self._renamed: set[str] = set()
 
@@ -201,7 +205,11 @@ class RewardFunctions:
         """Leave out the completions that a function failed on, and say so; RewardError where the
         run is to halt, and where the function fails on everything."""
         lost, count = reply.failures, len(batch)
-        self._failed_batches[index] = self._failed_batches[index] + 1 if len(lost) == count else 0
+        everything = len(lost) == count
+        self._failed_batches[index] = self._failed_batches[index] + 1 if everything else 0
+        self._failed_completions[index] = (
+            self._failed_completions[index] + count if everything else 0
+        )
         if not lost:
             return
         who = f"reward function {self.names[index]!r}"
@@ -211,9 +219,11 @@ class RewardFunctions:
                 f"{who} failed on completion {i} of {count} (data row {batch.rows[i]}): {reason}. "
                 f"The completion: {repr(batch.completions[i])[:300]}. {_REMEDY}"
             )
-        if self._failed_batches[index] >= FAILED_BATCHES_IN_A_ROW:
+        batches = self._failed_batches[index]
+        enough = self._failed_completions[index] >= self.patience
+        if batches >= FAILED_BATCHES_IN_A_ROW and enough:
             raise RewardError(
-                f"{who} failed on every completion of {FAILED_BATCHES_IN_A_ROW} batches in a row: "
+                f"{who} failed on every completion of {batches} batches in a row: "
                 f"{reason}. on_reward_error: drop leaves out single completions, not a function"
             )
         logger.warning(

@@ -115,18 +115,32 @@ class DecoderSampler(Sampler):
     ) -> list[Group]:
         """``sample_until``, where the first prompt has the position ``first``."""
         rows = range(len(prompt_ids)) if rows is None else rows
-        asked = [(i, sample) for i in range(len(prompt_ids)) for sample in range(n)]
         done: dict[tuple[int, int], Completion] = {}
         groups: dict[int, Group] = {}
         in_vain: list[int] = []
         choose = NextToken(self.policy, params)
         stops = StopTexts(self.text.tokenizer, params.stop_strings)
+        callers = _autocast_now(self.policy.device.type)
+
+        def missing(i: int) -> list[int]:
+            return [sample for sample in range(n) if (i, sample) not in done]
+
+        def judge(i: int) -> None:
+            own = tuple(done[i, sample] for sample in range(n))
+            group = Group(rows[i], tuple(prompt_ids[i]), own)
+            with callers:  # rewards are no part of the forward passes that go on around them
+                vain = not teaches(i, group)
+            if vain:
+                in_vain.append(i)
+            groups[i] = group
 
         def decode_rest() -> None:  # once more after running out of memory: what is done stays
             left: dict[int, list[int]] = {}
-            for i, sample in asked:
-                if (i, sample) not in done:
-                    left.setdefault(i, []).append(sample)
+            for i in range(len(prompt_ids)):
+                if samples := missing(i):
+                    left[i] = samples
+                elif i not in groups:  # memory ran out while it was judged
+                    judge(i)
             behind = len(groups)
             for live in decode(
                 self.policy,
@@ -141,15 +155,12 @@ class DecoderSampler(Sampler):
                 ended=stops.ended if stops else None,
                 allowed=lambda: wanted + len(in_vain) - behind,
             ):
-                completion = self._completion(live)
-                check_finite(completion, rows[live.asked.index])
                 i = live.asked.index
+                completion = self._completion(live)
+                check_finite(completion, rows[i])
                 done[i, live.sample] = completion
-                own = tuple(done[i, k] for k in range(n) if (i, k) in done)
-                if len(own) == n:
-                    groups[i] = Group(rows[i], tuple(prompt_ids[i]), own)
-                    if not teaches(i, groups[i]):
-                        in_vain.append(i)
+                if not missing(i):
+                    judge(i)
 
         with self.execution.progress() as report:
             watcher = Watcher(self.execution.check_interrupt, report)
@@ -192,6 +203,15 @@ class DecoderSampler(Sampler):
         text = self.text(ids, ended=ended)
         reason: FinishReason = "stop" if ended or live.stopped else "length"
         return Completion(ids, text, reason, torch.tensor(live.logp))
+
+
+def _autocast_now(device_type: str) -> torch.autocast:
+    """What is in force now, to be entered where something else is."""
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+    )
 
 
 def _weights(policy: Policy, option: str) -> RolloutWeights | None:

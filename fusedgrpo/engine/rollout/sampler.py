@@ -100,7 +100,8 @@ class Sampler(abc.ABC):
     ) -> list[Group]:
         """The groups of the first prompts, as many as it takes for ``wanted`` of them to teach
         something, or of all. teaches: asked once of each group, by its place, when it is whole; in
-        any order. What a group says is what ``sample`` says."""
+        any order, and again where memory ran out in it. What a group says is what ``sample``
+        says."""
         raise NotImplementedError
 
     def weights_changed(self) -> None:  # noqa: B027  most of them keep nothing

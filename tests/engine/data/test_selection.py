@@ -74,6 +74,10 @@ def test_weights_have_a_floor() -> None:
     weights = informative(of.known, 0.0)
     assert weights[3] == 1 and set(weights[:3]) == {FLOOR}
     of = stream()
+    drawn(of, 2, lambda row: [np.nan, np.nan])
+    tried = of.known.last >= 0
+    assert sum(tried) == 10 and set(informative(of.known, 0.0)[tried]) == {FLOOR}
+    of = stream()
     drawn(of, 8, lambda row: [1, 1])
     assert set(informative(of.known, 0.0)) == {FLOOR}  # nobody promises anything
 
@@ -84,6 +88,9 @@ def test_a_prompt_that_waits_comes_first() -> None:
     of.known.last[:] = of.cursor - 1
     of.known.last[[4, 9]] = of.cursor - STARVED * COUNT - np.array([2, 1])
     assert [e.row for e in of.peek(2)] == [4, 9]
+    of.known.last[:] = -1  # all have waited as long: what is drawn comes first
+    of.cursor += STARVED * COUNT
+    assert [e.row for e in of.peek(COUNT)] != list(range(COUNT))
 
 
 def test_more_prompts_than_there_are() -> None:
@@ -103,6 +110,11 @@ def test_groups_without_rewards_and_running_means() -> None:
     again.restore(json.loads(json.dumps(of.state())))
     for name in ("seen", "mean", "spread", "last"):
         assert (getattr(again.known, name) == getattr(of.known, name)).all()
+    other = stream(rows=[*ROWS[: first.row + 1], {"prompt": "w30"}])
+    for state in (of.state(), None):  # other prompts, and a version before
+        other.known.seen[0] = 3
+        other.restore(state)
+        assert not other.known.seen.any() and (other.known.last == -1).all()
 
 
 def test_a_curriculum_opens() -> None:
@@ -111,6 +123,11 @@ def test_a_curriculum_opens() -> None:
         of.share, of.cursor = share, of.cursor + 1
         difficulties = {ROWS[e.row]["difficulty"] for e in of.peek(most)}
         assert difficulties == set(range(most))
+    numbers = [np.float32(0.5), np.int64(3), 1]
+    of = stream("column:d", [{"prompt": f"w{4 + i}", "d": d} for i, d in enumerate(numbers)])
+    assert [e.row for e in of.peek(1)] == [0]
+    with pytest.raises(DataError, match="row 0 has True"):
+        stream("column:d", [{"prompt": "w4", "d": True}])
     with pytest.raises(DataError, match="column 'x' of row 0 has None"):
         stream("column:x")
     with pytest.raises(DataError, match="row 1 has 'hard'"):
@@ -123,11 +140,16 @@ def test_weights_of_the_users(tmp_path: Path) -> None:
         "def easy(rows, seen, mean, spread, progress):\n"
         "    assert np.isnan(mean[seen == 0]).all()\n"
         "    return [row['difficulty'] < 5 for row in rows]\n"
+        "def lots(rows, **known):\n    return np.random.random(len(rows)) < 0.3\n"
         "def wrong(**known):\n    return [1.0]\n"
         "def fails(**known):\n    raise ValueError('no')\n"
     )
     of = stream("mine.py:easy", folder=tmp_path)
     assert {ROWS[e.row]["difficulty"] for e in of.peek(12)} == set(range(5))
+    ours, theirs = (stream("mine.py:lots", folder=tmp_path) for _ in range(2))
+    rows = [e.row for e in ours.peek(COUNT)]
+    np.random.random()
+    assert [e.row for e in theirs.peek(COUNT)] == rows
     for name, words in (("wrong", "a weight >= 0 for each of the 20"), ("fails", "ValueError: no")):
         with pytest.raises(ConfigError, match=words):
             stream(f"mine.py:{name}", folder=tmp_path).peek(1)

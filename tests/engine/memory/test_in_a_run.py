@@ -108,12 +108,12 @@ def test_the_clock_has_the_peak_of_each_phase_on_a_gpu(monkeypatch):
     from fusedgrpo.engine.memory.plan import measured_phases
     from fusedgrpo.engine.reporting.phase_timer import PhaseTimer
 
-    peaks = iter([30, 10, 20])
+    peaks = iter([30, 10, 20, 5])
     for name in ("reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda: None)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: next(peaks))
     clock = PhaseTimer(on_gpu=True)
-    for name in ("sample", "score", "update"):
+    for name in ("sample", "score", "update", "sample"):
         with clock.phase(name):
             pass
     found = clock.metrics(1)

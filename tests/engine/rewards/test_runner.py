@@ -245,6 +245,14 @@ def test_a_reward_that_is_not_finite_obeys_on_reward_error(
         f"returned {value}" in caplog.text  # fmt: skip
     for _ in range(2):
         score(functions, "x", "x")
+    functions.patience = 8  # batches are parts of a rollout
+    score(functions, "x", "x")
+    with pytest.raises(RewardError, match="on every completion of 4 batches in a row"):
+        score(functions, "x", "x")
+    functions.patience = 0
+    score(functions, "a")
+    for _ in range(2):
+        score(functions, "x")
     with pytest.raises(RewardError, match="on every completion of 3 batches in a row"):
         score(functions, "x")
 
