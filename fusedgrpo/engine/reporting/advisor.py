@@ -100,7 +100,9 @@ class Advisor:
         if rollout_rows([row]):
             self._rewards.append(row["reward"])
             self._sampled.append(row["step"])
-            if (silent := finite(row.get("frac_reward_zero_std"))) is not None:
+            silent = finite(row.get("frac_reward_zero_std"))
+            # Where others take the place of such groups they are no loss of the step's.
+            if silent is not None and "dynamic_sampling/groups" not in row:
                 self._silent.append((row["step"], silent))
         step, begun = row["step"], []
         explained = {"loss": (self._loss_near_zero(row), step), "flat": self._flat_reward()}
@@ -135,7 +137,8 @@ class Advisor:
             evidence = Evidence(self._rows, self.config)
             self._signs = {}
             for sign in (*health.findings(evidence), *components(evidence)):
-                if sign.key in SIGNS and sign.steps is not None:
+                said = sign.key in SIGNS and sign.level != "note"
+                if said and sign.steps is not None:
                     before = self._signs[sign.key][0] + " " if sign.key in self._signs else ""
                     text = f"{before}{sign.text} {sign.advice}".strip()
                     self._signs[sign.key] = text, sign.steps[0]

@@ -347,3 +347,29 @@ def test_what_to_change_is_said_with_a_value(name: str, key: str, options: set[s
     found = {finding.key: finding for finding in judge(CASES[name].rows(0), LORA).advice}
     assert set(found[key].change) == options and found[key].advice
     assert found[key].steps is not None and found[key].steps[1] == STEPS
+
+
+def test_a_reward_that_falls_is_no_loss_where_prompts_are_chosen() -> None:
+    """Late prompts are harder ones; the same ones, held out, got better."""
+    rows = run(0, {"accuracy": rise(0.8, 0.3), "style": rise(0.2, 0.6)},
+               held_out={"accuracy": rise(0.3, 0.6), "style": rise(0.2, 0.6)})  # fmt: skip
+    assert judge(rows, LORA).kind != "green"
+    found = judge(rows, LORA | {"prompt_selection": "column:difficulty"})
+    assert found.kind == "green"
+    fell = next(f for f in found.reasons if f.key == "component")
+    assert fell.level == "note" and "prompt_selection" in fell.text
+
+
+def test_groups_that_dynamic_sampling_left_out_are_no_illness() -> None:
+    def rows(kept: float) -> list[dict[str, Any]]:
+        found = run(0, rise(0.2, 0.7), held_out=rise(0.2, 0.6), silent=flat(0.95))
+        for row in found:
+            if row["step"]:
+                row |= {"dynamic_sampling/groups": 32.0, "dynamic_sampling/groups_kept": kept}
+                row |= {"dynamic_sampling/rounds": 4.0}
+        return found
+
+    assert judge(rows(8.0), LORA).kind == "green"
+    assert not any(f.key in ("silent", "too_hard") for f in judge(rows(8.0), LORA).reasons)
+    (few,) = (f for f in judge(rows(2.0), LORA).reasons if f.key == "silent")
+    assert "2.00 of the 8.00 groups" in few.text and "max_sampling_rounds" in few.advice

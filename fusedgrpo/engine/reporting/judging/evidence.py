@@ -172,6 +172,12 @@ class Evidence:
             return False
         return True if len(shares) == len(found) else None
 
+    @property
+    def prompts_are_chosen(self) -> bool:
+        """Whether the prompts of late steps are others than those of early ones, by their difficulty:
+        rewards in training say less then."""
+        return self.config.get("prompt_selection", "uniform") not in (None, "uniform")
+
     def is_style(self, name: str) -> bool:
         return _STYLE.search(name) is not None
 

@@ -18,6 +18,7 @@ LENGTH = (0.1, 2.0, 8.0)  # share of the beginning; or so many tokens where ther
 KL = (1.0, 5.0)  # nats a token: far, and out of hand
 TRUNCATED = (0.5, 0.95)
 SILENT = 0.9  # share of completions in groups whose rewards are all equal
+KEPT = 0.5  # of the groups that dynamic sampling is to find for a step
 SKIPPED = 0.1  # share of updates
 CLIPPED = 0.3  # share of tokens whose ratio is clipped
 SOLVED = 0.9  # of 1, of each reward
@@ -143,6 +144,10 @@ def truncation(evidence: Evidence) -> Iterator[Finding]:
 def silence(evidence: Evidence) -> Iterator[Finding]:
     """Groups without signal: all solved, or all out of reach."""
     last = evidence.at_the_end("frac_reward_zero_std")
+    kept = evidence.at_the_end("dynamic_sampling/groups_kept")
+    if kept is not None and last is not None and last < 1:
+        yield from _too_few_kept(evidence, kept)
+        return
     if last is None or last < SILENT:
         return
     begins = evidence.values("frac_reward_zero_std")[: len(evidence.rollouts) // 5 or 1]
@@ -186,6 +191,22 @@ def silence(evidence: Evidence) -> Iterator[Finding]:
         "their due; check that a right answer does get a reward.",
         {} if solved else {"num_generations": 2 * round(evidence.option("num_generations") or 8)},
     )
+
+
+def _too_few_kept(evidence: Evidence, kept: float) -> Iterator[Finding]:
+    """With dynamic sampling groups without signal cost time; too few with it cost the step."""
+    tried = evidence.at_the_end("dynamic_sampling/groups") or kept
+    wanted = tried / (evidence.at_the_end("dynamic_sampling/rounds") or 1)
+    if kept < KEPT * wanted:
+        yield Finding(
+            "silent",
+            "warning",
+            f"A step has {number(kept)} of the {number(wanted)} groups that it should have, though "
+            f"{number(tried)} prompts were tried for it: in the others all completions get the "
+            "same reward.",
+            evidence.last_steps,
+            "Take prompts that the model can half do, or let it try more (max_sampling_rounds).",
+        )
 
 
 def clipping(evidence: Evidence) -> Iterator[Finding]:

@@ -150,6 +150,19 @@ def _held_out_components(evidence: Evidence) -> Iterator[Finding]:
 
 def components(evidence: Evidence) -> Iterator[Finding]:
     """Rewards that fell while others rose, and rewards for form that rose alone."""
+    return _of_chosen_prompts(evidence, _components(evidence))
+
+
+def _of_chosen_prompts(evidence: Evidence, found: Iterator[Finding]) -> Iterator[Finding]:
+    """What is seen in training; a loss there is a remark where it may be the choice of prompts."""
+    for finding in found:
+        if evidence.prompts_are_chosen and finding.level in ("bad", "warning"):
+            text = f"{finding.text} The prompts of late steps are others (prompt_selection)."
+            finding = replace(finding, level="note", text=text)
+        yield finding
+
+
+def _components(evidence: Evidence) -> Iterator[Finding]:
     changes = evidence.components
     if len(changes) < 2:
         return
@@ -206,6 +219,10 @@ def _better_held_out(evidence: Evidence, reward: str) -> bool:
 
 
 def _sum(evidence: Evidence) -> Iterator[Finding]:
+    return _of_chosen_prompts(evidence, _training(evidence))
+
+
+def _training(evidence: Evidence) -> Iterator[Finding]:
     change = evidence.sum
     if change is None:
         return
