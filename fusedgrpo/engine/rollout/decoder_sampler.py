@@ -206,7 +206,7 @@ class DecoderSampler(Sampler):
 
 
 def _autocast_now(device_type: str) -> torch.autocast:
-    """What is in force now, to be entered where something else is."""
+    """The setting that is in force now, to be entered where something else is."""
     return torch.autocast(
         device_type,
         dtype=torch.get_autocast_dtype(device_type),

@@ -174,7 +174,7 @@ class Evidence:
 
     @property
     def prompts_are_chosen(self) -> bool:
-        """Whether the prompts of late steps are others than those of early ones, by their difficulty:
+        """Whether prompts of late steps are others than those of early ones, by how hard they are:
         rewards in training say less then."""
         return self.config.get("prompt_selection", "uniform") not in (None, "uniform")
 

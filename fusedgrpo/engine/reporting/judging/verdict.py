@@ -154,7 +154,7 @@ def components(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _of_chosen_prompts(evidence: Evidence, found: Iterator[Finding]) -> Iterator[Finding]:
-    """What is seen in training; a loss there is a remark where it may be the choice of prompts."""
+    """Findings of training, of which a loss is a remark where it may be the choice of prompts."""
     for finding in found:
         if evidence.prompts_are_chosen and finding.level in ("bad", "warning"):
             text = f"{finding.text} The prompts of late steps are others (prompt_selection)."
