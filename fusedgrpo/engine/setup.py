@@ -218,12 +218,14 @@ def _stream(args: GRPOConfig, train: PromptDataset, folders: Sequence[Path]) -> 
     option = args.prompt_selection
     if option == "uniform":
         return PromptStream(train, seed=seed, shuffle=args.shuffle_dataset)
-    return SelectedStream(
+    stream = SelectedStream(
         train,
         seed=seed,
         weigh=find_selection(option, train, folders),
         keeps_up=option == "informative",
     )
+    stream.peek(1)  # what is wrong with weights of the user's is said before the first step
+    return stream
 
 
 def _check_equal(

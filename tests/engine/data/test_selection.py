@@ -159,6 +159,19 @@ def test_weights_of_the_users(tmp_path: Path) -> None:
         GRPOConfig(use_cpu=True, prompt_selection="informative", shuffle_dataset=False)
 
 
+def test_wrong_weights_are_said_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def wrong(**known):\n    return [1.0]\n")
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "run"), use_cpu=True, bf16=False, num_generations=2,
+        max_completion_length=4, prompt_selection="mine.py:wrong",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="a weight >= 0 for each of the 20"):
+        GRPOTrainer(
+            tiny.model(), lambda completions, **_: [0.0] * len(completions), args, ROWS,
+            processing_class=tiny.tokenizer(), search_paths=[tmp_path],
+        )  # fmt: skip
+
+
 def test_a_run_that_was_stopped_draws_the_same(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
