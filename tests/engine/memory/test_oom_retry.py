@@ -109,6 +109,7 @@ def small_run(path, **changes):
         "tokens_per_microbatch": 12,
         "gradient_checkpointing": True,
         "lora_target_modules": ["q_proj"],
+        "drift_check": False,  # what is scored after the last step is in the row of no step
     }
     return process_runs.make(path, **options | changes)
 
