@@ -105,7 +105,8 @@ def test_tokens_are_coloured_by_what_the_update_did() -> None:
             record(-2.0, [-1, -1], [-2, -1.005]),
         ],
         5: [{**record(1.0, [], []), "before": None}],
-        9: [record(1.0, [-1.0] * 700, [-1.0] * 700)],
+        7: [record(0.0, [-1.0], [-2.0])],
+        9: [record(1.0, [-1.0] * 700, [-1.0] * 600 + [-0.5] * 100)],
     }
     (first, second), (last, thousand) = coloured(drift)
     assert (first, last) == (1, 9)

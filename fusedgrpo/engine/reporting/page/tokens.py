@@ -37,10 +37,10 @@ class ColouredCompletion:
 
 
 def coloured(drift: Drift) -> list[tuple[int, list[ColouredCompletion]]]:
-    """Some completions of the first and of the last check that was made before and after an update,
+    """Some completions of the first and of the last check of an update that did something to them,
     with the steps; those with the greatest advantages in size."""
     known = {
-        step: [record for record in records if pushes(record) is not None]
+        step: [record for record in records if any(p for p in pushes(record) or [] if p == p)]
         for step, records in drift.items()
     }
     steps = [step for step, records in known.items() if records]
