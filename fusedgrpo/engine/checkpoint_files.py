@@ -65,18 +65,18 @@ def write_checkpoint(directory: Path, step: int, write: Callable[[Path], None]) 
             },
         }
         for path in files:
-            _sync(path)
+            sync(path)
         write_json(unfinished / MANIFEST, manifest)
-        _sync(unfinished / MANIFEST)
+        sync(unfinished / MANIFEST)
         for path in [p for p in unfinished.rglob("*") if p.is_dir()] + [unfinished]:
-            _sync(path)
+            sync(path)
         if os.path.lexists(final):
             # The same step saved again. Out of the way it is still a checkpoint, see
             # ``checkpoints``, so that not even a kill between these lines leaves none.
             _discard(replaced)
             final.rename(replaced)
         unfinished.rename(final)
-        _sync(directory)
+        sync(directory)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -177,7 +177,7 @@ def abandon_after(directory: Path, step: int) -> str | None:
             path.unlink()
         else:
             path.rename(aside / path.name)
-    _sync(directory)
+    sync(directory)
     return (
         f"Going on from step {step}: {len(later)} checkpoints of the steps after it were moved to "
         f"{aside}; nothing looks for them there, and they may be deleted."
@@ -297,7 +297,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory with the names in it, is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

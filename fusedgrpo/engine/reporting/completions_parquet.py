@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fusedgrpo.engine.checkpoint_files import sync
 from fusedgrpo.engine.reporting.completions_log import prompt_text
 from fusedgrpo.engine.reporting.metrics_log import finite
 
@@ -127,15 +128,7 @@ def write(path: Path, steps: Sequence[int], read: Callable[[int], Records]) -> N
     except BaseException:
         unfinished.unlink(missing_ok=True)  # it may be what fills the disk
         raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _schema(steps: Sequence[int], read: Callable[[int], Records]) -> pa.Schema:
