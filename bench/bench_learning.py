@@ -38,13 +38,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "informative": {"prompt_selection": "informative"},
     "both": {"dynamic_sampling": True, "prompt_selection": "informative"},
 }
-SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2, "allow_negation": False}
+# Of one digit: of two the model gets next to none right, and there is nothing to learn from.
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_negation": False}
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": SUMS,
     "spell_backward": {"min_word_len": 3, "max_word_len": 4},
     "gcd": {"max_value": 60},
 }
-SYSTEM = "Answer with the result only, without any words."
+SYSTEM = "Answer with the result only."
 MAX_TOKENS = 16
 QUESTIONS, HELD_OUT = 256, 64
 UNITS = {
