@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from patience import HUNG
 
 from fusedgrpo.engine.reporting import plots, report
 from fusedgrpo.engine.reporting.completions_log import CompletionsLog
@@ -32,7 +33,9 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
         quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage"]
         try:
-            found = started.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=300_000)
+            found = started.chromium.launch(
+                executable_path=CHROMIUM, args=quiet, timeout=1000 * HUNG
+            )
         except playwright.Error as error:  # the machine's affair, and not the pages'
             pytest.skip(f"Chromium does not start here: {error}")
         yield found
@@ -99,6 +102,7 @@ def opened(
     width, height = SIZES[size]
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
     page, said = context.new_page(), []
+    page.set_default_timeout(1000 * HUNG)
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("dialog", lambda dialog: said.append(dialog.message))
@@ -298,7 +302,6 @@ def test_the_page_of_a_run_that_goes_on_loads_itself_again(
     monkeypatch.setattr(report, "RELOADS", 1)
     path = report.write_report(make_run(tmp_path / "run", steps=20), live=True, pictures=False)
     page, said = opened(browser, path)
-    page.set_default_timeout(300_000)
     assert "goes on" in page.locator(".live").inner_text()
     # In one go, for the page may be loaded again at any moment.
     do = """() => { Charts.zoom(5, 10); document.querySelector("details").open = true; }"""
