@@ -340,6 +340,8 @@ def test_a_reward_that_weighs_nothing_or_is_a_penalty_is_read_as_such() -> None:
         ("NaN to the end", "skipped", {"learning_rate"}),
         ("entropy collapses", "entropy", {"entropy_coef"}),
         ("too hard", "too_hard", {"num_generations"}),
+        ("too easy", "too_easy", {"prompt_selection"}),
+        ("one reward of two rose, and everything else broke", "length", {"beta", "learning_rate"}),
         ("falls", "sum", {"learning_rate"}),
     ],
 )
@@ -347,6 +349,14 @@ def test_what_to_change_is_said_with_a_value(name: str, key: str, options: set[s
     found = {finding.key: finding for finding in judge(CASES[name].rows(0), LORA).advice}
     assert set(found[key].change) == options and found[key].advice
     assert found[key].steps is not None and found[key].steps[1] == STEPS
+
+
+def test_a_sampler_that_is_not_the_policy_is_corrected_for() -> None:
+    rows = run(0, rise(0.2, 0.7))
+    for row in rows[1:]:
+        row["sampling/sampling_logp_difference/mean"] = 0.4
+    (found,) = (f for f in judge(rows, LORA).reasons if f.key == "mismatch")
+    assert found.change == {"sampler_correction": True} and found.steps is not None
 
 
 def test_a_reward_that_falls_is_no_loss_where_prompts_are_chosen() -> None:

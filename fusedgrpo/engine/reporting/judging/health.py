@@ -92,7 +92,9 @@ def collapse_of_length(evidence: Evidence) -> Iterator[Finding]:
             "bad",
             f"The completions shrank from {change.first:.0f} to {last:.1f} tokens.",
             evidence.last_steps,
-            "Look at completions/: a reward that an empty answer gets is being farmed.",
+            "Look at completions/: a reward that an empty answer gets is being farmed. A larger "
+            "beta or a lower learning_rate holds the policy.",
+            _held_back(evidence),
         )
 
 
@@ -101,8 +103,6 @@ def divergence(evidence: Evidence) -> Iterator[Finding]:
     if found is None or found[0] <= KL[0]:
         return
     last, steps, how = found
-    beta, rate = evidence.option("beta") or 0.0, evidence.option("learning_rate")
-    change = {"beta": max(2 * beta, 0.01)} | ({"learning_rate": rate / 3} if rate else {})
     yield Finding(
         "kl",
         "bad" if last > KL[1] else "warning",
@@ -110,8 +110,14 @@ def divergence(evidence: Evidence) -> Iterator[Finding]:
         "that could do may be lost.",
         steps,
         "A larger beta or a lower learning_rate holds it.",
-        change,
+        _held_back(evidence),
     )
+
+
+def _held_back(evidence: Evidence) -> dict[str, float]:
+    """Options with which a policy stays nearer to what it was."""
+    beta, rate = evidence.option("beta") or 0.0, evidence.option("learning_rate")
+    return {"beta": max(2 * beta, 0.01)} | ({"learning_rate": rate / 3} if rate else {})
 
 
 def _distance(evidence: Evidence) -> tuple[float, tuple[int, int], str] | None:
@@ -185,11 +191,13 @@ def silence(evidence: Evidence) -> Iterator[Finding]:
         f"{text}, from the beginning: "
         + ("the prompts are solved already." if solved else "no completion gets more than others."),
         (evidence.rollouts[0]["step"], evidence.rollouts[-1]["step"]),
-        "Take harder prompts."
+        "Take harder prompts; among these, ask more often for those whose answers still differ."
         if solved
         else "Take prompts that the model can half do, or a reward that gives parts of an answer "
         "their due; check that a right answer does get a reward.",
-        {} if solved else {"num_generations": 2 * round(evidence.option("num_generations") or 8)},
+        {"prompt_selection": "informative"}
+        if solved
+        else {"num_generations": 2 * round(evidence.option("num_generations") or 8)},
     )
 
 
@@ -250,6 +258,8 @@ def sampler(evidence: Evidence) -> Iterator[Finding]:
             f"Sampled and trained log-probs differ by {number(fmean(values[-RECENT:]))} nats a "
             "token in the mean: the updates are off-policy.",
             evidence.last_steps,
+            "Weigh tokens by how far the two are apart.",
+            {"sampler_correction": True},
         )
 
 
