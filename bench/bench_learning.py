@@ -186,14 +186,10 @@ def work(turns: harness.Turns, run: Run, model: str, output: str, threads: int) 
 
 
 def train(run: Run, model: str, output: str) -> list[Look]:
-    from transformers import AutoTokenizer
-
     from fusedgrpo import GRPOConfig, GRPOTrainer
     from fusedgrpo.tasks import verify
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.chat_template is None:  # of the tiny model
-        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer = models.chat_tokenizer(model)
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,

@@ -147,14 +147,10 @@ def work(turns: harness.Turns, run: Run, model: str, output: str, threads: int) 
 
 
 def train(run: Run, model: str, output: str) -> dict[str, float]:
-    from transformers import AutoTokenizer
-
     from fusedgrpo import GRPOConfig, GRPOTrainer
     from fusedgrpo.engine.reporting.metrics_log import read_metrics, series
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.chat_template is None:  # of the tiny model
-        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer = models.chat_tokenizer(model)
     data = [{"prompt": prompt(a, b), "solution": a + b} for a, b in sums()]
     trainer = GRPOTrainer(
         model=model,

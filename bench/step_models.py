@@ -200,3 +200,13 @@ class TokenCount:
         if ids is None:
             ids = kwargs["inputs_embeds"][..., 0]
         self.forwarded["grad" if torch.is_grad_enabled() else "no_grad"] += ids.numel()
+
+
+def chat_tokenizer(model: str) -> Any:
+    """The tokenizer of a model directory, with a chat template also where it has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.chat_template is None:  # of the tiny model
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return tokenizer

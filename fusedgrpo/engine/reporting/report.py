@@ -55,7 +55,7 @@ def write_report(
     """Write the report of the run in ``run_dir``, to ``run_dir/report.html`` unless told otherwise.
 
     live: the run goes on, and the page loads itself again. pictures: draw ``run_dir/plots`` anew,
-    and have them in the page for browsers without scripts; they take longer than all the rest.
+    and have them in the page for browsers without scripts; that takes seconds.
 
     Raises:
         DataError: there is no metrics.jsonl in ``run_dir``, or no row in it.

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from fusedgrpo.engine.reporting.shown_steps import ShownAdvice, ShownCompletions
 from fusedgrpo.engine.reporting.trackers import Place, Trackers
 from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
+from fusedgrpo.errors import OutputDirError
 
 log = logging.getLogger("fusedgrpo")
 
@@ -163,8 +164,15 @@ class RunLogger:
             try:
                 yield outputs
             finally:
-                if not outputs._reported:
-                    outputs.live_report.last()
+                outputs._report_at_the_end()
+
+    def _report_at_the_end(self) -> None:
+        """The page of a run that did not come to ``finish``, unless its directory is gone, or that
+        of another run by now."""
+        if not self._reported:
+            with suppress(OutputDirError):
+                self.run.check()
+                self.live_report.last()
 
     def write(self, unwritten: Unwritten, step: int, *, insist: bool = False) -> None:
         """Write what is not written yet; see ``Refusals`` for what fails."""

@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 
+from fusedgrpo import Callback, GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.reporting import live_report
 from fusedgrpo.engine.reporting.live_report import FIRST, PAUSE, SHARE, LiveReport
+from fusedgrpo.errors import OutputDirError
 
 
 class Clock:
@@ -87,3 +92,28 @@ def test_a_page_that_cannot_be_written_ends_no_run(
             clock.now += FIRST + PAUSE
             live.after_step()
     assert len(caplog.records) == 1 and "The run goes on" in caplog.text
+
+
+def test_the_page_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
+    """A run whose directory was replaced ends with an error, and writes nothing there."""
+    where = tmp_path / "run"
+
+    class Replaced(Callback):
+        def on_step(self, row: Mapping[str, Any]) -> None:
+            if not (tmp_path / "old").exists():
+                where.rename(tmp_path / "old")
+                where.mkdir()
+                rows(where)
+                (where / "report.html").write_text("theirs")
+
+    args = GRPOConfig(
+        output_dir=str(where), use_cpu=True, bf16=False, num_generations=2, max_steps=3,
+        prompts_per_step=1, max_completion_length=3, lora_r=4, save_strategy="no",
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        tiny.model(), lambda completions, **_: [0.0] * len(completions), args, [{"prompt": "w4"}],
+        processing_class=tiny.tokenizer(), callbacks=[Replaced()],
+    )  # fmt: skip
+    with pytest.raises(OutputDirError):
+        trainer.train()
+    assert (where / "report.html").read_text() == "theirs"
