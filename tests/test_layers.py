@@ -24,6 +24,7 @@ LAYERS = [
      "engine.train_summary"],
     # What sampling is, for all who sample, and for those who count its memory.
     ["engine.rollout.types"],
+    ["engine.rollout.turns"],
     ["engine.rollout.sampler"],
     ["engine.rollout.warpers"],
     ["engine.memory", "engine.data", "engine.rewards"],
@@ -52,7 +53,8 @@ LAYERS = [
 # takes to make a rollout, so that their loop has our decoder itself and not a copy.
 INTEGRATIONS = {
     "errors", "host", "loss_options", "kernels", "models", "integrations",
-    "engine.rollout", "engine.rollout.types", "engine.rollout.sampler", "engine.execution",
+    "engine.rollout", "engine.rollout.types", "engine.rollout.turns", "engine.rollout.sampler",
+    "engine.execution",
     "engine.memory", "engine.seeding",
 }  # fmt: skip
 

@@ -185,7 +185,7 @@ def _measured(names: list[str], rollout: Any, scored: Any) -> dict[str, Any]:
     return {
         "reward": scored.total,
         **several,
-        "length": torch.tensor([float(len(c.ids)) for c in completions]),
+        "length": torch.tensor([float(c.own_tokens) for c in completions]),
         "cut off": torch.tensor([float(c.finish_reason == "length") for c in completions]),
     }
 

@@ -145,7 +145,7 @@ def telling(samples: Sequence[TrainingSample], groups: Sequence[int], max_tokens
     rising = sorted(places, key=lambda i: samples[i].advantage)
     pairs = zip(reversed(rising), rising, strict=True)
     order = list(dict.fromkeys(i for both in pairs for i in both))
-    sizes = {i: sum(map(len, samples[i].pair)) for i in order}
+    sizes = {i: len(samples[i].prompt_ids) + len(samples[i].completion_ids) for i in order}
     fitting = [i for i in order if sizes[i] <= max_tokens]
     if not fitting:
         return sorted(order, key=sizes.__getitem__)[:1]

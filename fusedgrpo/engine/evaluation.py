@@ -135,7 +135,7 @@ def rollout_loss(
     if not live:
         return 0.0
     batch, cpu = [samples[i] for i in live], torch.device("cpu")
-    lengths = torch.tensor([0, *(len(sample.completion_ids) for sample in batch)])
+    lengths = torch.tensor([0, *(sample.own_tokens for sample in batch)])
     loss, _ = learner.policy_loss(
         torch.cat([logp[places[i]] for i in live]),
         torch.tensor([sample.advantage for sample in batch]),

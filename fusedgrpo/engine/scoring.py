@@ -124,7 +124,7 @@ def rollout_logprobs(
     """
 
     processes = execution.processes
-    logp = torch.full((sum(len(c.ids) for c in buffer.rollout.completions()),), torch.nan)
+    logp = torch.full((sum(c.own_tokens for c in buffer.rollout.completions()),), torch.nan)
 
     def score(pairs: Sequence[Pair], places: Sequence[slice]) -> None:
         for members in micro_batches(
@@ -132,7 +132,7 @@ def rollout_logprobs(
         ):
             execution.check_interrupt()
             batch = policy.logprobs(policy.pack([pairs[k] for k in members])).logp.cpu()
-            sizes = [len(pairs[k][1]) for k in members]
+            sizes = [places[k].stop - places[k].start for k in members]
             for k, values in zip(members, batch.split(sizes), strict=True):
                 logp[places[k]] = values
 

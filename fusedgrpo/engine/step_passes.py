@@ -39,7 +39,7 @@ class StepPasses:
         return self.policy.pack([s.pair for s in batch], counted=[s.in_loss for s in batch])
 
     def entropies(self, samples: Sequence[TrainingSample]) -> list[Tensor]:
-        """``[len(completion_ids)]`` for each sample, on the CPU: of all, in every process."""
+        """``[own_tokens]`` for each sample, on the CPU: of all, in every process."""
         processes = self.execution.processes
         own = shares([sample.pair for sample in samples], processes.size)[processes.rank]
         mine = samples[own.start : own.stop]
@@ -59,7 +59,7 @@ class StepPasses:
                 packed = self.packed([samples[i] for i in members])
                 entropy = self.policy.logprobs(packed, entropy="detached").entropy
                 assert entropy is not None
-                sizes = [len(samples[i].completion_ids) for i in members]
+                sizes = [samples[i].own_tokens for i in members]
                 entropies |= zip(members, entropy.cpu().split(sizes), strict=True)
         return [entropies[i] for i in range(len(samples))]
 

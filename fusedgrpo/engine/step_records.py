@@ -209,7 +209,7 @@ class StepRecords(Evaluating):
             self.args.max_nonfinite_steps,
         )
         assert self.buffer is not None
-        tokens = sum(len(sample.completion_ids) for sample in samples)
+        tokens = sum(sample.own_tokens for sample in samples)
         with self.signals.held():
             self.buffer.done += 1
             self.progress.step += 1

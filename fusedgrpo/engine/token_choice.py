@@ -32,7 +32,7 @@ class TokenChoice:
     ) -> tuple[list[TrainingSample], int]:
         """``samples`` with the tokens of the most entropy marked, and the number of these.
 
-        entropies: ``[len(completion_ids)]`` for each of the ``counted``, which are in the loss.
+        entropies: ``[own_tokens]`` for each of the ``counted``, which are in the loss.
         """
         marked = list(samples)
         masks = []
@@ -43,7 +43,7 @@ class TokenChoice:
         inside = [e[mask] for e, mask in zip(entropies, masks, strict=True)]
         threshold = entropy_threshold(torch.cat([nothing, *inside]), self.top_entropy)
         for i in range(len(samples)):
-            none = torch.zeros(len(samples[i].completion_ids), dtype=torch.bool)
+            none = torch.zeros(samples[i].own_tokens, dtype=torch.bool)
             marked[i] = dataclasses.replace(samples[i], selected=none)
         total = 0
         for i, entropy, mask in zip(counted, entropies, masks, strict=True):

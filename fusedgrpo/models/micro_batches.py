@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fusedgrpo.models.packed_batch import Ids, Layout
+from fusedgrpo.models.packed_batch import Ids, Layout, Pair
 
-Pair = tuple[Ids, Ids]  # prompt ids, completion ids
+# Whatever is given or scored, all of a completion is forwarded.
+Pairs = Sequence[tuple[Ids, Ids] | Pair]
 
 
 class _Part(NamedTuple):
@@ -24,7 +25,7 @@ class _Part(NamedTuple):
 
 
 def micro_batches(
-    pairs: Sequence[Pair], max_tokens: int, layout: Layout, *, whole: bool = False
+    pairs: Pairs, max_tokens: int, layout: Layout, *, whole: bool = False
 ) -> list[list[int]]:
     """Indices of ``pairs`` in batches of at most ``max_tokens`` tokens as forwarded in ``layout``,
     or of a single pair where it alone has more.
@@ -48,20 +49,20 @@ def micro_batches(
     return [sorted(batch.members) for batch in batches]
 
 
-def longest(pairs: Sequence[Pair], *, whole: bool = False) -> int:
+def longest(pairs: Pairs, *, whole: bool = False) -> int:
     """Tokens of the largest batch that cannot be cut: a single pair."""
-    return max((len(p) + _forwarded(c, whole) for p, c in pairs), default=0)
+    return max((len(p) + _forwarded(c, whole) for p, c, *_ in pairs), default=0)
 
 
-def shares(pairs: Sequence[Pair], count: int) -> list[range]:
+def shares(pairs: Pairs, count: int) -> list[range]:
     """``pairs`` cut into ``count`` runs of about the same number of tokens, some perhaps empty.
 
     Prompts count as shared evenly by their completions; one that is cut is forwarded twice.
     """
     copies: dict[tuple[int, ...], int] = {}
-    for prompt, _ in pairs:
+    for prompt, *_ in pairs:
         copies[tuple(prompt)] = copies.get(tuple(prompt), 0) + 1
-    tokens = [len(c) + len(p) / copies[tuple(p)] for p, c in pairs]
+    tokens = [len(c) + len(p) / copies[tuple(p)] for p, c, *_ in pairs]
     total = math.fsum(tokens)
     sizes = [0] * count
     before = 0.0
@@ -72,12 +73,12 @@ def shares(pairs: Sequence[Pair], count: int) -> list[range]:
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def forwarded_tokens(pairs: Sequence[Pair], layout: Layout, *, whole: bool = False) -> int:
+def forwarded_tokens(pairs: Pairs, layout: Layout, *, whole: bool = False) -> int:
     """Tokens that one batch of ``pairs`` puts through the model, padding included."""
     if layout == "rows":
         return len(pairs) * longest(pairs, whole=whole)
-    prompts = {tuple(p) for p, _ in pairs} if layout == "shared" else [p for p, _ in pairs]
-    return sum(map(len, prompts)) + sum(_forwarded(c, whole) for _, c in pairs)
+    prompts = {tuple(p) for p, *_ in pairs} if layout == "shared" else [p for p, *_ in pairs]
+    return sum(map(len, prompts)) + sum(_forwarded(c, whole) for _, c, *_ in pairs)
 
 
 def _forwarded(completion: Ids, whole: bool) -> int:
@@ -85,12 +86,12 @@ def _forwarded(completion: Ids, whole: bool) -> int:
     return len(completion) if whole else max(len(completion) - 1, 0)
 
 
-def _parts(pairs: Sequence[Pair], max_tokens: int, layout: Layout, whole: bool) -> list[_Part]:
+def _parts(pairs: Pairs, max_tokens: int, layout: Layout, whole: bool) -> list[_Part]:
     """Groups of one prompt, cut where they exceed the budget; single pairs if none is shared."""
     if layout == "packed":
-        return [_Part(len(p) + _forwarded(c, whole), [i]) for i, (p, c) in enumerate(pairs)]
+        return [_Part(len(p) + _forwarded(c, whole), [i]) for i, (p, c, *_) in enumerate(pairs)]
     groups: dict[tuple[int, ...], list[int]] = {}
-    for i, (prompt, _) in enumerate(pairs):
+    for i, (prompt, *_) in enumerate(pairs):
         groups.setdefault(tuple(prompt), []).append(i)
     parts: list[_Part] = []
     for prompt, members in groups.items():
@@ -108,9 +109,9 @@ def _parts(pairs: Sequence[Pair], max_tokens: int, layout: Layout, whole: bool) 
     return parts
 
 
-def _rows(pairs: Sequence[Pair], max_tokens: int, whole: bool) -> list[list[int]]:
+def _rows(pairs: Pairs, max_tokens: int, whole: bool) -> list[list[int]]:
     """Longest first, so that rows of one batch are nearly alike."""
-    lengths = [len(prompt) + _forwarded(completion, whole) for prompt, completion in pairs]
+    lengths = [len(prompt) + _forwarded(completion, whole) for prompt, completion, *_ in pairs]
     batches: list[list[int]] = []
     width = 0
     for index in sorted(range(len(pairs)), key=lambda i: -lengths[i]):

@@ -1,19 +1,38 @@
 """Prompts and completions laid end to end: what one forward pass sees.
 
-T tokens of a batch, N scored tokens (all completion tokens), B completions.
+T tokens of a batch, N scored tokens (those of completions that the policy wrote), B completions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Ids = Sequence[int]
+# Half-open ranges of a completion's tokens.
+Spans = Sequence[tuple[int, int]]
+
+
+class Pair(NamedTuple):
+    """prompt, completion: token ids. given: the parts of the completion that the policy did not
+    write, such as answers of tools: they are read, and not scored."""
+
+    prompt: Ids
+    completion: Ids
+    given: Spans = ()
+
+
+def own_places(length: int, given: Spans) -> list[int]:
+    """The places of ``length`` tokens that are in none of the ``given`` spans."""
+    if not given:
+        return list(range(length))
+    inside = {place for start, stop in given for place in range(start, stop)}
+    return [place for place in range(length) if place not in inside]
+
 
 # How a batch goes through the model, from the least work to the most compatible:
 # each prompt once for all its completions; each completion after a prompt of its own; the same,
@@ -59,19 +78,20 @@ class PackedBatch:
     @classmethod
     def build(
         cls,
-        pairs: Sequence[tuple[Ids, Ids]],
+        pairs: Sequence[tuple[Ids, Ids] | Pair],
         device: torch.device | str,
         layout: Layout = "shared",
         *,
         whole: bool = False,
         counted: Sequence[bool] | None = None,
     ) -> PackedBatch:
-        """Pack ``(prompt ids, completion ids)`` pairs. Every prompt needs a token.
+        """Pack prompts with their completions. Every prompt needs a token.
 
         Prompts that are equal are one prompt in layout ``"shared"``, wherever their pairs stand.
         counted: the completions whose tokens have copies, by default all.
         """
-        if any(not prompt for prompt, _ in pairs):
+        pairs = [Pair(*pair) for pair in pairs]
+        if any(not pair.prompt for pair in pairs):
             raise ValueError("A prompt without tokens has nothing to predict from.")
         ids: list[int] = []
         positions: list[int] = []
@@ -89,7 +109,7 @@ class PackedBatch:
             if layout == "shared":
                 segments.append(Segment(start, len(prompt)))
             for i in members:
-                forwarded = pairs[i][1] if whole else pairs[i][1][:-1]
+                forwarded = pairs[i].completion if whole else pairs[i].completion[:-1]
                 last[i], first[i] = start + len(prompt) - 1, len(ids)
                 ids.extend(forwarded)
                 positions.extend(range(len(prompt), len(prompt) + len(forwarded)))
@@ -100,10 +120,13 @@ class PackedBatch:
                     segments.append(Segment(first[i], len(forwarded), start, len(prompt)))
 
         predictors: list[int] = []
-        for i, (_, completion) in enumerate(pairs):
-            if completion:
-                predictors.append(last[i])
-                predictors.extend(range(first[i], first[i] + len(completion) - 1))
+        targets: list[int] = []
+        ends = [0]
+        for i, (_, completion, given) in enumerate(pairs):
+            own = own_places(len(completion), given)
+            predictors.extend(first[i] + place - 1 if place else last[i] for place in own)
+            targets.extend(completion[place] for place in own)
+            ends.append(len(targets))
 
         def on_device(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -111,9 +134,9 @@ class PackedBatch:
         return cls(
             input_ids=on_device(ids),
             position_ids=on_device(positions),
-            targets=on_device([token for _, completion in pairs for token in completion]),
+            targets=on_device(targets),
             predictors=on_device(predictors),
-            cu_completions=on_device([0, *accumulate(len(c) for _, c in pairs)]),
+            cu_completions=on_device(ends),
             segments=tuple(segments),
             layout=layout,
             copies=on_device(copies) if whole else None,
@@ -135,11 +158,11 @@ class PackedBatch:
         return len(self.input_ids)
 
 
-def _families(pairs: Sequence[tuple[Ids, Ids]], layout: Layout) -> list[tuple[Ids, list[int]]]:
+def _families(pairs: Sequence[Pair], layout: Layout) -> list[tuple[Ids, list[int]]]:
     """Prompts with the pairs that share them; one pair each where prompts are not shared."""
     if layout != "shared":
-        return [(prompt, [i]) for i, (prompt, _) in enumerate(pairs)]
+        return [(pair.prompt, [i]) for i, pair in enumerate(pairs)]
     families: dict[tuple[int, ...], list[int]] = {}
-    for i, (prompt, _) in enumerate(pairs):
-        families.setdefault(tuple(prompt), []).append(i)
+    for i, pair in enumerate(pairs):
+        families.setdefault(tuple(pair.prompt), []).append(i)
     return list(families.items())

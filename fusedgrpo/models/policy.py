@@ -22,7 +22,7 @@ from fusedgrpo.models.dropout import as_it_samples, own_dropout, switched_off
 from fusedgrpo.models.four_bit import keep_differentiable
 from fusedgrpo.models.head import Head, find_head, head_layer, vocabulary_size
 from fusedgrpo.models.loading import policy_parts
-from fusedgrpo.models.packed_batch import Ids, Layout, PackedBatch
+from fusedgrpo.models.packed_batch import Ids, Layout, PackedBatch, Pair
 from fusedgrpo.models.packing_probe import SharedPrompt, choose_layout
 from fusedgrpo.models.router import RouterLoss, RouterSums
 from fusedgrpo.models.softcap import keep_softcap
@@ -164,9 +164,9 @@ class Policy:
         return self.router is not None
 
     def pack(
-        self, pairs: Sequence[tuple[Ids, Ids]], counted: Sequence[bool] | None = None
+        self, pairs: Sequence[tuple[Ids, Ids] | Pair], counted: Sequence[bool] | None = None
     ) -> PackedBatch:
-        """``(prompt ids, completion ids)`` pairs in the policy's layout, on its device; see
+        """Prompts and completions in the policy's layout, on its device; see
         ``PackedBatch.build``."""
         return PackedBatch.build(pairs, self.device, self.layout, whole=self.whole, counted=counted)
 

@@ -17,9 +17,12 @@ from torch import Tensor
 from fusedgrpo.models.cached_attention import PromptPlan, TokenPlan
 from fusedgrpo.models.decode_graphs import StepGraphs
 from fusedgrpo.models.decode_step import DecodeStep, Said
-from fusedgrpo.models.kv_cache import PAGE, PagedCache, slots_of
+from fusedgrpo.models.kv_cache import PAGE, PagedCache, pages_of, slots_of
 from fusedgrpo.models.packed_batch import Segment
 from fusedgrpo.models.policy import Policy
+
+# Tokens that are read at once after what their rows have.
+READ_TOGETHER = 128
 
 
 @dataclass(eq=False, slots=True)
@@ -146,6 +149,68 @@ class RaggedDecoder:
             row.said += 1
         return Said(*result)
 
+    def extend(self, rows: Sequence[tuple[Row, int, Sequence[int]]]) -> Said:
+        """The tokens of ``rows`` after more that they were given: each with how many tokens its
+        completion has now, and the last of these, which are read. Rows of one prompt are
+        adjacent.
+
+        A token that is read is a row of a step: it sees what is before it because its length says
+        so, in whatever steps the tokens of a row are read.
+        """
+        asked: list[tuple[Row, int, int]] = []  # row, which token of its completion, token
+        for row, tokens, ids in rows:
+            row.said = tokens
+            self._make_room(row)
+            first = tokens - len(ids)
+            asked += [(row, first + i, token) for i, token in enumerate(ids)]
+        at = [tokens for _, tokens, _ in rows]
+        ends = dict.fromkeys(((row, tokens - 1) for row, tokens, _ in rows))
+        states: dict[tuple[Row, int], Tensor] = {}
+        for start in range(0, len(asked), READ_TOGETHER):
+            part = asked[start : start + READ_TOGETHER]
+            hidden = self._read_after(part)
+            for i, (row, token, _) in enumerate(part):
+                if (row, token) in ends:
+                    states[row, token] = hidden[i]
+        numbers = [
+            [row.place, len(row.prompt.ids) + tokens - 1, row.seed] for row, tokens, _ in rows
+        ]
+        places, positions, seeds = self._index(numbers).T
+        seen = self._seen(places)
+        result = self.choose(
+            torch.stack([states[end] for end in ends]), seeds, self._index(at), seen
+        )
+        self._note(result[0], places, positions)
+        for row, _, _ in rows:
+            row.said += 1
+        return Said(*result)
+
+    def _read_after(self, asked: Sequence[tuple[Row, int, int]]) -> Tensor:
+        """``[M, H]``: the states of tokens that are read after what their rows have."""
+        rows = [row for row, _, _ in asked]
+        prompt_pages, prompt_lengths, cu_rows, places, _ = self._grouped(rows)
+        numbers: list[int] = []
+        for row, token, _ in asked:
+            slot = row.pages[token // PAGE] * PAGE + token % PAGE
+            numbers += (len(row.prompt.ids) + token, slot, token + 1)
+        self._flush_pages(self._index([n for pair in self._new_pages for n in pair]))
+        positions, slots, lengths = self._index(numbers).view(-1, 3).unbind(1)
+        ids = self._index([token for _, _, token in asked])
+        if self._history is not None:
+            self._history.index_put_((places, positions), ids)
+        plan = TokenPlan(
+            cache=self.cache,
+            slots=slots,
+            prompt_pages=prompt_pages,
+            prompt_lengths=prompt_lengths,
+            cu_rows=cu_rows,
+            own_pages=self._table.index_select(0, places)[
+                :, : pages_of(max(token for _, token, _ in asked) + 1)
+            ],
+            own_lengths=lengths.int(),
+        )
+        return self._forward(ids, positions, plan)
+
     def blank(self, rows: int) -> DecodeStep:
         """A step of so many rows that nobody has: each reads and writes the spare page alone."""
 
@@ -194,10 +259,7 @@ class RaggedDecoder:
             numbers += pair
         found = self._index(numbers)
         positions, slots, said = found[: 3 * len(rows)].view(-1, 3).unbind(1)
-        if self._new_pages:
-            at, page = found[3 * len(rows) :].view(-1, 2).unbind(1)
-            self._table.view(-1).index_copy_(0, at, page.int())
-            self._new_pages = []
+        self._flush_pages(found[3 * len(rows) :])
         return DecodeStep(
             places=places,
             seeds=seeds,
@@ -210,6 +272,13 @@ class RaggedDecoder:
             cu_rows=cu_rows,
             pages=longest // PAGE + 1,
         )
+
+    def _flush_pages(self, found: Tensor) -> None:
+        """Write the new pages into the table, ``found`` as where and which of each in turn."""
+        if self._new_pages:
+            at, page = found.view(-1, 2).unbind(1)
+            self._table.view(-1).index_copy_(0, at, page.int())
+            self._new_pages = []
 
     def _grouped(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
         """``prompt_pages``, ``prompt_lengths`` and ``cu_rows`` of ``decode_attention``; the rows'

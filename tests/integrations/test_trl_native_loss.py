@@ -45,6 +45,13 @@ CASES = {
                  "top_entropy_quantile": 0.55},
     "adaptive, enough": {"entropy_coef": 0.05, "use_adaptive_entropy": True,
                          "entropy_target": 0.5, "advantages": "some zero"},
+    **{f"tools, {loss}": {"tools": True, "loss_type": loss, "beta": 0.1, "entropy_coef": 0.05,
+                          "num_iterations": 2, "advantages": "some zero"}
+       for loss in ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")},
+    "tools, sequence level": {"tools": True, "importance_sampling_level": "sequence",
+                              "off_policy_mask_threshold": 0.1, "num_iterations": 2,
+                              "top_entropy_quantile": 0.6},
+    "tools, truncated": {"tools": True, "mask_truncated_completions": True, "loss_type": "grpo"},
 }  # fmt: skip
 
 
@@ -55,14 +62,17 @@ def stock(tmp_path_factory):
 
 def samples_of(inputs):
     """The rows of a batch of TRL's as samples; what is masked out of a row makes it one that is not
-    in the loss."""
+    in the loss, and what tools have said is given."""
     samples = []
     for i, mask in enumerate(inputs["completion_mask"].bool()):
         inside = bool(mask.any())
         keep = mask if inside else torch.tensor([True] + [False] * (len(mask) - 1))
         prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()]
+        wrote = inputs["tool_mask"][i].bool() if "tool_mask" in inputs else torch.ones_like(keep)
+        given = [(t, t + 1) for t, own in enumerate(wrote[keep].tolist()) if not own]
+        own = keep & wrote
         optional = {
-            name: inputs[theirs][i][keep]
+            name: inputs[theirs][i][own]
             for name, theirs in (("old_logp", "old_per_token_logps"),
                                  ("ref_logp", "ref_per_token_logps"))
             if theirs in inputs
@@ -73,6 +83,7 @@ def samples_of(inputs):
                 completion_ids=tuple(inputs["completion_ids"][i][keep].tolist()),
                 advantage=float(inputs["advantages"][i]),
                 in_loss=inside,
+                given=tuple(given),
                 **optional,
             )
         )
@@ -96,6 +107,7 @@ def learner_of(stock, settings, tokens):
         LossOptions(
             loss_type=settings.get("loss_type", "dapo"),
             beta=settings.get("beta", 0.0),
+            max_completion_length=stock.max_completion_length,
             importance_sampling_level=settings.get("importance_sampling_level", "token"),
         ),
         max_grad_norm=0.0,

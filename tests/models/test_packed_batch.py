@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedgrpo.models.packed_batch import PackedBatch, Segment
+from fusedgrpo.models.packed_batch import PackedBatch, Pair, Segment
 
 TOKENS = st.integers(0, 99)
 PROMPTS = st.sampled_from([[7], [1, 2, 3], [4, 5, 6, 7, 8]])
@@ -38,6 +38,30 @@ def test_each_token_is_predicted_from_all_that_came_before_it(pairs: list, layou
         rows = slice(scored[i], scored[i + 1])
         assert packed.targets[rows].tolist() == completion
         for k, place in enumerate(packed.predictors[rows].tolist()):
+            assert sequence(packed, place) == prompt + completion[:k]
+
+
+@given(PAIRS, LAYOUTS, st.booleans(), st.data())
+@settings(max_examples=80, deadline=None)
+def test_what_was_given_is_seen_and_not_scored(
+    pairs: list, layout: str, whole: bool, data: st.DataObject
+) -> None:
+    conversations = []
+    for prompt, completion in pairs:
+        borders = st.lists(st.integers(0, len(completion)), max_size=4, unique=True)
+        cut = sorted(data.draw(borders))
+        spans = list(zip(cut[::2], cut[1::2], strict=False))
+        conversations.append(Pair(prompt, completion, spans))
+    packed = PackedBatch.build(conversations, "cpu", layout, whole=whole)  # type: ignore[arg-type]
+    plain = PackedBatch.build(pairs, "cpu", layout, whole=whole)  # type: ignore[arg-type]
+    assert packed.input_ids.tolist() == plain.input_ids.tolist()
+    assert packed.segments == plain.segments
+    scored = packed.cu_completions.tolist()
+    for i, (prompt, completion, spans) in enumerate(conversations):
+        own = [k for k in range(len(completion)) if not any(a <= k < b for a, b in spans)]
+        rows = slice(scored[i], scored[i + 1])
+        assert packed.targets[rows].tolist() == [completion[k] for k in own]
+        for k, place in zip(own, packed.predictors[rows].tolist(), strict=True):
             assert sequence(packed, place) == prompt + completion[:k]
 
 

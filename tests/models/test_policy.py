@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from fusedgrpo.models.packed_batch import PackedBatch
+from fusedgrpo.models.packed_batch import Layout, PackedBatch, Pair
 from fusedgrpo.models.policy import Policy
 
 # Ragged: one-token prompt, one-token completion, an empty one, longer than any sliding window.
@@ -58,6 +58,43 @@ def test_logprobs_and_gradients_are_those_of_the_models_own_logits(
         want = expected_grads[name]
         assert want is not None and parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "rows"])
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma2", "Mistral"])
+def test_a_conversation_is_that_of_one_forward_pass(family: str, layout: Layout) -> None:
+    """Of several turns: log-probs and gradients of what the policy wrote, and of nothing else."""
+    model = tiny.model(family)
+    policy = Policy(model, temperature=0.7)
+    conversations = [
+        Pair([5, 6, 7], [8, 9, 1, 20, 21, 22, 23, 11, 12, 1, 30, 13, 1], ((3, 7), (10, 11))),
+        Pair([5, 6, 7], [31, 32, 14, 1], ((0, 2),)),
+        Pair([15], [16, 1, 33], ((2, 3),)),
+    ]
+    packed = PackedBatch.build(conversations, "cpu", layout)
+    direction = torch.randn(len(packed.targets))
+
+    expected = []
+    for prompt, completion, given in conversations:
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0] / 0.7
+        logp = logits.float().log_softmax(-1)
+        inside = {t for start, stop in given for t in range(start, stop)}
+        expected += [
+            logp[len(prompt) + t - 1, token]
+            for t, token in enumerate(completion)
+            if t not in inside
+        ]
+    (torch.stack(expected) * direction).sum().backward()
+    expected_grads = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    logp = policy.logprobs(packed).logp
+    (logp * direction).sum().backward()
+
+    torch.testing.assert_close(logp, torch.stack(expected), rtol=0, atol=5e-6)
+    for name, parameter in model.named_parameters():
+        want = expected_grads[name]
+        assert want is not None and parameter.grad is not None, name
+        assert (parameter.grad - want).norm() <= 1e-5 * want.norm(), name
 
 
 def test_a_head_with_a_bias() -> None:

@@ -22,8 +22,8 @@ from fusedgrpo.engine.rollout.types import Completion, Group, Rollout
 @dataclass(slots=True)
 class RolloutBuffer:
     """rollout: B completions. advantages: ``[B]`` float32. old_logp, ref_logp, sampler_weight:
-    ``[N]`` float32 over all completion tokens, flat order, or None; log-probs are NaN for
-    completions that no gradient needs them of. rewards: ``[B]`` float32, the weighted sums, or
+    ``[N]`` float32 over all tokens that the policy wrote, flat order, or None; log-probs are NaN
+    for completions that no gradient needs them of. rewards: ``[B]`` float32, the weighted sums, or
     None. numbers: of its groups among all that were sampled for it, None where they are all.
     metrics: of the rollout, repeated on each of its steps. done: optimizer steps taken so far. All
     tensors on the CPU.
@@ -57,7 +57,7 @@ class RolloutBuffer:
         for index, (group_id, completion) in enumerate(
             zip(self.rollout.group_ids, self.rollout.completions(), strict=True)
         ):
-            rows = slice(token, token + len(completion.ids))
+            rows = slice(token, token + completion.own_tokens)
             token = rows.stop
             if group_id not in chosen:
                 continue
@@ -74,6 +74,7 @@ class RolloutBuffer:
                     sampler_weight=None
                     if self.sampler_weight is None
                     else self.sampler_weight[rows],
+                    given=completion.given,
                 )
             )
         return samples, places
@@ -110,7 +111,7 @@ class RolloutBuffer:
         """The data row of the completion that has this token of ``[N]``."""
         end = 0
         for group in self.rollout.groups:
-            end += sum(len(completion.ids) for completion in group.completions)
+            end += sum(completion.own_tokens for completion in group.completions)
             if token < end:
                 return group.row
         raise IndexError(f"token {token} of {end}")
@@ -134,7 +135,15 @@ class RolloutBuffer:
                     "row": group.row,
                     "prompt_ids": group.prompt_ids,
                     "completions": [
-                        {"ids": c.ids, "text": c.text, "finish_reason": c.finish_reason}
+                        {
+                            "ids": c.ids,
+                            "text": c.text,
+                            "finish_reason": c.finish_reason,
+                            "given": c.given,
+                            "messages": c.messages,
+                            "calls": c.calls,
+                            "failures": c.failures,
+                        }
                         for c in group.completions
                     ],
                 }
@@ -154,10 +163,20 @@ class RolloutBuffer:
         for group in values["groups"]:
             completions = []
             for c in group["completions"]:
-                rows = slice(token, token + len(c["ids"]))
+                messages = c.get("messages")
+                whole = Completion(
+                    tuple(c["ids"]),
+                    c["text"],
+                    c["finish_reason"],
+                    given=tuple((start, stop) for start, stop in c.get("given", ())),
+                    messages=None if messages is None else tuple(messages),
+                    calls=c.get("calls", 0),
+                    failures=c.get("failures", 0),
+                )
+                rows = slice(token, token + whole.own_tokens)
                 token = rows.stop
                 own = logp[rows].clone() if next(has_logp) else None
-                completions.append(Completion(tuple(c["ids"]), c["text"], c["finish_reason"], own))
+                completions.append(dataclasses.replace(whole, logp=own))
             groups.append(Group(group["row"], tuple(group["prompt_ids"]), tuple(completions)))
         return cls(
             rollout=Rollout(tuple(groups)),
@@ -176,5 +195,7 @@ class RolloutBuffer:
 
 def sampler_logp(completions: Sequence[Completion]) -> Tensor:
     """``[N]`` float32 of all completions end to end, NaN where the sampler did not say."""
-    parts = [torch.full((len(c.ids),), math.nan) if c.logp is None else c.logp for c in completions]
+    parts = [
+        torch.full((c.own_tokens,), math.nan) if c.logp is None else c.logp for c in completions
+    ]
     return torch.cat(parts) if parts else torch.zeros(0)

@@ -72,14 +72,30 @@ def _of_completion(completion: Any, limit: int, vocabulary: int) -> Iterator[str
         yield f"has finish_reason {completion.finish_reason!r}, expected {expected}"
     if not isinstance(completion.text, str):
         yield f"has a text that is {_kind(completion.text)}"
+    yield from _of_given(completion.given, len(ids))
     if logp is None:
         return
+    own = completion.own_tokens
     if not isinstance(logp, torch.Tensor):
         yield f"has logp that is {_kind(logp)}, expected a float32 tensor or None"
-    if logp.dtype != torch.float32 or logp.shape != (len(ids),) or logp.device.type != "cpu":
+    if logp.dtype != torch.float32 or logp.shape != (own,) or logp.device.type != "cpu":
         yield (
             f"has logp {str(logp.dtype).removeprefix('torch.')} {list(logp.shape)} on "
-            f"{logp.device.type}, expected float32 [{len(ids)}] on cpu"
+            f"{logp.device.type}, expected float32 [{own}] on cpu"
+        )
+
+
+def _of_given(given: Any, tokens: int) -> Iterator[str]:
+    if not isinstance(given, tuple) or not all(
+        isinstance(span, tuple) and set(map(type, span)) == {int} and len(span) == 2
+        for span in given
+    ):
+        yield f"has given that is no tuple of pairs of int: {brief(given)}"
+    borders = [border for span in given for border in span]
+    if borders != sorted(set(borders)) or (borders and not 0 <= borders[0] < borders[-1] <= tokens):
+        yield (
+            f"has given {brief(given)}, expected spans (start, stop) that are apart, ascending and "
+            f"inside of its {tokens} tokens"
         )
 
 

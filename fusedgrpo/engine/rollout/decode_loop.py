@@ -2,6 +2,9 @@
 
 On a GPU the host stays a step behind: it launches the next step before it has read the tokens of
 the last one. A sequence that has ended by then is decoded once more, and that token is dropped.
+
+A sequence whose turn ends with a question to somebody else waits, with its keys and values and its
+place, while the others go on; the answer is read after what it has said, and it goes on as well.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from fusedgrpo.engine.rollout.scheduler import Asked, Live, Scheduler, SeedOf, pages_needed
+from fusedgrpo.engine.rollout.turns import Place, Turns
 from fusedgrpo.models.decode_graphs import StepGraphs
 from fusedgrpo.models.decode_step import Said
 from fusedgrpo.models.policy import Policy
@@ -73,6 +77,8 @@ class _Decoding:
         watcher: Watcher,
         ended: Callable[[Sequence[int]], bool] | None = None,
         allowed: Callable[[], int] | None = None,
+        turns: Turns | None = None,
+        first: int = 0,
     ):
         lengths = [len(group.ids) for group in asked]
         rows = min(limits.rows, sum(len(group.samples) for group in asked))
@@ -85,7 +91,11 @@ class _Decoding:
         self.ends = ends
         self.watcher = watcher
         self.ended = ended
-        self.launched: deque[tuple[list[Live], Said]] = deque()
+        self.turns = turns
+        self.first = first
+        self.waiting: dict[Place, Live] = {}
+        # With the turns of those rows when it was launched.
+        self.launched: deque[tuple[list[tuple[Live, int]], Said]] = deque()
 
     def admit(self) -> bool:
         """Let completions enter, and launch their first tokens."""
@@ -93,14 +103,43 @@ class _Decoding:
         for batch in _batches(unread, self.limits.prompt_tokens):
             self.decoder.read(batch)
         if new:
-            self.launched.append((new, self.decoder.first([live.row for live in new])))
+            if self.turns is not None:
+                for live in new:
+                    self.turns.begin(self._place(live))
+            self._launched(new, self.decoder.first([live.row for live in new]))
         return bool(new)
+
+    def go_on(self) -> Iterator[Live]:
+        """Launch the first tokens after the answers that have come, waiting for one where there is
+        nothing else to do; yields the completions that are over without."""
+        if self.turns is None or not self.waiting:
+            return
+        idle = not self.launched and not self.scheduler.live
+        going: list[tuple[Live, Sequence[int]]] = []
+        for place, answer in self.turns.answers(wait=idle):
+            live = self.waiting.pop(place)
+            live.waits = False
+            if answer is None:
+                self.scheduler.finish(live)
+                yield live
+                continue
+            going.append((live, [live.ids[-1], *answer]))
+            live.given.append((len(live.ids), len(live.ids) + len(answer)))
+            live.ids += answer
+        if going:
+            going.sort(key=lambda each: self._place(each[0]))  # rows of one prompt side by side
+            # One of the last launch may have said a word too many.
+            said = self.decoder.extend([(live.row, len(live.ids), new) for live, new in going])
+            self._launched([live for live, _ in going], said)
+
+    def _launched(self, rows: Sequence[Live], said: Said) -> None:
+        self.launched.append(([(live, live.turn) for live in rows], said))
 
     def step(self) -> bool:
         """Launch the next token of all that are not known to have ended."""
         going = [live for live in self.scheduler.live if live.row.said < self.limits.most]
         if going:
-            self.launched.append((going, self.decoder.next([live.row for live in going])))
+            self._launched(going, self.decoder.next([live.row for live in going]))
         return bool(going)
 
     def settle(self, behind: int) -> Iterator[Live]:
@@ -109,13 +148,19 @@ class _Decoding:
             rows, said = self.launched.popleft()
             ended = []
             tokens = 0
-            for live, token, logp in zip(rows, *said.read(), strict=True):
-                if live.finished:  # it was not known to have ended when this was launched
+            for (live, turn), token, logp in zip(rows, *said.read(), strict=True):
+                # It was not known to have ended when this was launched.
+                if live.finished or live.turn != turn:
                     continue
                 live.ids.append(token)
                 live.logp.append(logp)
                 tokens += 1
-                if self._has_ended(live):
+                if not self._has_ended(live):
+                    continue
+                if self._asks(live):
+                    live.waits, live.turn = True, live.turn + 1
+                    self.waiting[self._place(live)] = live
+                else:
                     self.scheduler.finish(live)
                     ended.append(live)
             yield from ended
@@ -124,8 +169,17 @@ class _Decoding:
     def _has_ended(self, live: Live) -> bool:
         if live.ids[-1] in self.ends:
             return True
-        live.stopped = self.ended is not None and self.ended(live.ids)
+        live.stopped = self.ended is not None and self.ended(live.turn_ids)
         return live.stopped or len(live.ids) == self.limits.most
+
+    def _asks(self, live: Live) -> bool:
+        """Whether an answer comes, and there is room for one."""
+        if self.turns is None or len(live.ids) == self.limits.most:
+            return False
+        return self.turns.ended(self._place(live), live.ids)
+
+    def _place(self, live: Live) -> Place:
+        return self.first + live.asked.index, live.sample
 
 
 @torch.no_grad()
@@ -142,9 +196,12 @@ def decode(
     watcher: Watcher | None = None,
     ended: Callable[[Sequence[int]], bool] | None = None,
     allowed: Callable[[], int] | None = None,
+    turns: Turns | None = None,
+    first: int = 0,
 ) -> Iterator[Live]:
     """Yields each completion as it ends: with a token of ``ends``, ``limits.most`` tokens, or where
-    ``ended`` says so of its tokens.
+    ``ended`` says so of the tokens of its turn. turns: answers the policy, which then goes on;
+    first: the place of the first prompt to it.
 
     samples: for some of the ``prompts``, by their place, which completions. seed_of: the seed of a
     completion's noise. allowed: how many of ``samples`` may have begun, None for all of them; it
@@ -156,10 +213,17 @@ def decode(
     if not asked:
         return
     with policy.scoring(), policy.autocast(), how.weights():
-        loop = _Decoding(policy, asked, limits, choose, seed_of, ends, how, watcher, ended, allowed)
+        loop = _Decoding(
+            *(policy, asked, limits, choose, seed_of, ends, how, watcher, ended, allowed),
+            turns=turns,
+            first=first,
+        )
         while loop.scheduler.busy:
             watcher.check_interrupt()
             launched = loop.admit()
+            before = len(loop.launched)
+            yield from loop.go_on()
+            launched |= len(loop.launched) > before
             yield from loop.settle(how.behind)
             launched |= loop.step()
             yield from loop.settle(how.behind if launched else 0)

@@ -20,6 +20,7 @@ from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.scheduler import Live
 from fusedgrpo.engine.rollout.stop_texts import StopTexts
+from fusedgrpo.engine.rollout.turns import Turns, of_turns
 from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.errors import ConfigError, ModelError
@@ -85,7 +86,23 @@ class DecoderSampler(Sampler):
     ) -> list[Group]:
         """See ``Sampler``. Deterministic in (weights, prompt, seed, position of the prompt)."""
         wanted = len(prompt_ids)
-        return self._sample(prompt_ids, n, params, seed, rows, first, wanted, lambda i, group: True)
+        return self._sample(prompt_ids, n, params, seed, rows, first, wanted, _teaches)
+
+    def sample_turns(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        turns: Turns,
+        *,
+        rows: Sequence[int] | None = None,
+        first: int = 0,
+    ) -> list[Group]:
+        """See ``Sampler``. A completion waits for its answer beside those that go on, and keeps
+        what was computed."""
+        wanted = len(prompt_ids)
+        return self._sample(prompt_ids, n, params, seed, rows, first, wanted, _teaches, turns)
 
     def sample_until(
         self,
@@ -97,10 +114,11 @@ class DecoderSampler(Sampler):
         wanted: int,
         teaches: Callable[[int, Group], bool],
         rows: Sequence[int] | None = None,
+        turns: Turns | None = None,
     ) -> list[Group]:
         """See ``Sampler``. When a group is whole and teaches nothing, the next prompt enters beside
         the completions that are in flight then."""
-        return self._sample(prompt_ids, n, params, seed, rows, 0, wanted, teaches)
+        return self._sample(prompt_ids, n, params, seed, rows, 0, wanted, teaches, turns)
 
     def _sample(
         self,
@@ -112,6 +130,7 @@ class DecoderSampler(Sampler):
         first: int,
         wanted: int,
         teaches: Callable[[int, Group], bool],
+        turns: Turns | None = None,
     ) -> list[Group]:
         """``sample_until``, where the first prompt has the position ``first``."""
         rows = range(len(prompt_ids)) if rows is None else rows
@@ -154,9 +173,14 @@ class DecoderSampler(Sampler):
                 watcher=watcher,
                 ended=stops.ended if stops else None,
                 allowed=lambda: wanted + len(in_vain) - behind,
+                turns=turns,
+                first=first,
             ):
                 i = live.asked.index
                 completion = self._completion(live)
+                if turns is not None:
+                    place = first + i, live.sample
+                    completion = of_turns(completion, live.given, place, turns)
                 check_finite(completion, rows[i])
                 done[i, live.sample] = completion
                 if not missing(i):
@@ -203,6 +227,11 @@ class DecoderSampler(Sampler):
         text = self.text(ids, ended=ended)
         reason: FinishReason = "stop" if ended or live.stopped else "length"
         return Completion(ids, text, reason, torch.tensor(live.logp))
+
+
+def _teaches(i: int, group: Group) -> bool:
+    """Where nobody asks."""
+    return True
 
 
 def _autocast_now(device_type: str) -> torch.autocast:

@@ -16,9 +16,10 @@ from fusedgrpo.engine.rollout.types import Rollout
 
 
 def length_metrics(rollout: Rollout) -> dict[str, float]:
-    """Completion lengths in tokens; "clipped" means stopped by the limit, "terminated" by EOS."""
-    lengths = [len(c.ids) for c in rollout.completions()]
-    ended = [len(c.ids) for c in rollout.completions() if c.finish_reason == "stop"]
+    """Lengths of completions in tokens that the policy wrote; "clipped" means stopped by the limit,
+    "terminated" by EOS."""
+    lengths = [c.own_tokens for c in rollout.completions()]
+    ended = [c.own_tokens for c in rollout.completions() if c.finish_reason == "stop"]
     return {
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine.rollout.types import Group
+from fusedgrpo.engine.rollout.turns import Turns, turn_by_turn
+from fusedgrpo.engine.rollout.types import Completion, Group
+from fusedgrpo.engine.seeding import derive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,38 @@ class Sampler(abc.ABC):
         prompt; ``first`` is that of the first prompt, where these are part of a rollout.
         """
 
+    def sample_turns(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        turns: Turns,
+        *,
+        rows: Sequence[int] | None = None,
+        first: int = 0,
+    ) -> list[Group]:
+        """``sample``, where ``turns`` answers the policy, which then goes on, in at most
+        ``params.max_new_tokens`` tokens with all answers. Here all first turns are sampled, then
+        all second ones after their whole conversations, and so on.
+        """
+
+        def further(
+            conversations: Sequence[Sequence[int]], number: int, room: int
+        ) -> list[Completion]:
+            shorter = dataclasses.replace(params, max_new_tokens=room)
+            own = derive(seed, "turn", number)
+            groups = self.sample(conversations, 1, shorter, own, first=first)
+            return [group.completions[0] for group in groups]
+
+        return turn_by_turn(
+            self.sample(prompt_ids, n, params, seed, rows=rows, first=first),
+            further,
+            turns,
+            params.max_new_tokens,
+            first,
+        )
+
     # A static method (settings, *, rows, prompt, longest) -> bytes, where generate's cache of keys
     # and values is not what decoding takes: on the GPU, beyond the weights, for ``rows``
     # completions at once, of prompts of ``prompt`` tokens, ``longest`` tokens with them. settings:
@@ -97,6 +132,7 @@ class Sampler(abc.ABC):
         wanted: int,
         teaches: Callable[[int, Group], bool],
         rows: Sequence[int] | None = None,
+        turns: Turns | None = None,
     ) -> list[Group]:
         """The groups of the first prompts, as many as it takes for ``wanted`` of them to teach
         something, or of all. teaches: asked once of each group, by its place, when it is whole; in

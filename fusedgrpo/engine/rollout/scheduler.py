@@ -30,8 +30,9 @@ class Asked:
 
 @dataclass(eq=False, slots=True)
 class Live:
-    """A completion in flight. ids, logp: of what it has said, as far as it was read. stopped: by a
-    text that it has said."""
+    """A completion in flight. ids: its tokens, as far as they were read; logp: of those that it
+    said. stopped: by a text that it has said. given: the spans of ``ids`` that it was given. turn:
+    the number of its turn. waits: for an answer, and nothing of it is decoded."""
 
     asked: Asked
     sample: int
@@ -40,6 +41,14 @@ class Live:
     logp: list[float] = field(default_factory=list)
     finished: bool = False
     stopped: bool = False
+    given: list[tuple[int, int]] = field(default_factory=list)
+    turn: int = 0
+    waits: bool = False
+
+    @property
+    def turn_ids(self) -> Sequence[int]:
+        """What it has said since it was last given something."""
+        return self.ids[self.given[-1][1] :] if self.given else self.ids
 
 
 def pages_needed(lengths: Sequence[int], rows: int, most: int, at_once: int | None = None) -> int:
@@ -83,8 +92,8 @@ class Scheduler:
 
     @property
     def live(self) -> list[Live]:
-        """All in flight, those of one prompt adjacent."""
-        return [live for group in self.groups for live in group.live]
+        """All that are decoded, those of one prompt adjacent."""
+        return [live for group in self.groups for live in group.live if not live.waits]
 
     @property
     def unstarted(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.turns import Turns
 from fusedgrpo.engine.rollout.types import Group
 
 
@@ -27,18 +29,45 @@ class SharedSampler(Sampler):
         first: int = 0,
     ) -> list[Group]:
         """See ``Sampler``."""
+        return self._shared(self.sampler.sample, prompt_ids, n, params, seed, rows, first)
+
+    def sample_turns(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        turns: Turns,
+        *,
+        rows: Sequence[int] | None = None,
+        first: int = 0,
+    ) -> list[Group]:
+        """See ``Sampler``: each process answers its own completions."""
+        sample = functools.partial(self.sampler.sample_turns, turns=turns)
+        return self._shared(sample, prompt_ids, n, params, seed, rows, first)
+
+    def _shared(
+        self,
+        sample: Callable[..., list[Group]],
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        rows: Sequence[int] | None,
+        first: int,
+    ) -> list[Group]:
         rows = range(len(prompt_ids)) if rows is None else rows
         own = self.processes.share(len(prompt_ids))
         mine = slice(own.start, own.stop)
 
-        def sample() -> list[Group]:
+        def sample_own() -> list[Group]:
             if not own:
                 return []
-            return self.sampler.sample(
+            return sample(
                 prompt_ids[mine], n, params, seed, rows=rows[mine], first=first + own.start
             )
 
-        return [group for part in self.processes.run_everywhere(sample) for group in part]
+        return [group for part in self.processes.run_everywhere(sample_own) for group in part]
 
     def weights_changed(self) -> None:
         self.sampler.weights_changed()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.kernels import LossOptions
+from fusedgrpo.models.packed_batch import Pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,8 @@ class TrainingSample:
 
     in_loss: False leaves its tokens out of the loss and of the token count, as
     ``mask_truncated_completions`` does; it still counts as a sequence. old_logp, ref_logp,
-    sampler_logp, sampler_weight: float32 ``[len(completion_ids)]`` on the CPU, or None where not
-    needed. selected: bool, the tokens that the surrogate is of, or None for all.
+    sampler_logp, sampler_weight: float32 ``[own_tokens]`` on the CPU, or None where not needed.
+    selected: bool, the tokens that the surrogate is of, or None for all. given: see ``Completion``.
     """
 
     prompt_ids: tuple[int, ...]
@@ -30,10 +31,16 @@ class TrainingSample:
     sampler_logp: Tensor | None = None
     sampler_weight: Tensor | None = None
     selected: Tensor | None = None
+    given: tuple[tuple[int, int], ...] = ()
 
     @property
-    def pair(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.prompt_ids, self.completion_ids
+    def pair(self) -> Pair:
+        return Pair(self.prompt_ids, self.completion_ids, self.given)
+
+    @property
+    def own_tokens(self) -> int:
+        """How many tokens of the completion the policy wrote."""
+        return len(self.completion_ids) - sum(stop - start for start, stop in self.given)
 
     @property
     def loss_tokens(self) -> int:
@@ -41,13 +48,13 @@ class TrainingSample:
         if not self.in_loss:
             return 0
         if self.sampler_weight is None:
-            return len(self.completion_ids)
+            return self.own_tokens
         return int(self.sampler_weight.isfinite().sum())
 
     @property
     def dropped_tokens(self) -> int:
         """Tokens that a weight that is not finite took out of the loss."""
-        return len(self.completion_ids) - self.loss_tokens if self.in_loss else 0
+        return self.own_tokens - self.loss_tokens if self.in_loss else 0
 
 
 def has_gradient(
@@ -73,5 +80,5 @@ def concatenated(
 
 def loss_mask(samples: Sequence[TrainingSample], device: torch.device) -> Tensor:
     """``[N]`` bool."""
-    lengths = torch.tensor([len(s.completion_ids) for s in samples])
+    lengths = torch.tensor([s.own_tokens for s in samples])
     return torch.tensor([s.in_loss for s in samples]).repeat_interleave(lengths).to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,18 +15,32 @@ FinishReason = Literal["stop", "length"]
 class Completion:
     """One sampled answer.
 
-    ids: the sampled tokens, the EOS that ended it included.
+    ids: the sampled tokens, the EOS that ended it included, and what was given to the policy
+        between its turns, such as answers of tools.
     text: ``ids`` decoded, without special tokens unless ``skip_special_tokens`` is false.
     finish_reason: ``"stop"`` if an EOS id was sampled, or a stop text was said, ``"length"`` only
         if the limit cut it.
-    logp: float32 ``[len(ids)]``, log-probability under the distribution that was sampled from
+    logp: float32 ``[own_tokens]``, log-probability under the distribution that was sampled from
         (temperature, top-k, ... applied), or None where the sampler does not know it.
+    given: the half-open spans of ``ids`` that the policy did not write, ascending. They carry no
+        loss, and are in no denominator.
+    messages: the conversation that it is, where it has turns: of the assistant and of tools.
+    calls: of tools that were answered; failures: those that were answered with an error.
     """
 
     ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     logp: torch.Tensor | None = None
+    given: tuple[tuple[int, int], ...] = ()
+    messages: tuple[dict[str, Any], ...] | None = None
+    calls: int = 0
+    failures: int = 0
+
+    @property
+    def own_tokens(self) -> int:
+        """How many tokens the policy wrote."""
+        return len(self.ids) - sum(stop - start for start, stop in self.given)
 
 
 @dataclass(frozen=True, slots=True)

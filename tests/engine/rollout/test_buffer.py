@@ -26,9 +26,16 @@ def rollout(groups: int, size: int = 2) -> Rollout:
     return Rollout(tuple(made))
 
 
-def window(groups: int = 3, steps: int = 2, iterations: int = 2, **fields: object) -> RolloutBuffer:
-    sampled = rollout(groups)
-    tokens = sum(len(c.ids) for c in sampled.completions())
+def window(
+    groups: int = 3,
+    steps: int = 2,
+    iterations: int = 2,
+    *,
+    sampled: Rollout | None = None,
+    **fields: object,
+) -> RolloutBuffer:
+    sampled = rollout(groups) if sampled is None else sampled
+    tokens = sum(c.own_tokens for c in sampled.completions())
     return RolloutBuffer(
         sampled,
         torch.randn(2 * groups),
@@ -69,6 +76,33 @@ def test_every_sample_gets_its_own_tokens_and_advantage() -> None:
         assert sample.old_logp is not None and len(sample.old_logp) == len(completion.ids)
 
 
+def conversation() -> Rollout:
+    """Three groups, the second of which has answers of tools in it."""
+    plain = rollout(3)
+    message = {"role": "assistant", "content": "té", "tool_calls": [{"function": {"name": "f"}}]}
+    several = Completion(
+        (7, 8, 9, 10, 11, 12),
+        "text",
+        "stop",
+        torch.randn(3),
+        ((1, 3), (4, 5)),
+        (message, {"role": "tool", "name": "f", "content": "4"}),
+        calls=2,
+        failures=1,
+    )
+    second = Group(101, (4, 5), (several, plain.groups[1].completions[1]))
+    return Rollout((plain.groups[0], second, plain.groups[2]))
+
+
+def test_per_token_values_are_of_the_tokens_that_the_policy_wrote() -> None:
+    w = window(3, 1, sampled=conversation())
+    samples = w.next_samples(mask_truncated=False)
+    assert [len(s.old_logp) for s in samples] == [1, 2, 3, 2, 1, 2]  # type: ignore[arg-type]
+    assert torch.equal(torch.cat([s.old_logp for s in samples]), w.old_logp)  # type: ignore[arg-type]
+    assert samples[2].given == ((1, 3), (4, 5))
+    assert [w.row_at(token) for token in (2, 3, 7, 8)] == [100, 101, 101, 102]
+
+
 def test_some_completions_are_a_window_of_their_own() -> None:
     w = window(3, 2)
     assert [w.indices(part) for part in (0, 1)] == [[0, 1], [2, 3, 4, 5]]
@@ -86,8 +120,12 @@ def test_completions_cut_by_the_limit_leave_the_loss_if_asked() -> None:
     assert [s.in_loss for s in w.next_samples(mask_truncated=True)] == [True, False] * 2
 
 
-def test_a_window_comes_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampled", [rollout(3), conversation()], ids=["plain", "conversation"])
+def test_a_window_comes_back_from_a_checkpoint_bit_for_bit(
+    tmp_path: Path, sampled: Rollout
+) -> None:
     before = window(
+        sampled=sampled,
         sampler_weight=None,
         rewards=torch.arange(6).float(),
         metrics={"reward": 0.1 + 0.2, "kl": math.nan, "n": 3},
@@ -113,6 +151,8 @@ def test_a_window_comes_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> No
             other.text,
             other.finish_reason,
         )
+        assert (one.given, one.messages) == (other.given, other.messages)
+        assert (one.calls, one.failures) == (other.calls, other.failures)
         assert (one.logp is None) == (other.logp is None)
         assert one.logp is None or torch.equal(one.logp, other.logp)
     assert [s.completion_ids for s in after.next_samples(mask_truncated=True)] == [

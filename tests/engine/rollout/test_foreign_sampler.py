@@ -66,8 +66,9 @@ def test_what_is_right_is_passed_on() -> None:
     [
         {"ids": [8, 2]},
         {"ids": (39,) * LIMIT, "logp": None, "finish_reason": "length"},
+        {"ids": (8, 9, 2), "given": ((0, 1),), "logp": torch.zeros(2)},
     ],
-    ids=["a list of ids", "at the limits, without logp"],
+    ids=["a list of ids", "at the limits, without logp", "given tokens"],
 )
 def test_what_is_allowed(changes: dict[str, Any]) -> None:
     groups = foreign(Fixed(with_completion(**changes))).sample(PROMPTS, 2, PARAMS, 0, rows=ROWS)
@@ -93,6 +94,11 @@ def test_what_is_allowed(changes: dict[str, Any]) -> None:
         (with_completion(ids=torch.tensor([8, 2])), r"no tuple of int"),
         (with_completion(finish_reason="eos"), r"finish_reason 'eos', expected 'stop' or 'length'"),
         (with_completion(text=None), r"a text that is a NoneType"),
+        (with_completion(given=[(0, 1)]), r"no tuple of pairs of int"),
+        (with_completion(given=((0, 1, 2),)), r"no tuple of pairs of int"),
+        (with_completion(given=((1, 3),)), r"inside of its 2 tokens"),
+        (with_completion(given=((1, 1),)), r"expected spans"),
+        (with_completion(given=((1, 2),), logp=torch.zeros(2)), r"expected float32 \[1\]"),
         (with_completion(logp=[-1.0, -1.0]), r"logp that is a list"),
         (with_completion(logp=torch.zeros(2).double()), r"logp float64 \[2\] on cpu, expected fl"),
         (with_completion(logp=torch.zeros(3)), r"logp float32 \[3\].*expected float32 \[2\]"),

@@ -11,6 +11,7 @@ from fusedgrpo.engine.rollout.training_sample import (
     loss_mask,
 )
 from fusedgrpo.kernels import LossOptions
+from fusedgrpo.models.packed_batch import Pair
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,18 @@ def test_loss_tokens_are_those_that_the_mask_and_a_finite_weight_leave() -> None
     assert sample(4, in_loss=False).loss_tokens == 0
     assert sample(4, sampler_weight=weight).loss_tokens == 2
     assert sample(4, sampler_weight=weight, in_loss=False).loss_tokens == 0
-    assert sample(2).pair == ((1, 2), (0, 1))
+    assert sample(2).pair == Pair((1, 2), (0, 1))
+
+
+def test_what_was_given_is_in_no_count() -> None:
+    weight = torch.tensor([1.0, torch.nan, 0.0])
+    given = ((1, 2), (4, 6))
+    assert sample(6, given=given).own_tokens == sample(6, given=given).loss_tokens == 3
+    assert sample(6, given=given, sampler_weight=weight).loss_tokens == 2
+    assert sample(6, given=given, sampler_weight=weight).dropped_tokens == 1
+    assert sample(6, given=((0, 6),)).loss_tokens == 0
+    assert sample(2, given=((0, 1),)).pair == Pair((1, 2), (0, 1), ((0, 1),))
+    assert len(loss_mask([sample(6, given=given), sample(2)], CPU)) == 5
 
 
 def test_the_mask_covers_whole_completions() -> None:
