@@ -41,6 +41,10 @@ class RewardError(FusedGRPOError, ValueError):
     """A reward function cannot be found, failed, or returned something that is no reward."""
 
 
+class ToolError(FusedGRPOError, RuntimeError):
+    """A tool or an environment cannot be loaded or begun, or it failed where that ends the run."""
+
+
 class SamplerError(FusedGRPOError, ValueError):
     """A sampler of the user's returned something that is no rollout."""
 

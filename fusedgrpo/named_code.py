@@ -1,6 +1,6 @@
 """Code of the user's by its name: ``file.py:name`` or ``module:name``.
 
-Rewards, losses, advantage estimators, samplers and data formats are found this way.
+Rewards, tools, losses, advantage estimators, samplers and data formats are found this way.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ def locate_code(
 
 def load_code(code: NamedCode, who: str, error: type[FusedGRPOError]) -> Callable[..., Any]:
     """Import the function or class that ``code`` names. Raises ``error``."""
-    module = _module(code, f"{who} {code.text!r}", error)
+    return callable_of(load_module(code, who, error), code, who, error)
+
+
+def callable_of(
+    module: ModuleType, code: NamedCode, who: str, error: type[FusedGRPOError]
+) -> Callable[..., Any]:
+    """The function or class that ``code`` names in its module. Raises ``error``."""
     found = getattr(module, code.attribute, None)
     if callable(found):
         return found
@@ -73,7 +79,9 @@ def load_code(code: NamedCode, who: str, error: type[FusedGRPOError]) -> Callabl
     )
 
 
-def _module(code: NamedCode, who: str, error: type[FusedGRPOError]) -> ModuleType:
+def load_module(code: NamedCode, who: str, error: type[FusedGRPOError]) -> ModuleType:
+    """Import what ``code`` is in; a file anew each time. Raises ``error``."""
+    who = f"{who} {code.text!r}"
     try:
         if code.is_file:
             return _import_file(Path(code.target))

@@ -19,7 +19,7 @@ LAYERS = [
     ["engine.earlier_run", "engine.metric_names", "engine.callbacks", "engine.metric_schedule"],
     ["engine.seeding", "engine.interrupts", "engine.batch_plan", "engine.checkpoint_files",
      "engine.optimizer", "engine.run_clock", "engine.columns",
-     "engine.entropy_bonus", "engine.given_optimizer", "engine.hub"],
+     "engine.entropy_bonus", "engine.given_optimizer", "engine.hub", "engine.child_process"],
     ["engine.distributed", "engine.run_control", "engine.torch_settings", "engine.step_means",
      "engine.train_summary"],
     # What sampling is, for all who sample, and for those who count its memory.
@@ -28,7 +28,7 @@ LAYERS = [
     ["engine.rollout.sampler"],
     ["engine.rollout.warpers"],
     ["engine.memory", "engine.data", "engine.rewards"],
-    ["engine.execution"],
+    ["engine.execution", "engine.tools"],
     ["engine.rollout"],
     ["engine.reporting"],
     ["engine.custom_loss", "engine.advantages", "engine.step_metrics",

@@ -260,6 +260,28 @@ class GRPOConfig(TrainingArgumentsSurface):
         free=True,
     )
 
+    group("tools")
+    tools: list[str] | None = option(
+        None, "functions that the policy may call: file.py:function or module:function"
+    )
+    environment_factory: str | dict[str, Any] | None = option(
+        None,
+        "class of the environment that each completion acts on, file.py:name or module:name; "
+        "several: {name: class}, by the data's column environment",
+    )
+    max_tool_calling_iterations: int | None = option(
+        None, "most turns of a completion that are answered by tools; null: any number", low=1
+    )
+    tool_timeout: float | None = option(
+        60.0, "seconds that a call of a tool, or of an environment, has", above=0, free=True
+    )
+    tool_output_limit: int = option(
+        10_000, "characters of a tool's answer; what is longer is cut, and says so", low=1
+    )
+    on_tool_error: Literal["message", "halt"] = option(
+        "message", "when a tool fails: the policy is told, or the run stops"
+    )
+
     group("optimizer")
     learning_rate: float | None = option(
         None, "peak learning rate; null: 3e-5 for an adapter, 1e-6 for all weights", low=0

@@ -30,7 +30,7 @@ NAMES = (
     "label_smoothing_factor", "length_column_name", "liger_kernel_config", "local_rank",
     "log_completions_hub_repo", "log_level", "log_level_replica", "log_multimodal",
     "log_on_each_node", "log_unique_prompts", "logging_nan_inf_filter",
-    "max_tool_calling_iterations", "neftune_noise_alpha", "optim_target_modules",
+    "neftune_noise_alpha", "optim_target_modules",
     "pad_to_multiple_of", "parallelism_config", "prediction_loss_only", "remove_unused_columns",
     "restore_callback_states_from_checkpoint", "save_on_each_node", "skip_memory_metrics",
     "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",

@@ -20,7 +20,7 @@ from fusedgrpo.errors import ConfigError
         ("load_in_8bit", True, "load_in_4bit"),
         ("deepspeed", "ds.json", "accelerate launch"),
         ("plot_loss", False, "plots are always written"),
-        ("tools", "x", "no tools"),
+        ("tool_format", "qwen", "chat template"),
         ("create_new_adapter", True, "is trained further"),
         ("pissa_init", True, "starting from zero"),
     ],

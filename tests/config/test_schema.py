@@ -131,7 +131,7 @@ def test_a_resumed_run_may_differ_in_what_changes_no_result() -> None:
             "eval_dataset",
             "per_device_eval_batch_size",
         ),
-        *("num_generations_eval", "reward_timeout", "max_nonfinite_steps"),
+        *("num_generations_eval", "reward_timeout", "tool_timeout", "max_nonfinite_steps"),
         *("dataset", "dataset_dir"),  # the prompts themselves are compared
         *("project", "logging_dir", "disable_tqdm", "dataloader_num_workers", "full_determinism"),
         *("accelerator_config", "held_out_check", "drift_check"),

@@ -182,14 +182,14 @@ def test_large_batches_pass_the_pipe(make: Make) -> None:
 @pytest.mark.parametrize(("name", "text"), [("hang", "hang"), ("backtrack", "a" * 40 + "!")])
 def test_a_hanging_function_is_killed_and_replaced(name: str, text: str, make: Make) -> None:
     worker = make(name)
-    first = worker._process.pid
+    first = worker._child.process.pid
     worker._timeout = 0.5
     with pytest.raises(CallFailed, match=r"took more than 0\.5 seconds") as caught:
         score(worker, text)
     assert not caught.value.repeatable and gone(first)
     worker._timeout = HUNG
     assert score(worker, "aaa") == [1.0]
-    assert worker._process.pid != first
+    assert worker._child.process.pid != first
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_a_dying_function_is_reported_and_replaced(text: str, told: str, make: M
 
 def test_a_worker_that_died_between_batches_is_replaced(make: Make) -> None:
     worker = make("length")
-    os.kill(worker._process.pid, signal.SIGKILL)
-    assert gone(worker._process.pid)
+    os.kill(worker._child.process.pid, signal.SIGKILL)
+    assert gone(worker._child.process.pid)
     assert score(worker, "ab") == [2.0]
 
 
@@ -284,17 +284,17 @@ def test_loading_has_a_deadline(tmp_path: Path) -> None:
     worker = Worker(locate("slow:f", [tmp_path]), {}, folders=[tmp_path], timeout=0.5)
     with pytest.raises(RewardError, match=r"'slow:f': loading it took more than 0.5 seconds"):
         worker.ready()
-    assert gone(worker._process.pid)
+    assert gone(worker._child.process.pid)
 
 
 def test_close_reaps_the_worker_and_what_it_started(make: Make) -> None:
     worker = make("child")
     worker.start(batch("a"))
     grandchild = int(worker.finish().metrics["pid"][0])
-    pid = worker._process.pid
+    pid = worker._child.process.pid
     worker.close()
     worker.close()
-    assert worker._process.returncode == 0
+    assert worker._child.process.returncode == 0
     assert gone(pid) and gone(grandchild)
 
 
@@ -302,7 +302,7 @@ def test_close_does_not_wait_for_a_busy_worker(make: Make) -> None:
     worker = make("hang")
     worker.start(batch("hang"))
     worker.close()  # else this test ends by its timeout
-    assert gone(worker._process.pid)
+    assert gone(worker._child.process.pid)
 
 
 PARENT = """
@@ -315,7 +315,7 @@ from fusedgrpo.engine.rewards.worker import Worker
 folder, how = Path(sys.argv[1]), sys.argv[2]
 worker = Worker(locate("worker_rewards:hang", [folder]), {}, folders=[folder], timeout=None)
 worker.ready()
-print(worker._process.pid, flush=True)
+print(worker._child.process.pid, flush=True)
 if how.startswith("busy"):
     worker.start(Batch(["p"], ["hang"], [[0]], {}, None, [0]))
     time.sleep(0.3)
@@ -363,7 +363,7 @@ def test_what_the_poll_raises_ends_a_function_that_hangs(tmp_path: Path) -> None
     started.append(True)
     with pytest.raises(Stop):
         worker.finish()
-    assert gone(worker._process.pid)
+    assert gone(worker._child.process.pid)
     started.clear()
     assert score(worker, "fine") == [1.0]
     worker.close()
