@@ -27,6 +27,7 @@ LAYERS = [
     ["engine.rollout.sampler"],
     ["engine.rollout.warpers"],
     ["engine.memory", "engine.data", "engine.rewards"],
+    ["engine.tools"],
     ["engine.execution"],
     ["engine.rollout"],
     ["engine.reporting"],
