@@ -86,6 +86,13 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return [i for i in ids if 0 <= i < size]
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that ``decode(skip_special_tokens=True)`` leaves out, by their ids."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    known = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return known | {i: str(token) for i, token in added.items() if token.special}
+
+
 def text_tokenizer(processing_class: Any) -> Any:
     """The tokenizer of a Processor; any tokenizer as it is. Raises ModelError if it has none."""
     if not _is_processor(processing_class):

@@ -33,7 +33,7 @@ class Row:
 def read_row(where: str, values: Any) -> Row:
     """A row, with the reason in place of values that cannot be the columns of one."""
     if isinstance(values, Mapping):
-        if _is_deep(values):
+        if is_deep(values):
             return Row(where, None, f"is nested more than {DEEPEST} levels deep, or holds itself")
         for name in values:
             if not isinstance(name, str):
@@ -43,7 +43,7 @@ def read_row(where: str, values: Any) -> Row:
     return Row(where, None, f"is {kind_of(values)}, expected an object with named columns")
 
 
-def _is_deep(values: Any) -> bool:
+def is_deep(values: Any) -> bool:
     level = [values]
     for _ in range(DEEPEST):
         level = [

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from fusedgrpo.models.tokenizer import special_tokens
+
 logger = logging.getLogger("fusedgrpo")
 
 
@@ -21,7 +23,7 @@ class CompletionText:
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.skip = skip_special_tokens
-        self._hidden = frozenset(_special_ids(tokenizer)) - self.eos_ids
+        self._hidden = frozenset(special_tokens(tokenizer)) - self.eos_ids
         self._hidden -= {getattr(tokenizer, "pad_token_id", None)}
         self._said = False
 
@@ -38,9 +40,3 @@ class CompletionText:
                 ", ".join(map(repr, tokens)),
             )
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    """The tokens that ``decode(skip_special_tokens=True)`` leaves out."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}

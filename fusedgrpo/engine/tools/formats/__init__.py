@@ -1,0 +1,11 @@
+"""How families of models write calls of tools: a ``CallFormat`` and a line in ``FORMATS`` each."""
+
+from __future__ import annotations
+
+from fusedgrpo.engine.tools.formats.base import CallFormat, UnreadableCallError, checked_call
+from fusedgrpo.engine.tools.formats.json_calls import DEEPSEEK, HERMES, LLAMA, MISTRAL
+from fusedgrpo.engine.tools.formats.tagged_calls import GLM, TAGGED
+
+__all__ = ["FORMATS", "CallFormat", "UnreadableCallError", "checked_call"]
+
+FORMATS = (HERMES, TAGGED, GLM, LLAMA, MISTRAL, DEEPSEEK)
