@@ -14,7 +14,7 @@ import reprlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,7 +41,10 @@ class CallFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The arguments of a call of the reward functions: B completions, flat, group by group."""
+    """The arguments of a call of the reward functions: B completions, flat, group by group.
+
+    environments: by which those that they acted in go, None without any.
+    """
 
     prompts: list[Any]
     completions: list[Any]
@@ -49,6 +52,7 @@ class Batch:
     columns: dict[str, list[Any]]
     trainer_state: Any
     rows: list[int]
+    environments: list[Hashable] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -63,6 +67,7 @@ class Batch:
             completion_ids=self.completion_ids[one],
             columns={name: values[one] for name, values in self.columns.items()},
             rows=self.rows[one],
+            environments=None if self.environments is None else self.environments[one],
         )
 
 
@@ -120,6 +125,12 @@ class RewardCall:
                 raise RewardError(
                     f"reward_kwargs of {self.name!r}: the function takes no {name!r}.{hint}"
                 )
+
+    def takes(self, argument: str) -> bool | None:
+        """Whether the function names ``argument``; None if it does not and takes any."""
+        if self._accepts is None:
+            return True if argument in self._required else None
+        return argument in self._accepts
 
     @property
     def is_async(self) -> bool:
