@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fusedgrpo.engine.data.formats import Messages
+from fusedgrpo.engine.data.rows import BadRowError
 from fusedgrpo.engine.run_clock import RunClock, is_dated
 from fusedgrpo.models.tokenizer import chat_template_of, text_tokenizer
 
@@ -41,7 +42,7 @@ class ChatTemplate:
 
         options: ``generation_prompt`` (default true: the turn of the assistant is begun),
         ``unfinished`` (the last message is continued), ``schemas`` (of the tools that it may call).
-        Raises what the template and the tokenizer raise, and TypeError for what are no token ids.
+        Raises what the template and the tokenizer raise, and BadRowError for no token ids.
         """
         return flat_ids(self._applied(messages, tokenize=True, **options)["input_ids"])
 
@@ -92,10 +93,10 @@ class ChatTemplate:
 
 def flat_ids(ids: Any) -> list[int]:
     """Token ids as a list, from a tokenizer or a template that gives an array or a batch of one.
-    Raises TypeError for anything else."""
+    Raises BadRowError for anything else."""
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     if len(ids) == 1 and isinstance(ids[0], list):
         (ids,) = ids
     if not all(isinstance(i, int) for i in ids):
-        raise TypeError(f"it was encoded to {str(ids)[:40]}, expected token ids")
+        raise BadRowError(f"it was encoded to {str(ids)[:40]}, expected token ids")
     return ids

@@ -28,6 +28,7 @@ from fusedgrpo.engine.data.formats import (
 )
 from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.media import media_reason
+from fusedgrpo.engine.data.row_tools import RowTools, Tools
 from fusedgrpo.engine.data.rows import BadRowError, Row
 from fusedgrpo.engine.data.sources import read_source, read_tasks
 from fusedgrpo.engine.run_clock import RunClock
@@ -138,13 +139,14 @@ def load_prompts(
     clock: RunClock | None = None,
     formats: Formats | None = None,
     said: set[str] | None = None,
+    tools: Tools | None = None,
 ) -> PromptDataset:
     """Read, encode and check all prompts of ``source``.
 
     source: a name or path (several, comma-separated), a ``datasets.Dataset`` or a list of dicts.
     vocab_size, context_length: the model's, where known. clock: says the date to chat
     templates; the system's if there is none. formats: the run's, with its search paths; without,
-    that of ``dataset_format``. said: see ``PromptEncoder``.
+    that of ``dataset_format``. said, tools: see ``PromptEncoder``.
     Raises DataError for a source, column or row that cannot be used.
     """
     encoder = PromptEncoder(
@@ -154,12 +156,15 @@ def load_prompts(
         context_length=context_length,
         clock=clock,
         said=said,
+        tools=tools,
     )
     messages = bool(getattr(tokenizer, "chat_template", None))
     formats = formats or Formats(config.dataset_format)
     name, rows = _read_all(source, config, split, formats, messages)
     with stages.stage(f"reading the prompts of {name}", counted=True):
-        found = [_read(row, layout) for row, layout in stages.count(rows, "rows")]
+        found = [
+            _read(row, layout, encoder.row_tools) for row, layout in stages.count(rows, "rows")
+        ]
     digests = [None if isinstance(each, BadRowError) else each[1] for each in found]
     layouts = [layout for _, layout in rows]
     known = EncodedRows.of(encoder, list(zip(digests, layouts, strict=True)))
@@ -231,14 +236,15 @@ def _check_columns(columns: list[str], layout: Layout, source: str) -> None:
             )
 
 
-def _read(row: Row, layout: Layout) -> tuple[Prompt, bytes] | BadRowError:
+def _read(row: Row, layout: Layout, tools: RowTools) -> tuple[Prompt, bytes] | BadRowError:
     """The prompt of a row and the row's digest, or the reason why there is none."""
     try:
         if row.values is None:
             raise BadRowError(row.reason)
         if why := media_reason(row.values):
             raise BadRowError(why)
-        return layout.read(row.values), row_digest(row.values)
+        prompt = tools.given(layout.read(row.values), row.values)
+        return prompt, row_digest(row.values)
     except BadRowError as error:
         return error
     except DataError as error:

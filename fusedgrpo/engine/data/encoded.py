@@ -110,7 +110,8 @@ def _key(encoder: PromptEncoder, rows: Rows) -> str | None:
         "tokenizer": type(tokenizer).__qualname__,
         "settings": {name: value for name, value in own.items() if isinstance(value, plain)},
         "special": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
-        "template": encoder.chat_template,
+        "template": encoder.chat.source,
+        "tools": encoder.row_tools.schemas,
         "options": {name: getattr(encoder.config, name) for name in _OPTIONS},
     }
     try:

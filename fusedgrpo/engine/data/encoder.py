@@ -7,11 +7,12 @@ from datetime import datetime
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.engine.data.chat import ChatTemplate, flat_ids
 from fusedgrpo.engine.data.formats import Messages, Prompt
+from fusedgrpo.engine.data.row_tools import RowTools, Tools
 from fusedgrpo.engine.data.rows import BadRowError, check_characters
-from fusedgrpo.engine.run_clock import RunClock, is_dated
+from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import ConfigError, DataError, did_you_mean
-from fusedgrpo.models.tokenizer import chat_template_of, text_tokenizer
 
 logger = logging.getLogger("fusedgrpo")
 
@@ -40,8 +41,8 @@ class PromptEncoder:
     """Encodes prompts for one model: chat template, limits and vocabulary.
 
     tokenizer: a tokenizer, or a Processor that has one. clock: says the date to the template. said:
-    warnings that are not said again. Raises ConfigError if no prompt at all can fit beside
-    ``max_completion_length``.
+    warnings that are not said again. tools: the run's, for ``row_tools``, which gives prompts
+    theirs. Raises ConfigError if no prompt at all can fit beside ``max_completion_length``.
     """
 
     def __init__(
@@ -53,24 +54,25 @@ class PromptEncoder:
         context_length: int | None,
         clock: RunClock | None = None,
         said: set[str] | None = None,
+        tools: Tools | None = None,
     ):
         self.config = config
-        self.tokenizer = text_tokenizer(tokenizer)
-        self.chat_template = chat_template_of(tokenizer)
-        self.clock = clock or RunClock(datetime.now())
+        clock = clock or RunClock(datetime.now())
+        self.chat = ChatTemplate(tokenizer, clock, config.chat_template_kwargs)
+        self.tokenizer = self.chat.tokenizer
         self.vocab_size = vocab_size
-        self.has_template = bool(self.chat_template)
+        self.has_template = bool(self.chat)
         self.limit, self.limit_reason = _prompt_limit(config, context_length)
+        self.row_tools = RowTools(tools)
         self._said = set[str]() if said is None else said
         self._special_tokens = list(self.tokenizer.all_special_tokens)
-        self._wants_parts = self.has_template and self._template_wants_parts()
         if config.template and self.has_template:
             self._check_template(config.template)
 
     @property
     def is_dated(self) -> bool:
         """Whether the chat template writes a date."""
-        return is_dated(self.chat_template)
+        return self.chat.is_dated
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt.
@@ -88,8 +90,8 @@ class PromptEncoder:
             if known is not None:
                 return known
             if messages is not None:
-                return tuple(_flat(self._render(messages, tokenize=True)["input_ids"]))
-            return tuple(_flat(self._tokenized(text)))
+                return tuple(self._rendered(messages, prompt.schemas))
+            return tuple(flat_ids(self._tokenized(text)))
         except (BadRowError, DataError):
             raise
         except Exception as error:  # templates and tokenizers are other people's code
@@ -101,7 +103,8 @@ class PromptEncoder:
         if not ids:
             raise BadRowError("the prompt has no tokens")
         if self.limit is not None and len(ids) > self.limit:
-            reason = f"the prompt has {len(ids)} tokens, the limit is {self.limit}"
+            told = ", with what tells of its tools" if prompt.schemas else ""
+            reason = f"the prompt has {len(ids)} tokens{told}, the limit is {self.limit}"
             raise BadRowError(f"{reason} ({self.limit_reason})")
         self._check_vocabulary(ids)
         self._look_at_ends(ids, prompt if self._messages(prompt) is None else None)
@@ -119,47 +122,24 @@ class PromptEncoder:
         adds = self.config.prompt_add_special_tokens
         return self.tokenizer(text, add_special_tokens=adds)["input_ids"]
 
-    def _render(self, messages: Messages, *, tokenize: bool) -> Any:
+    def _rendered(self, messages: Messages, schemas: tuple[dict[str, Any], ...]) -> list[int]:
         from jinja2 import TemplateError
 
-        if self.config.system_prompt and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
         unfinished = messages[-1]["role"] == "assistant"
-        arguments = self.clock.pinned(self.chat_template)
-        if not arguments and self.chat_template != getattr(self.tokenizer, "chat_template", None):
-            arguments = {"chat_template": self.chat_template}  # a Processor's
         try:
-            return self.tokenizer.apply_chat_template(
-                [self._with_content(message) for message in messages],
-                tokenize=tokenize,
-                return_dict=tokenize,
-                add_generation_prompt=not unfinished,
-                continue_final_message=unfinished,
-                **arguments | (self.config.chat_template_kwargs or {}),
+            return self.chat.ids(
+                self._with_system(messages),
+                generation_prompt=not unfinished,
+                unfinished=unfinished,
+                schemas=schemas,
             )
         except TemplateError as error:
             raise BadRowError(f"the chat template refuses it: {error}") from error
 
-    def _with_content(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message whose content is text, or a list of parts where the template wants parts."""
-        parts = message["content"]
-        if isinstance(parts, str):
-            parts = [{"type": "text", "text": parts}]
-        text = "".join(part["text"] for part in parts)
-        clean = [{"type": "text", "text": part["text"]} for part in parts]
-        return {**message, "content": clean if self._wants_parts else text}
-
-    def _template_wants_parts(self) -> bool:
-        """Whether the template leaves out content that is text, as those of some models that see
-        pictures do, and not content that is a list of parts."""
-        probe = [{"role": "user", "content": "fusedgrpo"}]
-        found = {}
-        for self._wants_parts in (False, True):
-            try:
-                found[self._wants_parts] = "fusedgrpo" in self._render(probe, tokenize=False)
-            except Exception:  # noqa: BLE001 - a template that does not take a lone user turn
-                found[self._wants_parts] = False
-        return found[True] and not found[False]
+    def _with_system(self, messages: Messages) -> Messages:
+        if self.config.system_prompt and messages[0]["role"] != "system":
+            return [{"role": "system", "content": self.config.system_prompt}, *messages]
+        return messages
 
     def _verbatim(self, prompt: Prompt) -> str:
         """The text of a prompt that no chat template is applied to."""
@@ -169,6 +149,11 @@ class PromptEncoder:
             raise DataError(
                 "The prompts are messages, but the tokenizer has no chat template. Give prompts as "
                 "text, or a tokenizer that has one with tokenizer_name_or_path."
+            )
+        if prompt.schemas:
+            raise DataError(
+                f"tools need prompts that are messages for a chat template, and {why}"
+                + (". Set text_as_user_turn: true." if self.has_template else ".")
             )
         if self.config.system_prompt:
             remedy = "Put it into the prompts"
@@ -229,7 +214,7 @@ class PromptEncoder:
             self._say_once(f"template {name!r} is not known; the tokenizer's own is used.{hint}")
             return
         try:
-            rendered = self._render([{"role": "user", "content": "?"}], tokenize=False)
+            rendered = self.chat.text(self._with_system([{"role": "user", "content": "?"}]))
         except Exception as error:  # templates are other people's code
             raise DataError(f"No prompt can be rendered: {error}") from error
         if marker not in rendered:
@@ -252,16 +237,6 @@ class PromptEncoder:
         if (key or text) not in self._said:
             self._said.add(key or text)
             logger.warning(text)
-
-
-def _flat(ids: Any) -> list[int]:
-    """Token ids as a list, from a tokenizer or a template that gives an array or a batch of one."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if len(ids) == 1 and isinstance(ids[0], list):
-        (ids,) = ids
-    if not all(isinstance(i, int) for i in ids):
-        raise BadRowError(f"it was encoded to {str(ids)[:40]}, expected token ids")
-    return ids
 
 
 def _prompt_limit(config: GRPOConfig, context_length: int | None) -> tuple[int | None, str]:

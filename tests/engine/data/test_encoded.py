@@ -8,8 +8,8 @@ import tiny
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data import encoded
+from fusedgrpo.engine.data.chat import ChatTemplate
 from fusedgrpo.engine.data.dataset import PromptDataset, load_prompts
-from fusedgrpo.engine.data.encoder import PromptEncoder
 
 ROWS = [
     {"prompt": [{"role": "user", "content": f"w{4 + i % 30} w{5 + i % 7}"}], "solution": i}
@@ -24,13 +24,13 @@ def made(monkeypatch, tmp_path) -> list[int]:
     monkeypatch.setattr(encoded, "LARGE", len(ROWS))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     calls: list[int] = []
-    render = PromptEncoder._render
+    ids = ChatTemplate.ids
 
-    def counted(self, messages, *, tokenize):
-        calls.extend([1] * tokenize)
-        return render(self, messages, tokenize=tokenize)
+    def counted(self, messages, **options):
+        calls.append(1)
+        return ids(self, messages, **options)
 
-    monkeypatch.setattr(PromptEncoder, "_render", counted)
+    monkeypatch.setattr(ChatTemplate, "ids", counted)
     return calls
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusedgrpo.engine.data.rows import BadRowError, Row, kind_of
@@ -18,12 +18,18 @@ class Prompt:
     """The prompt of a row.
 
     given: what the reward functions get. messages: what the chat template renders, or None where
-    the text is taken verbatim. answer: the reference in the row, if its layout has one.
+    the text is taken verbatim. answer: the reference in the row, if its layout has one. schemas:
+    of the tools that the prompt tells about. environment: the name of the row's, if it has one.
     """
 
     given: str | Messages
     messages: Messages | None
     answer: Any = None
+    schemas: tuple[dict[str, Any], ...] = ()
+    environment: str | None = None
+
+    def with_tools(self, schemas: tuple[dict[str, Any], ...], environment: str | None) -> Prompt:
+        return replace(self, schemas=schemas, environment=environment)
 
 
 class Layout(ABC):
