@@ -20,6 +20,7 @@ class Inline:
 
     def __init__(self, call: RewardCall, signals: StopSignals | None = None):
         self.name = call.name
+        self.takes_environments = call.takes("environments")
         self._call = call
         self._signals = signals or StopSignals()
 
@@ -81,6 +82,7 @@ class Concurrent:
         signals: StopSignals | None = None,
     ):
         self.name = call.name
+        self.takes_environments = call.takes("environments")
         self._call = call
         self._loop = loop
         self._timeout = timeout

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from fusedgrpo.engine.columns import NOT_COLUMNS
 from fusedgrpo.engine.metric_names import USER_METRIC, is_own_metric
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply
 from fusedgrpo.engine.rewards.labels import unique_labels
-from fusedgrpo.errors import RewardError, brief
+from fusedgrpo.errors import RewardError, ToolError, brief
 
 logger = logging.getLogger("fusedgrpo")
 
@@ -111,6 +111,8 @@ class RewardFunctions:
         self._failed_batches = [0] * len(self._scorers)
         self._failed_completions = [0] * len(self._scorers)
         self._said_unscored = False
+        # From what environments go by to the environments themselves, where a run has some.
+        self.environments_of: Callable[[list[Hashable]], list[Any]] | None = None
         self._renamed: set[str] = set()
 
     def score(
@@ -132,6 +134,8 @@ class RewardFunctions:
         ``on_error="halt"``, if it raises, hangs, dies or returns NaN or infinity.
         """
         columns = {name: values for name, values in columns.items() if name not in NOT_COLUMNS}
+        if environments is not None:
+            columns |= self._environments(environments)
         given = {"prompts": prompts, "completion_ids": completion_ids, "rows": rows, **columns}
         for name, values in given.items():
             if len(values) != len(completions):
@@ -150,6 +154,19 @@ class RewardFunctions:
             dropped += len(outcome.failures)
             replies.append(outcome)
         return self._collect(batch, replies, dropped)
+
+    def _environments(self, keys: list[Hashable]) -> dict[str, list[Any]]:
+        """The column of environments, if a function takes it. Raises ToolError for those that
+        cannot be had where one names it; one that takes anything does without."""
+        taken = {getattr(scorer, "takes_environments", False) for scorer in self._scorers}
+        if self.environments_of is None or taken == {False}:
+            return {}
+        try:
+            return {"environments": self.environments_of(keys)}
+        except ToolError:
+            if True in taken:
+                raise
+            return {}
 
     def close(self) -> None:
         """End the worker processes and the event loop."""

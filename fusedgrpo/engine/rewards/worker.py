@@ -50,6 +50,7 @@ class Worker:
         check_interrupt: Callable[[], None] = lambda: None,
     ):
         self.name = source.text
+        self.takes_environments: bool | None = False
         self._check_interrupt = check_interrupt
         self._job = self._packed((source, dict(kwargs)), "reward_kwargs")
         # What lies beside a file is nearer to it than what lies in the other folders.
@@ -66,7 +67,7 @@ class Worker:
     def ready(self) -> None:
         """Wait until the function is loaded. Raises :class:`RewardError` if it cannot be."""
         try:
-            self.name = self._receive("loading it")
+            self.name, self.takes_environments = self._receive("loading it")
         except CallFailed as failure:
             raise RewardError(f"reward function {self.name!r}: {failure}") from failure
 
@@ -173,7 +174,7 @@ def serve(fd: int, parent: int) -> None:
     except RewardError as error:
         answers.send("refused", str(error))
         return
-    answers.send("ready", call.name)
+    answers.send("ready", (call.name, call.takes("environments")))
     while True:
         try:
             batch = receive()

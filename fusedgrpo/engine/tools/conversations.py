@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from fusedgrpo.engine.rollout.turns import Answer, Finished, Place
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.tools.types import ToolCall, ToolResult
-from fusedgrpo.errors import ToolError
 
 # An answer to what looks like a call and cannot be read names no tool.
 UNREADABLE = "unreadable call"
@@ -75,8 +74,7 @@ class Conversations:
     topics: of the prompts, the first of which has the place ``first``. parse: a turn from its
     tokens, those before it and the schemas. write: the tokens of tool messages, after a last token.
     most: tokens of a completion. seed: of the rollout. text: of all tokens of a completion.
-    most_rounds: how often a completion may call, None for any number. halts: an error of a tool
-    ends the run with ToolError, instead of being told to the policy.
+    most_rounds: how often a completion may call, None for any number.
     """
 
     def __init__(
@@ -91,7 +89,6 @@ class Conversations:
         seed: int,
         first: int = 0,
         most_rounds: int | None = None,
-        halts: bool = False,
     ):
         self.topics = topics
         self.running = running
@@ -102,7 +99,6 @@ class Conversations:
         self.seed = seed
         self.first = first
         self.most_rounds = most_rounds
-        self.halts = halts
         self._going: dict[Place, _Conversation] = {}
         self._waiting: dict[Hashable, Place] = {}
         self._unread: list[Place] = []  # ended with what cannot be read, and nothing to wait for
@@ -158,7 +154,7 @@ class Conversations:
         return True
 
     def answers(self, *, wait: bool) -> list[tuple[Place, Answer]]:
-        """See ``Turns``. Raises ToolError where errors of tools end the run."""
+        """See ``Turns``. Raises ToolError where a tool's failure ends the run."""
         found: list[tuple[Place, Answer]] = [(p, self._answer(p, [])) for p in self._unread]
         self._unread = []
         while self._waiting:
@@ -177,13 +173,6 @@ class Conversations:
             results.append(ToolResult(UNREADABLE, str({"error": one.problem}), failed=True))
         one.calls += len(results)
         one.failures += sum(result.failed for result in results)
-        for result in results:
-            if result.failed and self.halts and result.name != UNREADABLE:
-                raise ToolError(
-                    f"tool {result.name!r} failed in completion {place[1]} of prompt {place[0]}: "
-                    f"{result.content}. Mend the tool, or set on_tool_error: message, with which "
-                    "the policy is told of it."
-                )
         messages = [{"role": "tool", "name": r.name, "content": r.content} for r in results]
         ids = self.write(messages, one.last_id)
         if one.read + len(ids) >= self.most:

@@ -1,0 +1,116 @@
+"""How the prompts of a run are asked: by its sampler alone, in conversations with tools, or by a
+function of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusedgrpo.engine.data.dataset import Example
+from fusedgrpo.engine.data.encoder import PromptEncoder
+from fusedgrpo.engine.distributed import Processes
+from fusedgrpo.engine.rollout.completion_text import CompletionText
+from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.types import Group
+from fusedgrpo.engine.seeding import derive
+from fusedgrpo.engine.tools.conversations import Conversations
+from fusedgrpo.engine.tools.environment_reward import Acted
+from fusedgrpo.engine.tools.use import ToolUse
+
+
+@dataclass
+class Questions:
+    """Examples that are asked, while their completions are sampled and scored.
+
+    examples: with what their environments say first. seed: of the rollout, ``first`` the place of
+    the first example in it. conversations: with tools, None without.
+    """
+
+    examples: Sequence[Example]
+    seed: int
+    first: int = 0
+    conversations: Conversations | None = None
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> dict[str, Conversations]:
+        """As an argument of ``Sampler.sample_until``."""
+        return {} if self.conversations is None else {"turns": self.conversations}
+
+    def acted(self, places: Sequence[tuple[int, int]]) -> list[Acted] | None:
+        """Where the completions at these places of the rollout have acted; None where there are no
+        environments."""
+        talk = self.conversations
+        if talk is None or any(topic.reset is None for topic in talk.topics):
+            return None
+        return [Acted(talk.key(place), talk.topic(place).environment) for place in places]
+
+
+class Asking:
+    """Asks the examples of a run.
+
+    tools: how its policy acts, None where it only speaks. most: tokens of a completion.
+    """
+
+    def __init__(
+        self,
+        tools: ToolUse | None,
+        tokenizer: Any,
+        eos_ids: Collection[int],
+        *,
+        skip_special_tokens: bool,
+        most: int,
+        processes: Processes,
+    ):
+        self.tools = tools
+        self.processes = processes
+        self.most = most
+        self._text = CompletionText(tokenizer, eos_ids, skip_special_tokens=skip_special_tokens)
+        self._eos_ids = frozenset(eos_ids)
+
+    @contextlib.contextmanager
+    def begun(
+        self, examples: Sequence[Example], seed: int, encoder: PromptEncoder | None, first: int = 0
+    ) -> Iterator[Questions]:
+        """Inside, ``examples`` are asked and what they get is scored: environments live as long.
+        For all processes together."""
+        if self.tools is None:
+            yield Questions(examples, seed, first)
+            return
+        tools, own = self.tools, self.processes.share(len(examples))
+        assert encoder is not None  # data without one is not asked with tools
+
+        def begin() -> list[Example]:
+            mine = examples[own.start : own.stop]
+            return tools.begun(mine, derive(seed, "tools"), encoder, first + own.start)
+
+        if tools.tools.environments:
+            parts = self.processes.run_everywhere(begin)
+            examples = [example for part in parts for example in part]
+        talk = tools.conversations(
+            examples, derive(seed, "tools"), self._said, most=self.most, first=first
+        )
+        with talk:
+            yield Questions(examples, seed, first, talk)
+
+    def _said(self, ids: Sequence[int]) -> str:
+        return self._text(ids, ended=bool(ids) and ids[-1] in self._eos_ids)
+
+
+def sample(sampler: Sampler, questions: Questions, n: int, params: SamplingParams) -> list[Group]:
+    """``n`` completions for each example."""
+    examples = questions.examples
+    options: dict[str, Any] = {"rows": [example.row for example in examples]}
+    if questions.first:
+        options["first"] = questions.first
+    prompts = [example.prompt_ids for example in examples]
+    if questions.conversations is None:
+        return sampler.sample(prompts, n, params, questions.seed, **options)
+    return sampler.sample_turns(
+        prompts, n, params, questions.seed, questions.conversations, **options
+    )
+
+
+SampleUntil = Callable[[int, Group], bool]
