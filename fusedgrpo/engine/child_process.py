@@ -55,7 +55,7 @@ class Requests:
 
     def __init__(self, connection: Connection, classes: Sequence[type] = ()):
         self.connection = connection
-        self._classes = {(each.__module__, each.__qualname__): each for each in classes}
+        self._classes = classes
         self._number = 0
 
     def send(self, message: bytes) -> None:
@@ -79,13 +79,7 @@ class Requests:
             raise GarbledReply
         if number < self._number:
             return None
-        try:
-            answer = _PlainUnpickler(message[_NUMBER_BYTES:], self._classes).load()
-        except Exception as error:  # bytes that are no pickle raise anything
-            raise GarbledReply from error
-        if not isinstance(answer, tuple) or not answer:
-            raise GarbledReply
-        return answer
+        return plain_tuple(message[_NUMBER_BYTES:], self._classes)
 
 
 class Answers:
@@ -194,10 +188,21 @@ def die_with(parent: int, number: int) -> None:
         os._exit(1)
 
 
+def plain_tuple(message: bytes, classes: Sequence[type] = ()) -> tuple[Any, ...]:
+    """A pickled tuple of built-in values and of ``classes``. Raises :class:`GarbledReply`."""
+    try:
+        answer = _PlainUnpickler(message, classes).load()
+    except Exception as error:  # bytes that are no pickle raise anything
+        raise GarbledReply from error
+    if not isinstance(answer, tuple) or not answer:
+        raise GarbledReply
+    return answer
+
+
 class _PlainUnpickler(pickle.Unpickler):
-    def __init__(self, message: bytes, classes: dict[tuple[str, str], type]):
+    def __init__(self, message: bytes, classes: Sequence[type]):
         super().__init__(io.BytesIO(message))
-        self._classes = classes
+        self._classes = {(each.__module__, each.__qualname__): each for each in classes}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._classes:

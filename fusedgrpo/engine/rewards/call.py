@@ -245,7 +245,7 @@ class RewardCall:
                 )
         for index, value in enumerate(output):
             where = f"for completion {index} (data row {batch.rows[index]})"
-            number = _number(value)
+            number = as_number(value)
             if number is None:
                 raise RewardError(
                     f"{who} returned {_shown(value)} ({type(value).__name__}) {where}; "
@@ -285,8 +285,8 @@ def _listed(output: Any) -> Any:
     return list(output) if hasattr(output, "__iter__") else output
 
 
-def _number(value: Any) -> float | None:
-    """A float (None -> NaN), or None for what is not a number."""
+def as_number(value: Any) -> float | None:
+    """A reward as a float (None -> NaN), or None for what is not a number."""
     if value is None:
         return math.nan
     if getattr(value, "ndim", None) == 0:  # NumPy scalar, 0-d array, 0-d tensor
