@@ -121,7 +121,7 @@ def _answers_of_both(
 
     def alone(name: str, options: GRPOConfig) -> Answers:
         trainer = GRPOTrainer(args=options, search_paths=folders)
-        with contextlib.closing(trainer.reward_funcs):
+        with contextlib.closing(trainer.reward_funcs), contextlib.closing(trainer.asking):
             return _answers(name, trainer, trainer.sampler, n)
 
     if not _is_base_with_adapter(after):
@@ -130,7 +130,7 @@ def _answers_of_both(
         return {"base": base, "trained": alone("trained", after)}
     trainer = GRPOTrainer(args=after, search_paths=folders)
     assert trainer.policy.adapters is not None
-    with contextlib.closing(trainer.reward_funcs):
+    with contextlib.closing(trainer.reward_funcs), contextlib.closing(trainer.asking):
         with trainer.policy.adapters.off():
             base = _answers("base", trainer, trainer.run_sampler.make_of_base(), n)
         return {"base": base, "trained": _answers("trained", trainer, trainer.sampler, n)}
@@ -166,7 +166,7 @@ def _answers(name: str, trainer: GRPOTrainer, sampler: Sampler, n: int) -> Answe
             batch_size=options.per_device_eval_batch_size,
             seed=derive(options.seed, "eval"),
             state=trainer.collector.reward_state(),
-            processes=trainer.processes,
+            asking=trainer.asking,
         )
         ids = rollout.group_ids
         for measure, values in _measured(rewards.names, rollout, scored).items():

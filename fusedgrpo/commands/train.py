@@ -53,3 +53,4 @@ def train(
             typer.echo(text)
     finally:
         trainer.reward_funcs.close()
+        trainer.asking.close()

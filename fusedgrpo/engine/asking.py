@@ -4,8 +4,9 @@ function of the user's."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fusedgrpo.engine.data.dataset import Example
@@ -32,12 +33,16 @@ class Questions:
     seed: int
     first: int = 0
     conversations: Conversations | None = None
-    columns: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def turns(self) -> dict[str, Conversations]:
         """As an argument of ``Sampler.sample_until``."""
         return {} if self.conversations is None else {"turns": self.conversations}
+
+    def only(self, place: int) -> Questions:
+        """One of them."""
+        one = self.examples[place : place + 1]
+        return dataclasses.replace(self, examples=one, first=self.first + place)
 
     def acted(self, places: Sequence[tuple[int, int]]) -> list[Acted] | None:
         """Where the completions at these places of the rollout have acted; None where there are no
@@ -60,14 +65,14 @@ class Asking:
         tokenizer: Any,
         eos_ids: Collection[int],
         *,
-        skip_special_tokens: bool,
         most: int,
         processes: Processes,
     ):
         self.tools = tools
         self.processes = processes
         self.most = most
-        self._text = CompletionText(tokenizer, eos_ids, skip_special_tokens=skip_special_tokens)
+        # Special tokens are what parts the turns.
+        self._text = CompletionText(tokenizer, eos_ids, skip_special_tokens=False)
         self._eos_ids = frozenset(eos_ids)
 
     @contextlib.contextmanager
@@ -82,18 +87,22 @@ class Asking:
         tools, own = self.tools, self.processes.share(len(examples))
         assert encoder is not None  # data without one is not asked with tools
 
-        def begin() -> list[Example]:
+        def begin() -> list[tuple[Example, Any]]:
             mine = examples[own.start : own.stop]
             return tools.begun(mine, derive(seed, "tools"), encoder, first + own.start)
 
-        if tools.tools.environments:
-            parts = self.processes.run_everywhere(begin)
-            examples = [example for part in parts for example in part]
+        parts = self.processes.run_everywhere(begin)
+        spoken = [each for part in parts for each in part]
         talk = tools.conversations(
-            examples, derive(seed, "tools"), self._said, most=self.most, first=first
+            spoken, derive(seed, "tools"), self._said, most=self.most, first=first
         )
         with talk:
-            yield Questions(examples, seed, first, talk)
+            yield Questions([example for example, _ in spoken], seed, first, talk)
+
+    def close(self) -> None:
+        """End the processes of tools."""
+        if self.tools is not None:
+            self.tools.close()
 
     def _said(self, ids: Sequence[int]) -> str:
         return self._text(ids, ended=bool(ids) and ids[-1] in self._eos_ids)
@@ -111,6 +120,3 @@ def sample(sampler: Sampler, questions: Questions, n: int, params: SamplingParam
     return sampler.sample_turns(
         prompts, n, params, questions.seed, questions.conversations, **options
     )
-
-
-SampleUntil = Callable[[int, Group], bool]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.advantages import Estimator
+from fusedgrpo.engine.asking import Asking, Questions, sample
 from fusedgrpo.engine.batch_plan import BatchPlan
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.data.dataset import Example, PromptDataset
@@ -22,7 +24,7 @@ from fusedgrpo.engine.group_signal import GroupSignal
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
-from fusedgrpo.engine.rollout.metrics import filter_metrics, length_metrics, reward_metrics
+from fusedgrpo.engine.rollout.metrics import filter_metrics, completion_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.types import Group, Rollout
 from fusedgrpo.engine.scoring import make_buffer, per_completion, score_rollout
@@ -45,6 +47,7 @@ class Collecting(Protocol):
     estimate_advantages: Estimator
     execution: Execution
     processes: Processes
+    asking: Asking
 
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -52,10 +55,11 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Tried:
-    """A group of a prompt that was tried. rewards: of its completions. teaches: it has signal, and
-    a completion that is in the loss."""
+    """A group of a prompt that was tried. example: as it was asked. rewards: of its completions.
+    teaches: it has signal, and a completion that is in the loss."""
 
     group: Group
+    example: Example
     rewards: RewardBatch
     teaches: bool
 
@@ -107,11 +111,12 @@ class Collector:
         trainer, plan = self.trainer, self.trainer.plan
         trainer.stream.share = trainer.progress.step / plan.total_steps
         if plan.sampling_rounds == 1:
-            examples = trainer.stream.peek(self._wanted)
-            with phase("sample"):
-                rollout = self.sample(examples)
-            with phase("score"):
-                rewards = RewardBatch.joined(self.score(rollout, examples))
+            with self._asked(trainer.stream.peek(self._wanted), phase) as questions:
+                with phase("sample"):
+                    rollout = self.sample(questions)
+                with phase("score"):
+                    rewards = RewardBatch.joined(self.score(rollout, questions))
+            examples = list(questions.examples)
             return Collected(rollout, examples, rewards, tuple(range(len(examples))))
         candidates = trainer.stream.peek(plan.sampling_rounds * plan.groups_per_rollout)
         found = self._stream(candidates, phase) if trainer.sampler.streams else (
@@ -120,32 +125,48 @@ class Collector:
         used = [i for i, one in enumerate(found) if one.teaches] or range(self._wanted)
         return Collected(
             Rollout(tuple(one.group for one in found)),
-            candidates[: len(found)],
+            [one.example for one in found],
             RewardBatch.joined([one.rewards for one in found]),
             tuple(used),
         )
+
+    @contextlib.contextmanager
+    def _asked(
+        self, examples: Sequence[Example], phase: Phase, first: int = 0
+    ) -> Iterator[Questions]:
+        """Inside, ``examples`` are asked, the ``first`` of which has that place in the rollout."""
+        trainer = self.trainer
+        seed = derive(trainer.args.seed, "sample", trainer.progress.rollouts)
+        with contextlib.ExitStack() as stack:
+            with phase("sample"):
+                questions = stack.enter_context(
+                    trainer.asking.begun(examples, seed, trainer.data.encoder, first)
+                )
+            yield questions
 
     def _stream(self, candidates: list[Example], phase: Phase) -> list[Tried]:
         """Each group is scored when it is whole, and the next prompt takes its place if it has no
         signal, while the others are decoded."""
         trainer, found = self.trainer, dict[int, Tried]()
+        with self._asked(candidates, phase) as questions:
 
-        def teaches(place: int, group: Group) -> bool:
-            with phase("score"):
-                (rewards,) = self.score(Rollout((group,)), [candidates[place]], first=place)
-            found[place] = self._tried(group, rewards)
-            return found[place].teaches
+            def teaches(place: int, group: Group) -> bool:
+                with phase("score"):
+                    (rewards,) = self.score(Rollout((group,)), questions.only(place), alone=True)
+                found[place] = self._tried(group, rewards, questions.examples[place])
+                return found[place].teaches
 
-        with phase("sample"):
-            trainer.sampler.sample_until(
-                [example.prompt_ids for example in candidates],
-                trainer.args.num_generations,
-                trainer.sampling,
-                derive(trainer.args.seed, "sample", trainer.progress.rollouts),
-                wanted=self._wanted,
-                teaches=teaches,
-                rows=[example.row for example in candidates],
-            )
+            with phase("sample"):
+                trainer.sampler.sample_until(
+                    [example.prompt_ids for example in questions.examples],
+                    trainer.args.num_generations,
+                    trainer.sampling,
+                    questions.seed,
+                    wanted=self._wanted,
+                    teaches=teaches,
+                    rows=[example.row for example in questions.examples],
+                    **questions.turns,
+                )
         return [found[place] for place in range(len(found))]
 
     def _in_rounds(self, candidates: list[Example], phase: Phase) -> list[Tried]:
@@ -156,21 +177,22 @@ class Collector:
             chosen = candidates[first : first + missing]
             if not chosen:
                 break
-            with phase("sample"):
-                sampled = self.sample(chosen, first=first)
-            with phase("score"):
-                scored = self.score(sampled, chosen, first=first)
-            found += map(self._tried, sampled.groups, scored)
+            with self._asked(chosen, phase, first) as questions:
+                with phase("sample"):
+                    sampled = self.sample(questions)
+                with phase("score"):
+                    scored = self.score(sampled, questions, alone=True)
+            found += map(self._tried, sampled.groups, scored, questions.examples)
         return found
 
-    def _tried(self, group: Group, rewards: RewardBatch) -> Tried:
+    def _tried(self, group: Group, rewards: RewardBatch, example: Example) -> Tried:
         trainer, args = self.trainer, self.trainer.args
         signal = GroupSignal(args, trainer.reward_funcs.weights, trainer.estimate_advantages)
         # With mask_truncated_completions there may be no loss, whatever the rewards.
         in_loss = not args.mask_truncated_completions or any(
             completion.finish_reason != "length" for completion in group.completions
         )
-        return Tried(group, rewards, in_loss and signal.of_group(rewards))
+        return Tried(group, example, rewards, in_loss and signal.of_group(rewards))
 
     @property
     def _wanted(self) -> int:
@@ -180,35 +202,27 @@ class Collector:
             return plan.groups_per_rollout
         return min(plan.groups_per_rollout, plan.total_prompts - self.trainer.stream.cursor)
 
-    def sample(self, examples: Sequence[Example], first: int = 0) -> Rollout:
-        """``num_generations`` completions for each of ``examples``, the ``first`` of which has that
-        place in the rollout."""
-        args = self.trainer.args
-        groups = self.trainer.sampler.sample(
-            [example.prompt_ids for example in examples],
-            args.num_generations,
-            self.trainer.sampling,
-            derive(args.seed, "sample", self.trainer.progress.rollouts),
-            rows=[example.row for example in examples],
-            **({"first": first} if first else {}),
-        )
-        return Rollout(tuple(groups))
+    def sample(self, questions: Questions) -> Rollout:
+        """``num_generations`` completions for each of ``questions``."""
+        trainer = self.trainer
+        n, params = trainer.args.num_generations, trainer.sampling
+        return Rollout(tuple(sample(trainer.sampler, questions, n, params)))
 
     def score(
-        self, rollout: Rollout, examples: Sequence[Example], first: int | None = None
+        self, rollout: Rollout, questions: Questions, *, alone: bool = False
     ) -> list[RewardBatch]:
-        """The rewards of the completions, in batches. first: see ``score_rollout``."""
+        """The rewards of the completions, in batches. alone: see ``score_rollout``."""
         trainer = self.trainer
         return score_rollout(
             trainer.reward_funcs,
             rollout,
-            examples,
+            questions,
             conversational=trainer.data.conversational,
             column_names=trainer.data.column_names,
             state=self.reward_state(),
             seed=derive(trainer.args.seed, "score", trainer.progress.rollouts),
             processes=trainer.processes,
-            first=first,
+            alone=alone,
         )
 
     def buffer(self, collected: Collected) -> RolloutBuffer:
@@ -239,7 +253,7 @@ class Collector:
         trainer = self.trainer
         rewards, ids = collected.rewards, collected.group_ids
         return {
-            **length_metrics(collected.rollout),
+            **completion_metrics(collected.rollout),
             **reward_metrics(trainer.reward_funcs.names, rewards, ids, trainer.args.scale_rewards),
             **filter_metrics(rewards.total, ids, collected.used, buffer.metrics),
             "dynamic_sampling/rounds": len(collected.examples) / self._wanted,

@@ -19,6 +19,7 @@ from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.token_texts import token_texts
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.scoring import rollout_logprobs
+from fusedgrpo.models.packed_batch import own_places
 
 COMPLETIONS = 8  # of a check, at most
 CHECKS = 8  # between the first step and the last
@@ -95,8 +96,17 @@ class DriftCheck:
         finished = [completion.finish_reason for completion in few.rollout.completions()]
         rows = [few.rollout.groups[group].row for group in few.rollout.group_ids]
 
-        def values(logp: Tensor | None, tokens: slice) -> list[float] | None:
-            return None if logp is None else logp[tokens].tolist()
+        def values(
+            logp: Tensor | None, tokens: slice, sample: TrainingSample
+        ) -> list[float | None] | None:
+            """For each token of a completion; None for those that the policy did not write."""
+            if logp is None:
+                return None
+            found: list[float | None] = [None] * len(sample.completion_ids)
+            own = own_places(len(sample.completion_ids), sample.given)
+            for place, value in zip(own, logp[tokens].tolist(), strict=True):
+                found[place] = value
+            return found
 
         return [
             {
@@ -106,9 +116,10 @@ class DriftCheck:
                 "row": rows[i],
                 "prompt": self._decode(list(sample.prompt_ids)),
                 "tokens": token_texts(self._decode, sample.completion_ids),
-                "before": values(chosen.before, tokens),
-                "after": values(after, tokens),
-                "reference": values(reference, tokens),
+                "given": sample.given,
+                "before": values(chosen.before, tokens, sample),
+                "after": values(after, tokens, sample),
+                "reference": values(reference, tokens, sample),
                 "advantage": sample.advantage,
                 "reward": chosen.rewards[i],
                 "finish_reason": finished[i],

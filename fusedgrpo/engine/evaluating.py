@@ -11,6 +11,7 @@ from transformers.trainer_utils import speed_metrics
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.advantages import Estimator
+from fusedgrpo.engine.asking import Asking
 from fusedgrpo.engine.callback_events import CallbackEvents
 from fusedgrpo.engine.collector import Collector
 from fusedgrpo.engine.data.dataset import PromptDataset, load_prompts
@@ -47,6 +48,7 @@ class Evaluating(TRLSurface):
     sampler: Sampler
     sampling: SamplingParams
     collector: Collector
+    asking: Asking
     events: CallbackEvents
     estimate_advantages: Estimator
     # A run's own evaluations do without: it takes another forward pass.
@@ -88,7 +90,7 @@ class Evaluating(TRLSurface):
                 batch_size=self.args.per_device_eval_batch_size,
                 seed=derive(self.args.seed, "eval"),
                 state=self.collector.reward_state(),
-                processes=self.processes,
+                asking=self.asking,
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         clock = speed_metrics(  # type: ignore[no-untyped-call]
@@ -153,6 +155,7 @@ class Evaluating(TRLSurface):
                 split="test",
                 clock=self.clock,
                 formats=self.formats,
+                tools=self.asking.tools and self.asking.tools.tools,
                 **limits,
             ),
         )

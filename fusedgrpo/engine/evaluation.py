@@ -11,13 +11,13 @@ import torch
 
 from fusedgrpo import stages
 from fusedgrpo.engine.advantages import Estimator
+from fusedgrpo.engine.asking import Asking, sample
 from fusedgrpo.engine.data.dataset import PromptDataset
-from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
-from fusedgrpo.engine.rollout.metrics import length_metrics, reward_metrics
+from fusedgrpo.engine.rollout.metrics import completion_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.training_sample import concatenated, loss_mask
 from fusedgrpo.engine.rollout.types import Group, Rollout
@@ -35,33 +35,27 @@ def sample_and_score(
     batch_size: int,
     seed: int,
     state: SimpleNamespace,
-    processes: Processes,
+    asking: Asking,
 ) -> tuple[Rollout, RewardBatch]:
     """``n`` completions for each prompt of ``data``, ``batch_size`` completions at a time in each
     process, and their rewards."""
-    per_batch = max(1, batch_size * processes.size // n)
+    per_batch = max(1, batch_size * asking.processes.size // n)
     groups: list[Group] = []
     scored: list[RewardBatch] = []
     for start in stages.count(range(0, len(data), per_batch), "batches"):
         examples = data.examples[start : start + per_batch]
-        part = sampler.sample(
-            [example.prompt_ids for example in examples],
-            n,
-            params,
-            seed,
-            rows=[example.row for example in examples],
-            first=start,
-        )
-        scored += score_rollout(
-            rewards,
-            Rollout(tuple(part)),
-            examples,
-            conversational=data.conversational,
-            column_names=data.column_names,
-            state=state,
-            seed=derive(seed, "score", start),
-            processes=processes,
-        )
+        with asking.begun(examples, seed, data.encoder, start) as questions:
+            part = sample(sampler, questions, n, params)
+            scored += score_rollout(
+                rewards,
+                Rollout(tuple(part)),
+                questions,
+                conversational=data.conversational,
+                column_names=data.column_names,
+                state=state,
+                seed=derive(seed, "score", start),
+                processes=asking.processes,
+            )
         groups += part
     return Rollout(tuple(groups)), RewardBatch.joined(scored)
 
@@ -83,7 +77,7 @@ def evaluate(
         keep(answer_records(data, rollout, scored, rewards.names))
     together = dataclasses.replace(scored, seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
-    found = length_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
+    found = completion_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
     return found if loss is None else {"loss": loss(rollout, scored), **found}
 
 

@@ -81,7 +81,7 @@ class HeldOutCheck:
             batch_size=self._at_once(prompts),
             seed=derive(trainer.args.seed, "check"),
             state=trainer.collector.reward_state(),
-            processes=trainer.processes,
+            asking=trainer.asking,
         )
         records = answer_records(prompts, rollout, scored, trainer.reward_funcs.names)
         for record in records:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.advantages import Estimator
+from fusedgrpo.engine.asking import Questions
 from fusedgrpo.engine.data.dataset import Example
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer, sampler_logp
 from fusedgrpo.engine.rollout.metrics import (
-    length_metrics,
+    completion_metrics,
     mismatch_metrics,
     reward_metrics,
     weight_metrics,
@@ -42,22 +43,23 @@ def per_completion(rollout: Rollout, examples: Sequence[Example]) -> list[Exampl
 def score_rollout(
     rewards: RewardFunctions,
     rollout: Rollout,
-    examples: Sequence[Example],
+    questions: Questions,
     *,
     conversational: bool,
     column_names: Sequence[str],
     state: SimpleNamespace,
     seed: int,
     processes: Processes,
-    first: int | None = None,
+    alone: bool = False,
 ) -> list[RewardBatch]:
     """Call the reward functions, by TRL's convention: strings for plain prompts, lists with one
-    assistant message for conversational ones, and every other column of the data by its name.
+    assistant message for conversational ones, or with all messages where there are tools, and every
+    other column of the data by its name.
 
     Each process scores its share of the groups, with random generators seeded from ``seed``; the
-    batches of all processes, which are of the rollout end to end. first: the place of the first
-    group in the rollout; then each group is scored by itself, from a seed of its own, and what it
-    gets does not depend on which are scored with it: a batch for each.
+    batches of all processes, which are of the rollout end to end. alone: each group is scored by
+    itself, from a seed of its own, and what it gets does not depend on which are scored with it: a
+    batch for each.
     """
     own = processes.share(len(rollout.groups))
 
@@ -66,14 +68,16 @@ def score_rollout(
             return _score(
                 rewards,
                 Rollout(rollout.groups[some.start : some.stop]),
-                examples[some.start : some.stop],
+                questions,
+                some,
                 conversational=conversational,
                 column_names=column_names,
                 state=state,
             )
 
     def score() -> list[RewardBatch]:
-        if first is not None:
+        if alone:
+            first = questions.first
             return [score_some(range(i, i + 1), derive(seed, "group", first + i)) for i in own]
         if own or not rollout.groups:
             return [score_some(own, processes.derive(seed))]
@@ -86,16 +90,26 @@ def score_rollout(
 def _score(
     rewards: RewardFunctions,
     rollout: Rollout,
-    examples: Sequence[Example],
+    questions: Questions,
+    some: range,
     *,
     conversational: bool,
     column_names: Sequence[str],
     state: SimpleNamespace,
 ) -> RewardBatch:
-    asked = per_completion(rollout, examples)
-    texts: list[Any] = [completion.text for completion in rollout.completions()]
-    if conversational:
-        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    """The rewards of ``rollout``, the groups that are the answers to ``some`` of the questions."""
+    asked = per_completion(rollout, questions.examples[some.start : some.stop])
+    texts: list[Any] = [
+        completion.text
+        if completion.messages is None and not conversational
+        else list(completion.messages or [{"role": "assistant", "content": completion.text}])
+        for completion in rollout.completions()
+    ]
+    places = [
+        (questions.first + some.start + g, k)
+        for g, group in enumerate(rollout.groups)
+        for k in range(len(group.completions))
+    ]
     return rewards.score(
         prompts=[example.prompt for example in asked],
         completions=texts,
@@ -103,6 +117,7 @@ def _score(
         columns={name: [example.columns[name] for example in asked] for name in column_names},
         trainer_state=state,
         rows=[example.row for example in asked],
+        environments=questions.acted(places),
     )
 
 
@@ -178,7 +193,7 @@ def make_buffer(
     """Advantages, and the log-probs that the loss will compare with, of a scored rollout."""
     group_ids = torch.tensor(rollout.group_ids)
     advantages = estimate(rewards, group_ids, functions.weights)
-    metrics = length_metrics(rollout) | reward_metrics(
+    metrics = completion_metrics(rollout) | reward_metrics(
         functions.names, rewards, group_ids, config.scale_rewards
     )
     buffer = RolloutBuffer(

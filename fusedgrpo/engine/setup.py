@@ -23,8 +23,10 @@ from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine import torch_settings
 from fusedgrpo.engine.advantages import Estimator, find_estimator
+from fusedgrpo.engine.asking import Asking
 from fusedgrpo.engine.batch_plan import BatchPlan, resolve_batch
 from fusedgrpo.engine.custom_loss import CustomLoss, find_custom_loss
+from fusedgrpo.engine.data.chat import ChatTemplate
 from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.engine.data.formats.chosen import Formats
 from fusedgrpo.engine.data.held_out import HeldOut, each_of
@@ -52,6 +54,7 @@ from fusedgrpo.engine.run_description import weights_in_words
 from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.engine.token_choice import TokenChoice
+from fusedgrpo.engine.tools.use import build_tool_use
 from fusedgrpo.models.finite import check_loaded
 from fusedgrpo.models.kinds import accepted
 from fusedgrpo.models.policy import Policy, ReferenceSync
@@ -74,6 +77,7 @@ class Parts:
     clock: RunClock
     formats: Formats
     reward_funcs: RewardFunctions
+    asking: Asking
     train_dataset: PromptDataset
     eval_dataset: HeldOut | None
     policy: Policy
@@ -100,6 +104,8 @@ def build_parts(
     peft_config: Any,
     optimizers: Any = None,
     sampler: Any,
+    tools: Any = None,
+    environment_factory: Any = None,
     search_paths: Sequence[str | Path],
 ) -> Parts:
     """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
@@ -126,6 +132,14 @@ def build_parts(
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)
     clock = RunClock(processes.run_on_main(datetime.now))
+    tool_use = build_tool_use(
+        args,
+        args.tools if tools is None else tools,
+        args.environment_factory if environment_factory is None else environment_factory,
+        folders,
+        ChatTemplate(processing_class, clock, args.chat_template_kwargs),
+        signals.check,
+    )
     rewards = build_rewards(
         _reward_funcs(args, reward_funcs, train_dataset),
         weights=args.reward_weights,
@@ -138,8 +152,11 @@ def build_parts(
         search_paths=search_paths,
         signals=signals,
         clock=clock,
+        environments=[] if tool_use is None else tool_use.rewards,
     )
     try:
+        if tool_use is not None:
+            rewards.environments_of = tool_use.environments
         named = model is None or isinstance(model, (str, os.PathLike))
         model = None if named else accepted(model)
         # Data errors come before gigabytes are loaded, where the model's limits are known by then.
@@ -153,6 +170,7 @@ def build_parts(
             "clock": clock,
             "formats": formats,
             "said": set(),
+            "tools": tool_use and tool_use.tools,
         }
         train_dataset = training_rows(train_dataset, args, processes.size)
         train, held_out = load_data(args, processing_class, train_dataset, eval_dataset, reading)
@@ -187,6 +205,13 @@ def build_parts(
             clock=clock,
             formats=formats,
             reward_funcs=rewards,
+            asking=Asking(
+                tool_use,
+                tokenizer,
+                ends,
+                most=args.max_completion_length,
+                processes=processes,
+            ),
             train_dataset=train,
             eval_dataset=held_out,
             policy=policy,
@@ -201,6 +226,8 @@ def build_parts(
         )
     except BaseException:
         rewards.close()
+        if tool_use is not None:
+            tool_use.close()
         raise
 
 

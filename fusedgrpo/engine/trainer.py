@@ -54,8 +54,10 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
     quantization_config, peft_config: of bitsandbytes and peft, instead of what ``args`` describes.
     callbacks: of ``fusedgrpo.Callback`` and ``transformers.TrainerCallback``, told what happens in
     ``train``. optimizers: ``(optimizer, scheduler)`` over the parameters that are trained, instead
-    of what ``args`` describes; the scheduler may be None. tools, rollout_func, environment_factory:
-    TRL's, refused with a remedy.
+    of what ``args`` describes; the scheduler may be None. tools: functions that the policy may
+    call, or their names, ``file.py:name``; environment_factory: a class, or classes by name, an
+    instance of which each completion acts in, its public methods being tools. Both run in processes
+    of their own. rollout_func: TRL's, refused with a remedy.
     sampler: another ``Sampler`` than the option ``sampler`` says, or anything that has ``sample``.
     search_paths: folders where ``file.py:name`` is looked for, beside the working directory.
 
@@ -84,13 +86,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         sampler: Any = None,
         search_paths: Sequence[str | Path] = (),
     ):
-        refuse_arguments(
-            {
-                "tools": tools,
-                "rollout_func": rollout_func,
-                "environment_factory": environment_factory,
-            }
-        )
+        refuse_arguments({"rollout_func": rollout_func})
         self.callbacks, theirs = sorted_callbacks(callbacks)
         with opening(bars=not getattr(args, "disable_tqdm", None)):
             parts = build_parts(
@@ -105,6 +101,8 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
                 peft_config=peft_config,
                 optimizers=optimizers,
                 sampler=sampler,
+                tools=tools,
+                environment_factory=environment_factory,
                 search_paths=search_paths,
             )
         self.args = parts.args
@@ -117,6 +115,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         self.clock = parts.clock
         self.formats = parts.formats
         self.reward_funcs = parts.reward_funcs
+        self.asking = parts.asking
         self.data = parts.train_dataset
         self.held_out = parts.eval_dataset
         self.given_datasets = train_dataset, eval_dataset

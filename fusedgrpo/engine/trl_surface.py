@@ -38,9 +38,7 @@ _GENERATION = (
 )
 # Arguments of TRL's constructor, and what to do instead.
 ARGUMENTS = {
-    "tools": _GENERATION,
     "rollout_func": _GENERATION,
-    "environment_factory": _GENERATION,
 }
 
 # Methods and attributes of TRL's trainer, and what to do instead.

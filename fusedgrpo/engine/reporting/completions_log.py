@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusedgrpo.engine.earlier_run import numbered
 from fusedgrpo.engine.reporting.metrics_log import finite, steps_in_words, to_json_line
 from fusedgrpo.engine.rewards.labels import unique_labels
-from fusedgrpo.engine.rollout.types import Rollout
+from fusedgrpo.engine.rollout.types import Completion, Rollout
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ def completion_records(
             "prompt": prompt,
             "completion": completion.text,
             "finish_reason": completion.finish_reason,
-            "length": len(completion.ids),
+            "length": completion.own_tokens,
+            **_turns(completion),
             "rewards": dict(zip(labels, (none_if_nan(v) for v in values), strict=True)),
             "reward": none_if_nan(reward),
             "extra": {name: column[i] for name, column in columns.items()},
@@ -60,6 +61,17 @@ def completion_records(
         for record, advantage in zip(records, advantages.tolist(), strict=True):
             record["advantage"] = none_if_nan(advantage)
     return records
+
+
+def _turns(completion: Completion) -> dict[str, Any]:
+    """What there is to log of a conversation with tools beside its text."""
+    if completion.messages is None:
+        return {}
+    return {
+        "messages": list(completion.messages),
+        "tool_calls": completion.calls,
+        "tool_failures": completion.failures,
+    }
 
 
 def none_if_nan(value: float) -> float | None:

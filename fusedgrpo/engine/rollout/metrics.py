@@ -12,12 +12,12 @@ from torch import Tensor
 from fusedgrpo.engine.metric_names import MISMATCH_MAX, MISMATCH_MEAN, merged
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rewards.labels import unique_labels
-from fusedgrpo.engine.rollout.types import Rollout
+from fusedgrpo.engine.rollout.types import Completion, Rollout
 
 
-def length_metrics(rollout: Rollout) -> dict[str, float]:
+def completion_metrics(rollout: Rollout) -> dict[str, float]:
     """Lengths of completions in tokens that the policy wrote; "clipped" means stopped by the limit,
-    "terminated" by EOS."""
+    "terminated" by EOS. Where there are tools, how often they were called, too."""
     lengths = [c.own_tokens for c in rollout.completions()]
     ended = [c.own_tokens for c in rollout.completions() if c.finish_reason == "stop"]
     return {
@@ -28,6 +28,18 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
         "completions/mean_terminated_length": _mean(ended),
         "completions/min_terminated_length": min(ended, default=0),
         "completions/max_terminated_length": max(ended, default=0),
+        **_tool_metrics(list(rollout.completions())),
+    }
+
+
+def _tool_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Calls of a completion that were answered, and the share of the answers that are errors."""
+    if all(c.messages is None for c in completions):
+        return {}
+    calls = sum(c.calls for c in completions)
+    return {
+        "tools/call_frequency": calls / len(completions),
+        "tools/failure_frequency": sum(c.failures for c in completions) / calls if calls else 0.0,
     }
 
 

@@ -6,13 +6,14 @@ chat template would make of the same messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fusedgrpo.engine.rollout.turns import Answer, Finished, Place
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.tools.types import ToolCall, ToolResult
+from fusedgrpo.errors import ToolError, brief
 
 # An answer to what looks like a call and cannot be read names no tool.
 UNREADABLE = "unreadable call"
@@ -35,6 +36,7 @@ class Running(Protocol):
     def open(
         self, key: Hashable, environment: str | None, reset: dict[str, Any], seed: int
     ) -> None: ...
+    def observations(self, keys: Iterable[Hashable]) -> list[Any]: ...
     def call(self, key: Hashable, calls: Sequence[ToolCall], seed: int) -> None: ...
     def results(self, *, wait: bool) -> list[tuple[Hashable, list[ToolResult]]]: ...
     def close_key(self, key: Hashable) -> None: ...
@@ -43,13 +45,14 @@ class Running(Protocol):
 @dataclass(frozen=True, slots=True)
 class Topic:
     """What a conversation is about. prompt_ids: what it begins with. schemas: of the tools that it
-    may use. environment: the name of its environment, and reset: what that is given; None where
-    there are no environments."""
+    may use. environment: the name of its environment, and reset: what that is given, None where
+    there are no environments; words: what it said to that, which is in the prompt."""
 
     prompt_ids: Sequence[int]
     schemas: Sequence[Mapping[str, Any]]
     environment: str | None = None
     reset: dict[str, Any] | None = None
+    words: Any = None
 
 
 @dataclass(slots=True)
@@ -182,12 +185,22 @@ class Conversations:
         return ids
 
     def finished(self, place: Place, ids: Sequence[int]) -> Finished:
-        """See ``Turns``."""
-        one = self._going[place]
+        """See ``Turns``. Raises ToolError for an environment that could not begin, or that began
+        with other words than those in the prompt."""
+        one, topic = self._going[place], self.topic(place)
         if one.read < len(ids):  # it was cut off in a turn
             self._turn(place, one, ids)
-        if self.topic(place).reset is None:
+        if topic.reset is None:
             self.running.close_key(one.key)
+        else:
+            (words,) = self.running.observations([one.key])
+            if words != topic.words:
+                raise ToolError(
+                    f"The environment's reset returned {brief(words)} for one completion of a "
+                    f"prompt and {brief(topic.words)} for another. GRPO compares completions of "
+                    "one prompt: draw what it says from random, numpy.random or torch, which are "
+                    "seeded alike for all of them, or from the row."
+                )
         return Finished(self.text(ids), tuple(one.messages), one.calls, one.failures)
 
     def _turn(self, place: Place, one: _Conversation, ids: Sequence[int]) -> Turn:

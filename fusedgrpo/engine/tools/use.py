@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fusedgrpo.config.schema import GRPOConfig
@@ -18,8 +19,21 @@ from fusedgrpo.engine.tools.conversations import Conversations, Topic
 from fusedgrpo.engine.tools.environment_reward import EnvironmentReward
 from fusedgrpo.engine.tools.processes import ToolProcesses
 from fusedgrpo.engine.tools.rendering import ToolTurns
-from fusedgrpo.engine.tools.spec import ToolSet
+from fusedgrpo.engine.tools.spec import ToolSet, build_tools
 from fusedgrpo.errors import ToolError
+
+
+def build_tool_use(
+    config: GRPOConfig,
+    tools: Any,
+    environment_factory: Any,
+    folders: Sequence[Path],
+    chat: ChatTemplate,
+    check_interrupt: Callable[[], None],
+) -> ToolUse | None:
+    """What a run with these tools needs; None without any. Raises ConfigError, ToolError."""
+    found = build_tools(tools, environment_factory, folders, check_interrupt=check_interrupt)
+    return None if found is None else ToolUse(found, config, chat, check_interrupt)
 
 
 class ToolUse:
@@ -35,13 +49,12 @@ class ToolUse:
         tools: ToolSet,
         config: GRPOConfig,
         chat: ChatTemplate,
-        eos_ids: Collection[int],
         check_interrupt: Callable[[], None],
     ):
         self.tools = tools
         self.config = config
         self.parser = TurnParser(chat)
-        self.turns = ToolTurns(chat, eos_ids)
+        self.turns = ToolTurns(chat, [chat.tokenizer.eos_token_id])
         self.processes = ToolProcesses(
             tools,
             timeout=config.tool_timeout,
@@ -63,16 +76,16 @@ class ToolUse:
 
     def conversations(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[tuple[Example, Any]],
         seed: int,
         text: Callable[[Sequence[int]], str],
         *,
         most: int,
         first: int = 0,
     ) -> Conversations:
-        """Those of a rollout that asks ``examples``; arguments as there."""
+        """Those of a rollout that asks ``examples``, which have ``begun``; arguments as there."""
         return Conversations(
-            [self._topic(example) for example in examples],
+            [self._topic(example, words) for example, words in examples],
             self.processes,
             self.parser.parse,
             self.turns.suffix,
@@ -83,11 +96,11 @@ class ToolUse:
             most_rounds=self.config.max_tool_calling_iterations,
         )
 
-    def _topic(self, example: Example) -> Topic:
+    def _topic(self, example: Example, words: Any) -> Topic:
         assert example.read is not None
         read = example.read
         reset = self._columns(example) if self.tools.environments else None
-        return Topic(example.prompt_ids, read.schemas, read.environment, reset)
+        return Topic(example.prompt_ids, read.schemas, read.environment, reset, words)
 
     def _columns(self, example: Example) -> dict[str, Any]:
         """What ``reset`` of an environment is given: the row, without the name of the environment
@@ -99,15 +112,15 @@ class ToolUse:
 
     def begun(
         self, examples: Sequence[Example], seed: int, encoder: PromptEncoder, first: int = 0
-    ) -> list[Example]:
-        """``examples``, each with what its environment has to say first, at the end of the last
-        message. Without environments, the same.
+    ) -> list[tuple[Example, Any]]:
+        """Each example, with what its environment has to say first at the end of its last message,
+        and these words; None for nothing.
 
         All completions of a prompt begin alike: their environments are reset from one seed. Raises
         ToolError for an environment that cannot be made or reset, or whose first words do not fit.
         """
         if not self.tools.environments:
-            return list(examples)
+            return [(example, None) for example in examples]
         keys: list[Hashable] = []
         try:
             for i, example in enumerate(examples):
@@ -125,7 +138,7 @@ class ToolUse:
             for key in keys:
                 self.processes.close_key(key)
         return [
-            example if words is None else _with_words(example, words, encoder)
+            (example if words is None else _with_words(example, words, encoder), words)
             for example, words in zip(examples, said, strict=True)
         ]
 
