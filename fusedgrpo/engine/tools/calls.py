@@ -27,6 +27,7 @@ _THOUGHTS = (
     ("<|channel>thought", "<channel|>"),
 )
 _PREFIX = 512  # tokens that are looked at before a turn: what a template begins it with is shorter
+_SAID = 500  # characters of a problem: the policy's own text may be in it
 _REMEDY = (
     "Give the tokenizer a chat template that writes calls of tools, or a response_template (in "
     "tokenizer_config.json, or tokenizer.response_template), by which transformers reads them."
@@ -87,7 +88,7 @@ class TurnParser:
             return self._read(self._format, self._text(ids), self._text(before), schemas)
         except UnreadableCallError as problem:
             text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-            return Turn({"role": "assistant", "content": text}, problem=str(problem))
+            return Turn({"role": "assistant", "content": text}, problem=str(problem)[:_SAID])
 
     def _text(self, ids: Sequence[int]) -> str:
         kept = [i for i in ids if i not in self._dropped]
@@ -95,7 +96,7 @@ class TurnParser:
 
     def _read(self, form: CallFormat, text: str, before: str, schemas: Schemas) -> Turn:
         opened = before.rstrip().endswith(self._tags[0])
-        content, thoughts, calls = _parts(text, form, self._tags, opened, self._apart)
+        content, thoughts, calls = split_turn(text, form, self._tags, opened, self._apart)
         if form.thoughts is not None:
             thoughts, content = form.thoughts(content)
         message = {"role": "assistant", "content": content}
@@ -125,7 +126,7 @@ class TurnParser:
         )
 
 
-def _parts(
+def split_turn(
     text: str, form: CallFormat, tags: Tags, opened: bool, apart: bool
 ) -> tuple[str, str, list[ToolCall]]:
     """Content, reasoning and calls of a text. opened: it begins within reasoning. apart: reasoning

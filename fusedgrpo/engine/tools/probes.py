@@ -11,8 +11,8 @@ from fusedgrpo.engine.data.chat import ChatTemplate
 from fusedgrpo.engine.tools.types import ToolCall
 
 QUESTION = {"role": "user", "content": "?"}
-_CALL = ToolCall("probe_tool", {"text": "fused 'grpo'", "count": 7})
-_SEEN = "fused "
+_SEEN = "fused grpo"
+_CALL = ToolCall("probe_tool", {"text": _SEEN, "count": 7})
 SCHEMA = {
     "type": "function",
     "function": {

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import tool_chats
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fusedgrpo.engine.tools.calls import Turn, TurnParser
+from fusedgrpo.engine.tools.calls import Turn, TurnParser, split_turn
+from fusedgrpo.engine.tools.formats import FORMATS, CallFormat, UnreadableCallError
 from fusedgrpo.engine.tools.types import ToolCall
 from fusedgrpo.errors import ConfigError
 
@@ -132,6 +135,11 @@ def test_a_call_that_cannot_be_read_is_a_problem_and_no_call(text: str, why: str
     assert turn.message == {"role": "assistant", "content": text} and not turn.calls
 
 
+def test_a_problem_is_said_in_few_words() -> None:
+    turn = parsed(f'<tool_call>{{"name": "{"x" * 5000}", "arguments": []}}</tool_call>')
+    assert turn.problem is not None and len(turn.problem) == 500
+
+
 @pytest.mark.parametrize("arguments", ["null", "{}", None])
 def test_a_call_without_arguments_has_an_empty_mapping_of_them(arguments: str | None) -> None:
     given = "" if arguments is None else f', "arguments": {arguments}'
@@ -243,3 +251,169 @@ def test_a_response_template_has_to_read_what_the_chat_template_writes(described
 def test_a_response_template_does_for_a_chat_template_that_writes_no_calls(described) -> None:
     described.source = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert parsed(hermes(a=1), described).calls
+
+
+def found(form: str, text: str) -> tuple[ToolCall, ...] | str:
+    """The calls that a format reads in a text, or what it says of one that it cannot read."""
+    (chosen,) = (each for each in FORMATS if each.name == form)
+    calls: list[ToolCall] = []
+    at = 0
+    try:
+        while opened := chosen.opening.search(text, at):
+            some, at = chosen.read(opened)
+            calls += some
+    except UnreadableCallError as problem:
+        return str(problem)
+    return tuple(calls)
+
+
+F, G = ToolCall("f", {"a": 1}), ToolCall("g", {})
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "calls"),
+    [
+        ("Llama", '{"name": "f", "parameters": {"a": 1}}', (F,)),
+        ("Llama", '<|python_tag|>{"name": "f", "arguments": {"a": 1}}', (F,)),
+        ("Llama", '{"name": "f", "parameters": {"a": 1}}; {"name": "g"}', (F, G)),
+        ("Llama", 'Well: {"name": "f", "parameters": {"a": 1}}', ()),
+        ("Llama", '{"name": "f"}', ()),
+        ("Llama", '<|python_tag|>f.call(a="1")', "not valid JSON"),
+        ("Llama", '{"name": "f", "parameters": {"a": 1}', "not valid JSON"),
+        ("Llama", '{"name": "f", "parameters": {"a": 1}} I hope', "text follows"),
+        ("Mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "g"}]', (F, G)),
+        ("Mistral", '[TOOL_CALLS] {"name": "f", "arguments": {"a": 1}}', (F,)),
+        ("Mistral", '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[CALL_ID]a1[ARGS]{}', (F, G)),
+        ("Mistral", "[TOOL_CALLS]f[ARGS]", "not valid JSON"),
+        ("Mistral", "[TOOL_CALLS][1]", "not a JSON object"),
+        (
+            "DeepSeek",
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>"
+            '{"a": 1}<｜tool▁call▁end｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜>'
+            "<｜tool▁calls▁end｜>",
+            (F, G),
+        ),
+        ("DeepSeek", "<｜tool▁call▁begin｜>function", "expected the name"),
+        ("DeepSeek", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{", "not valid JSON"),
+        (
+            "GPT-OSS",
+            "<|channel|>analysis<|message|>Use f.<|end|><|start|>assistant<|channel|>commentary "
+            'to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>',
+            (F,),
+        ),
+        ("GPT-OSS", "<|channel|>final<|message|>to=functions.f {}<|return|>", ()),
+        ("GPT-OSS", "<|channel|>commentary to=functions.f <|message|>{a}<|call|>", "valid JSON"),
+        ("GPT-OSS", " to=functions.f<|message|>[]<|call|>", "are list"),
+        ("Gemma", "<|tool_call>call:f{a:1}<tool_call|><|tool_call>call:g{}<tool_call|>", (F, G)),
+        ("Gemma", "<|tool_call>call:f{ a : 1 }", (F,)),
+        ("Gemma", "<|tool_call>call:f{a:one}<tool_call|>", "around text"),
+        ("Gemma", '<|tool_call>call:f{a:<|"|>one}<tool_call|>', "not closed"),
+        ("Gemma", "<|tool_call>call:f{a:1 b:2}<tool_call|>", "expected , or }"),
+        ("Gemma", "<|tool_call>call:f{1}<tool_call|>", "expected key:value"),
+        ("Gemma", "<|tool_call>call:f{a:[1,}<tool_call|>", "expected a value"),
+        ("Gemma", "<|tool_call>f{}<tool_call|>", "expected call:name"),
+        ("Gemma", "<|tool_call>call:f{a:" + "[" * 9999, "too deeply"),
+        ("Gemma", "<|tool_call>call:f{a:" + "1" * 9999, "expected a value"),
+        ("LFM2", "<|tool_call_start|>[f(a=1), g()]<|tool_call_end|>", (F, G)),
+        ("LFM2", "<|tool_call_start|>f(a=1)", (F,)),
+        ("LFM2", "<|tool_call_start|>[f(1)]<|tool_call_end|>", "need their names"),
+        ("LFM2", "<|tool_call_start|>[f(**{})]<|tool_call_end|>", "need their names"),
+        ("LFM2", "<|tool_call_start|>[f(a=b)]<|tool_call_end|>", "b is no value"),
+        ("LFM2", "<|tool_call_start|>[f(a=open('x'))]<|tool_call_end|>", "open is no value"),
+        ("LFM2", "<|tool_call_start|>[f(a=\0)]<|tool_call_end|>", "null bytes"),
+        ("LFM2", "<|tool_call_start|>f" + "()" * 50_000, "not valid"),
+        ("LFM2", "<|tool_call_start|>[f(a=" + "-" * 50_000 + "1)]", "not valid"),
+        ("LFM2", "<|tool_call_start|>[f(a=" + "[" * 50_000 + ")]", "not valid"),
+        ("LFM2", "<|tool_call_start|>[f(a=" + "1+" * 50_000 + "1)]", "not valid"),
+        ("LFM2", "<|tool_call_start|>1", "expected a list of calls"),
+        ("Qwen3-Coder", "<function=f>\n<parameter=a>\n1\n</parameter></function>", "1"),
+        ("Qwen3-Coder", "<tool_call><function=g></function></tool_call>", (G,)),
+        ("Qwen3-Coder", "<tool_call>g</tool_call>", "expected <function="),
+        ("Qwen3-Coder", "<function=f><parameter=a>1</function>", "expected </function>"),
+        ("GLM", "<tool_call>g\n</tool_call><tool_call>g", (G, G)),
+        ("GLM", "<tool_call>{}</tool_call>", "expected the name"),
+        ("GLM", "<tool_call>f<arg_key>a</arg_key>1</tool_call>", "expected </tool_call>"),
+    ],
+)
+def test_a_format_reads_its_calls(form: str, text: str, calls: tuple[ToolCall, ...] | str) -> None:
+    said = found(form, text)
+    if calls == "1":  # a format of text alone
+        assert said == (ToolCall("f", {"a": "1"}),)
+    elif isinstance(calls, str):
+        assert isinstance(said, str) and calls in said
+    else:
+        assert said == calls
+
+
+def test_reasoning_of_gpt_oss_is_a_channel() -> None:
+    (harmony,) = (each for each in FORMATS if each.name == "GPT-OSS")
+    assert harmony.thoughts is not None
+    text = (
+        "<|channel|>analysis<|message|>One.<|end|><|start|>assistant<|channel|>commentary"
+        "<|message|>I look.<|end|><|start|>assistant<|channel|>final<|message|>It is 3.<|return|>"
+    )
+    assert harmony.thoughts(text) == ("One.", "I look.It is 3.")
+    assert harmony.thoughts("Just text.") == ("", "Just text.")
+
+
+TAGS = ("<think>", "</think>")
+PIECES = st.sampled_from(
+    [
+        *(mark for form in FORMATS for mark in form.marks),
+        *("<think>", "</think>", "<function=f>", "<parameter=a>", "</parameter>", "</function>"),
+        *('{"name": "f", "arguments": {"a": ', '{"name": "f", "parameters": ', "}", "[", "f", ","),
+        *("to=functions.f", "call:f{", "call:f{a:1}", "f(a=1)", "1", '"', "\n", "\ufffd", "\\"),
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=60))
+def test_no_text_raises(text: str) -> None:
+    for form in FORMATS:
+        for opened in (False, True):
+            try:
+                content, thoughts, calls = split_turn(text, form, TAGS, opened, True)
+            except UnreadableCallError as problem:
+                assert str(problem)
+                continue
+            if form.thoughts is not None:
+                form.thoughts(content)
+            assert len(content) + len(thoughts) <= len(text)
+            assert all(isinstance(call.arguments, dict) and call.name for call in calls)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.dictionaries(st.text(), VALUES))
+def test_a_call_in_json_is_what_it_says(arguments: dict[str, Any]) -> None:
+    written = json.dumps({"name": "f", "arguments": arguments})
+    assert found("Hermes", f"<tool_call>{written}</tool_call>") == (ToolCall("f", arguments),)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_long_texts_are_read_or_are_a_problem(form: CallFormat) -> None:
+    for piece in (
+        "<think></think>",
+        "</think>",
+        "</parameter>",
+        "<arg_key></arg_key>",
+        *form.marks,
+    ):
+        text = piece * 10_000
+        try:
+            content, _, calls = split_turn(text, form, TAGS, False, True)
+        except UnreadableCallError as problem:
+            assert len(str(problem)) < 500
+        else:
+            assert not calls and len(content) <= len(text)
