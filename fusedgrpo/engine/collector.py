@@ -24,7 +24,7 @@ from fusedgrpo.engine.group_signal import GroupSignal
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
-from fusedgrpo.engine.rollout.metrics import filter_metrics, completion_metrics, reward_metrics
+from fusedgrpo.engine.rollout.metrics import completion_metrics, filter_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.types import Group, Rollout
 from fusedgrpo.engine.scoring import make_buffer, per_completion, score_rollout

@@ -77,7 +77,9 @@ def evaluate(
         keep(answer_records(data, rollout, scored, rewards.names))
     together = dataclasses.replace(scored, seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
-    found = completion_metrics(rollout) | reward_metrics(rewards.names, together, group_ids, "group")
+    found = completion_metrics(rollout) | reward_metrics(
+        rewards.names, together, group_ids, "group"
+    )
     return found if loss is None else {"loss": loss(rollout, scored), **found}
 
 

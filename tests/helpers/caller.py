@@ -7,9 +7,8 @@ trained. So whole runs with tools take milliseconds and every turn can be foreto
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
-
-import torch
 
 MARKS = ["<unk>", "<|im_end|>", "<pad>", "<|im_start|>"]
 NUMBERS = [str(i) for i in range(20)]
@@ -44,9 +43,9 @@ NEXT: dict[str, list[str]] = {
     '"triple",': ['"arguments":'],
     '"arguments":': ['{"x":', '{"x":', '{"x":', "{}}"],
     '{"x":': ["1}}", "2}}", "3}}", "oops}}"],
-    **dict.fromkeys(["1}}", "2}}", "3}}", "{}}", "oops}}"], ["</tool_call>"]),
+    **{word: ["</tool_call>"] for word in ("1}}", "2}}", "3}}", "{}}", "oops}}")},
     "</tool_call>": ["<|im_end|>"],
-    **dict.fromkeys(NUMBERS, ["<|im_end|>"]),
+    **{number: ["<|im_end|>"] for number in NUMBERS},
 }
 
 
@@ -70,6 +69,7 @@ def tokenizer() -> Any:
 
 def model() -> Any:
     """In float32 and eval mode."""
+    import torch
     import transformers
 
     size = len(WORDS)
@@ -112,6 +112,45 @@ def model() -> Any:
 PROMPTS = [
     {"prompt": [{"role": "user", "content": f"double {i}"}], "answer": str(2 * i)} for i in range(8)
 ]
+
+
+class Counter:
+    """An environment that counts: what it says is the row's, and its reward is its count."""
+
+    def reset(self, answer: str = "", **row: object) -> str:
+        self.start = self.count = int(answer) // 2
+        return " start"
+
+    def double(self, x: int) -> int:
+        """Count by a number.
+
+        Args:
+            x: the number.
+        """
+        self.count += x
+        return self.count
+
+    def get_reward(self) -> float:
+        return float(self.count - self.start)
+
+
+class Quiet(Counter):
+    """Another one, which says nothing first."""
+
+    def reset(self, **row: object) -> None:  # type: ignore[override]
+        self.start = self.count = 10
+
+
+class Restless(Counter):
+    """One that begins otherwise each time."""
+
+    def reset(self, **row: object) -> str:  # type: ignore[override]
+        super().reset(answer="4")
+        return f" {os.getpid()}"
+
+
+def undocumented(x: int) -> int:
+    return x
 
 
 def double(x: int) -> int:

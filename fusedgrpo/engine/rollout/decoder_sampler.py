@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -177,10 +177,11 @@ class DecoderSampler(Sampler):
                 first=first,
             ):
                 i = live.asked.index
-                completion = self._completion(live)
-                if turns is not None:
-                    place = first + i, live.sample
-                    completion = of_turns(completion, live.given, place, turns)
+                if turns is None:
+                    completion = self._completion(live)
+                else:
+                    spoken = _spoken(live, self.eos_ids)
+                    completion = of_turns(spoken, live.given, (first + i, live.sample), turns)
                 check_finite(completion, rows[i])
                 done[i, live.sample] = completion
                 if not missing(i):
@@ -222,11 +223,15 @@ class DecoderSampler(Sampler):
         return Limits(oom_retry.in_flight or asked, oom_retry.tokens, params.max_new_tokens)
 
     def _completion(self, live: Live) -> Completion:
-        ids = tuple(live.ids)
-        ended = ids[-1] in self.eos_ids
-        text = self.text(ids, ended=ended)
-        reason: FinishReason = "stop" if ended or live.stopped else "length"
-        return Completion(ids, text, reason, torch.tensor(live.logp))
+        spoken = _spoken(live, self.eos_ids)
+        text = self.text(spoken.ids, ended=spoken.ids[-1] in self.eos_ids)
+        return dataclasses.replace(spoken, text=text)
+
+
+def _spoken(live: Live, ends: Collection[int]) -> Completion:
+    """A completion that has ended, without its text."""
+    reason: FinishReason = "stop" if live.ids[-1] in ends or live.stopped else "length"
+    return Completion(tuple(live.ids), "", reason, torch.tensor(live.logp))
 
 
 def _teaches(i: int, group: Group) -> bool:

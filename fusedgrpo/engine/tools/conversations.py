@@ -57,9 +57,9 @@ class Topic:
 
 @dataclass(slots=True)
 class _Conversation:
-    """One completion so far. key: by which its tools go. messages: what it is, ``read`` of its
-    tokens. began: the first token of its turn. rounds: of calls. asked: messages that wait for
-    answers of tools, with the last token before them."""
+    """One completion so far. key: by which its tools go. messages: what the first ``read`` of its
+    tokens are. rounds: of calls. last_id: the last token before the answers that it waits for.
+    problem: why what it called cannot be read. began: its environment is known to have."""
 
     key: Hashable
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -69,6 +69,7 @@ class _Conversation:
     failures: int = 0
     last_id: int | None = None
     problem: str | None = None
+    began: bool = False
 
 
 class Conversations:
@@ -146,6 +147,8 @@ class Conversations:
             return False
         if self.most_rounds is not None and one.rounds >= self.most_rounds:
             return False
+        if one.rounds == 0 and self.topic(place).reset is not None:
+            self._check_beginning(one, self.topic(place))
         one.rounds += 1
         one.last_id = ids[-1]
         one.problem = turn.problem
@@ -193,15 +196,22 @@ class Conversations:
         if topic.reset is None:
             self.running.close_key(one.key)
         else:
-            (words,) = self.running.observations([one.key])
-            if words != topic.words:
-                raise ToolError(
-                    f"The environment's reset returned {brief(words)} for one completion of a "
-                    f"prompt and {brief(topic.words)} for another. GRPO compares completions of "
-                    "one prompt: draw what it says from random, numpy.random or torch, which are "
-                    "seeded alike for all of them, or from the row."
-                )
+            self._check_beginning(one, topic)
         return Finished(self.text(ids), tuple(one.messages), one.calls, one.failures)
+
+    def _check_beginning(self, one: _Conversation, topic: Topic) -> None:
+        """Whether its environment has begun as the prompt says; waits for that."""
+        if one.began:
+            return
+        (words,) = self.running.observations([one.key])
+        one.began = True
+        if words != topic.words:
+            raise ToolError(
+                f"The environment's reset returned {brief(words)} for one completion of a prompt "
+                f"and {brief(topic.words)} for another. GRPO compares completions of one prompt: "
+                "draw what it says from random, numpy.random or torch, which are seeded alike for "
+                "all of them, or from the row."
+            )
 
     def _turn(self, place: Place, one: _Conversation, ids: Sequence[int]) -> Turn:
         """Read what was said since."""
