@@ -48,6 +48,11 @@ class _Job:
     failure: str = ""
     over: bool = False
 
+    @property
+    def is_between(self) -> bool:
+        """Whether none of the user's code is at work, but ours before, between or after it."""
+        return self.begun is None or (bool(self.calls) and self.results.keys() >= set(self.begun))
+
 
 @dataclass(slots=True)
 class _Completion:
@@ -354,7 +359,7 @@ class ToolProcesses:
                 job.results[index] = ToolResult(job.calls[index].name, content, failed)
                 if trace:
                     job.errors.append((index, trace))
-                if job.begun is not None and job.results.keys() >= set(job.begun):
+                if job.is_between:
                     job.deadline = now + _START_SECONDS
             case ("done",) if len(job.results) == len(job.calls):
                 self._over(completion)
@@ -380,7 +385,7 @@ class ToolProcesses:
     def _too_late(self, completion: _Completion, job: _Job) -> None:
         if completion.closed:
             self._lost(completion, death_in_words(None))
-        elif job.begun is None or job.results.keys() >= set(job.begun):
+        elif job.is_between:
             self._lost(completion, f"its process said nothing for {_START_SECONDS:g} seconds")
         else:
             self._lost(
