@@ -350,8 +350,10 @@ class ToolProcesses:
     def _take(self, completion: _Completion, job: _Job, answer: tuple[Any, ...]) -> None:
         now = time.monotonic()
         match answer:
-            case ("began", tuple() as begun, float() as grace):
+            case ("began", tuple() as begun, bool() as side_by_side):
                 job.begun = begun
+                # Those keep their deadline themselves, so that one that is late ends no other.
+                grace = GRACE_SECONDS if side_by_side else 0.0
                 job.deadline = math.inf if self._timeout is None else now + self._timeout + grace
             case ("result", int() as index, str() as content, bool() as failed, str() as trace) if (
                 0 <= index < len(job.calls) and index not in job.results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -642,6 +643,28 @@ def test_rewards_of_environments(
         assert reply.values == [value]
     assert (0 in reply.failures) == bool(told) and told in reply.failures.get(0, "")
     world.close_key("k")
+
+
+@pytest.mark.slow
+def test_hundreds_of_environments_live_and_die_together(
+    worlds: ToolSet,
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        with start(worlds, at_once=1000) as processes:
+            keys = list(range(400))
+            for key in keys:
+                processes.open(key, "env", {"start": key}, 0)
+            assert processes.observations(keys) == [f"at {key}" for key in keys]
+            for key in keys:
+                processes.call(key, [ToolCall("fails", {"how": "kill"})], 0)
+            time.sleep(5)  # so that none of their deaths has been heard of, and all have died
+            for key in keys:
+                processes.close_key(key)
+            assert opened(processes, "") == "at 2"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_environment_that_died_says_so_to_every_call(world: ToolProcesses) -> None:
