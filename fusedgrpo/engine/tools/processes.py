@@ -439,10 +439,10 @@ class ToolProcesses:
         self._nursery.end(completion.number)
 
     def _replace_nursery(self) -> None:
-        self._selector.unregister(self._nursery.connection)
-        self._nursery.close()
         for completion in list(self._processes.values()):
             self._lost(completion, "the process that it was forked from died")
+        self._selector.unregister(self._nursery.connection)
+        self._nursery.close()
         self._nursery = Nursery(self._tools, self._check_interrupt)
         self._selector.register(self._nursery.connection, selectors.EVENT_READ)
 
