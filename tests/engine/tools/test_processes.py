@@ -802,8 +802,9 @@ processes = ToolProcesses(tools, timeout=None, output_limit=100)
 processes.call(0, [ToolCall("pids", {"how": sys.argv[1] + "/hang"})], 0)
 print(processes._nursery._child.process.pid, flush=True)
 if sys.argv[2] == "raise":
-    import pathlib
-    while not pathlib.Path(sys.argv[1], "hang").exists():
+    from pathlib import Path
+    hang = Path(sys.argv[1], "hang")
+    while not (hang.exists() and len(hang.read_text().split()) == 3):
         time.sleep(0.02)
     raise SystemExit("out")
 time.sleep(10_000)
