@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -222,7 +223,13 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
 def _end(process: subprocess.Popen[bytes], connection: Connection, owner: int) -> None:
     if os.getpid() != owner:  # a fork of the trainer: the child is not its to end
         return
-    connection.close()
+    if not connection.closed:
+        # Not closed only: a fork of the trainer may have it open, too.
+        theirs = socket.socket(fileno=connection.fileno())
+        with suppress(OSError):  # the process has ended
+            theirs.shutdown(socket.SHUT_RDWR)
+        theirs.detach()
+        connection.close()
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_SECONDS)
     _kill_session(process)

@@ -103,12 +103,16 @@ def text_tokenizer(processing_class: Any) -> Any:
     return tokenizer
 
 
-def chat_template_of(processing_class: Any) -> Any:
-    """The chat template: the Processor's if it has one, else the tokenizer's."""
+def chat_template_of(processing_class: Any, *, with_tools: bool = False) -> Any:
+    """The chat template: the Processor's if it has one, else the tokenizer's. with_tools: the one
+    named ``tool_use``, if there are several and one has that name."""
     own = getattr(processing_class, "chat_template", None)
     if not own and _is_processor(processing_class):
-        return getattr(text_tokenizer(processing_class), "chat_template", None)
-    return own["default"] if isinstance(own, dict) and "default" in own else own
+        own = getattr(text_tokenizer(processing_class), "chat_template", None)
+    if not isinstance(own, dict):
+        return own
+    name = "tool_use" if with_tools and "tool_use" in own else "default"
+    return own.get(name, own)
 
 
 def _is_processor(processing_class: Any) -> bool:

@@ -15,12 +15,20 @@ class ChatTemplate:
     """Renders messages as the model reads them.
 
     processing_class: a tokenizer, or a Processor that has one. clock: says the date to the
-    template. variables: the ``chat_template_kwargs`` of the run. False if there is no template.
+    template. variables: the ``chat_template_kwargs`` of the run. with_tools: it has tools. False if
+    there is no template.
     """
 
-    def __init__(self, processing_class: Any, clock: RunClock, variables: dict[str, Any] | None):
+    def __init__(
+        self,
+        processing_class: Any,
+        clock: RunClock,
+        variables: dict[str, Any] | None,
+        *,
+        with_tools: bool = False,
+    ):
         self.tokenizer = text_tokenizer(processing_class)
-        self.source = chat_template_of(processing_class)
+        self.source = chat_template_of(processing_class, with_tools=with_tools)
         self.clock = clock
         self.variables = variables or {}
         self._wants_parts = bool(self) and self._leaves_out_text()

@@ -58,7 +58,9 @@ class PromptEncoder:
     ):
         self.config = config
         clock = clock or RunClock(datetime.now())
-        self.chat = ChatTemplate(tokenizer, clock, config.chat_template_kwargs)
+        self.chat = ChatTemplate(
+            tokenizer, clock, config.chat_template_kwargs, with_tools=tools is not None
+        )
         self.tokenizer = self.chat.tokenizer
         self.vocab_size = vocab_size
         self.has_template = bool(self.chat)

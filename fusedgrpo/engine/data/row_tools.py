@@ -36,7 +36,7 @@ class RowTools:
 
     @property
     def schemas(self) -> list[list[Schema]]:
-        """Those of each environment: what prompts depend on."""
+        """The schemas of each environment, on which prompts depend."""
         return [list(schemas.values()) for schemas in self._schemas.values()]
 
     def given(self, prompt: Prompt, row: Mapping[str, Any]) -> Prompt:

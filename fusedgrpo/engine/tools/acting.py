@@ -1,8 +1,8 @@
 """The process of one completion: its environment, and the calls of its tools.
 
 Runs in a fork of the nursery, in the main thread (so ``signal.alarm`` works). Each request of the
-trainer is answered by ``("began", indices, seconds of grace)`` right before code of the user's
-runs, and then by what came of it.
+trainer is answered by ``("began", indices, side by side)`` right before code of the user's runs,
+and then by what came of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import cloudpickle
 
-from fusedgrpo.engine.child_process import GRACE_SECONDS, Answers
+from fusedgrpo.engine.child_process import Answers
 from fusedgrpo.engine.rewards.call import LARGEST_REWARD, as_number
 from fusedgrpo.engine.tools.describing import methods
 from fusedgrpo.engine.tools.loading import Loaded
@@ -45,7 +45,7 @@ def act(answers: Answers, loaded: Loaded) -> None:
         if kind == "call":
             actor.call(*arguments)
             continue
-        answers.send("began", (), 0.0)
+        answers.send("began", (), False)
         try:
             answer = getattr(actor, kind)(*arguments)
         except BaseException as error:  # noqa: BLE001 - their code raises anything, sys.exit included
@@ -123,7 +123,7 @@ class _Actor:
                 self._result(index, error_text(problem[:limit]), failed=True)
                 continue
             if not inspect.iscoroutinefunction(self._tools[name]):
-                self._answers.send("began", (index,), 0.0)
+                self._answers.send("began", (index,), False)
             try:
                 value = self._tools[name](**arguments)
                 if inspect.isawaitable(value):
@@ -135,7 +135,7 @@ class _Actor:
             else:
                 self._result(index, content)
         if waiting:
-            self._answers.send("began", tuple(waiting), GRACE_SECONDS)
+            self._answers.send("began", tuple(waiting), True)
             self._loop.run_until_complete(self._side_by_side(waiting, timeout, limit))
         self._answers.send("done")
 

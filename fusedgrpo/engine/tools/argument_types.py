@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def _parameters(name: str, schemas: Sequence[Mapping[str, Any]]) -> Mapping[str,
 def _typed(text: str, schema: Any) -> Any:
     kinds = _kinds(schema)
     try:
-        value = _WORDS[text.strip()] if text.strip() in _WORDS else json.loads(text)
+        value: Any = _WORDS[text.strip()] if text.strip() in _WORDS else json.loads(text)
     except (ValueError, RecursionError):
         return text
     kind = _kind(value)
@@ -44,6 +45,8 @@ def _typed(text: str, schema: Any) -> Any:
         value, kind = int(value), "integer"
     if kind == "integer" and "number" in kinds:
         kind = "number"
+    if isinstance(value, float) and not math.isfinite(value):
+        return text
     if kind not in kinds or ("string" in kinds and value is not None):
         return text
     return value

@@ -100,7 +100,7 @@ class TurnParser:
         if form.thoughts is not None:
             thoughts, content = form.thoughts(content)
         message = {"role": "assistant", "content": content}
-        if calls or thoughts:
+        if calls or content != text:
             message["content"] = content.strip()
         if thoughts:
             message["reasoning_content"] = thoughts.strip()

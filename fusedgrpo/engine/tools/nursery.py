@@ -10,19 +10,20 @@ import ctypes
 import gc
 import os
 import pickle
+import resource
 import selectors
 import signal
 import socket
 import struct
 import sys
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
 
 from fusedgrpo.engine.child_process import (
     Answers,
@@ -43,6 +44,8 @@ SHOWN_OF_ALL = 1_000_000
 # What a message between two processes may take once it has begun.
 _MESSAGE_SECONDS = 60
 _PR_SET_CHILD_SUBREAPER = 36
+# A word of the trainer's: s to start a process, with its end of a socket, or e to end one; which.
+_REQUEST = struct.Struct("!cQ")
 
 
 class Nursery:
@@ -51,8 +54,10 @@ class Nursery:
     def __init__(self, tools: ToolSet, check_interrupt: Callable[[], None]):
         self._child = ChildProcess(__name__, tools.path)
         self.connection = self._child.connection
-        self._send(tools.sources)
+        self._socket = _socket_of(self.connection)
         try:
+            with suppress(ConnectionError):
+                self.connection.send_bytes(pickle.dumps(tools.sources))
             self._child.wait(time.monotonic() + LOADING_SECONDS, check_interrupt)
             answer = plain_tuple(self.connection.recv_bytes(1 << 20))
         except TimeoutError:
@@ -67,31 +72,35 @@ class Nursery:
     def fork(self, number: int) -> Connection:
         """A new process under this number. Raises :class:`ToolError` where there are too many."""
         try:
-            ours, theirs = socket.socketpair()
+            try:
+                ours, theirs = socket.socketpair()
+            except OSError:
+                _allow_more_files()
+                ours, theirs = socket.socketpair()
         except OSError as error:
             raise ToolError(
                 f"no process for another completion: {reason(error)}. Each open environment takes "
-                "a file descriptor: raise the limit (ulimit -n), or sample fewer at once "
-                "(max_in_flight)"
+                "an open file: raise the hard limit (ulimit -Hn), or sample fewer at once"
             ) from error
         with ours, theirs:
             for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", _MESSAGE_SECONDS, 0))
-            with suppress(OSError):  # the nursery died: is_gone
-                self.connection.send_bytes(pickle.dumps(("start", number)))
-                send_handle(self.connection, theirs.fileno(), self._child.process.pid)
+            with suppress(ConnectionError):  # it died: is_gone
+                message = _REQUEST.pack(b"s", number)
+                socket.send_fds(self._socket, [message], [theirs.fileno()])
             return Connection(ours.detach())
 
     def end(self, number: int) -> None:
         """End that process, and what it has started."""
-        self._send(("end", number))
+        with suppress(ConnectionError):
+            self._socket.sendall(_REQUEST.pack(b"e", number))
 
     def notices(self) -> list[tuple[int, int | str]]:
         """Processes that ended by themselves: (number, exit code or why there was none)."""
         found = []
         with suppress(EOFError, OSError, GarbledReply):  # it died: is_gone
             while self.connection.poll(0):
-                _, number, how = plain_tuple(self.connection.recv_bytes(1 << 20))
+                number, how = plain_tuple(self.connection.recv_bytes(1 << 20))
                 found.append((number, how))
         return found
 
@@ -102,18 +111,15 @@ class Nursery:
 
     def close(self) -> None:
         """End it and all its forks."""
+        self._socket.close()
         self._child.end()
-
-    def _send(self, message: Any) -> None:
-        with suppress(OSError):
-            self.connection.send_bytes(pickle.dumps(message))
 
 
 def serve(fd: int, parent: int) -> None:
     """The process's own end: load the tools, then fork until the trainer is gone."""
     connection = begin(fd, parent, "tools")
-    with suppress(ImportError):
-        import numpy  # noqa: F401 - its generator can be seeded, though a tool may import it late
+    import numpy  # noqa: F401 - a tool that imports it late draws from a generator that is seeded
+
     try:
         loaded = load(pickle.loads(connection.recv_bytes()))
     except EOFError:
@@ -122,6 +128,7 @@ def serve(fd: int, parent: int) -> None:
         connection.send_bytes(pickle.dumps(("refused", str(error))))
         return
     connection.send_bytes(pickle.dumps(("ready",)))
+    _allow_more_files()
     gc.collect()
     gc.freeze()  # pages of what is loaded stay shared
     _Forks(connection, parent, loaded).run()
@@ -133,11 +140,15 @@ class _Fork:
     output: int
     line: bytearray = field(default_factory=bytearray)
     shown: int = 0
+    is_silent: bool = False
+    is_wanted: bool = True
 
 
 class _Forks:
     def __init__(self, connection: Connection, parent: int, loaded: Loaded):
         self._connection = connection
+        self._control = _socket_of(connection)
+        self._notices: deque[tuple[int, int | str]] = deque()
         self._own, self._parent = os.getpid(), parent
         self._loaded = loaded
         self._forks: dict[int, _Fork] = {}
@@ -147,7 +158,7 @@ class _Forks:
         wake.setblocking(False)
         self._waker = wake
         self._selector = selectors.DefaultSelector()
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._selector.register(self._control, selectors.EVENT_READ)
         self._selector.register(self._wake, selectors.EVENT_READ)
         signal.signal(signal.SIGCHLD, _nothing)
         signal.signal(signal.SIGTERM, _nothing)
@@ -159,25 +170,42 @@ class _Forks:
 
     def run(self) -> None:
         while os.getppid() == self._parent:
-            ready = {key.fileobj for key, _ in self._selector.select(timeout=1.0)}
-            for number, fork in list(self._forks.items()):
+            selected = self._selector.select(timeout=1.0)
+            ready = {key.fileobj for key, what in selected if what & selectors.EVENT_READ}
+            writable = {key.fileobj for key, what in selected if what & selectors.EVENT_WRITE}
+            for fork in self._forks.values():
                 if fork.output in ready:
-                    self._show(number, fork)
+                    self._show(fork)
             with suppress(BlockingIOError):
                 self._wake.recv(4096)
             self._reap()
-            if self._connection in ready:
-                try:
-                    kind, number = pickle.loads(self._connection.recv_bytes())
-                    if kind == "start":
-                        self._start(number, recv_handle(self._connection))
-                    elif number in self._forks:
-                        _kill(self._forks[number].pid)
-                except (EOFError, OSError):
-                    break
+            if self._control in ready and not self._obey():
+                break
+            if self._notices and self._control in writable:
+                self._tell_one()
         self._end_all()
 
-    def _start(self, number: int, handle: int) -> None:
+    def _obey(self) -> bool:
+        """Do what the trainer says; False where it says no more."""
+        try:
+            message, handles, _, _ = socket.recv_fds(self._control, _REQUEST.size, 1)
+        except ConnectionError:
+            return False
+        if len(message) < _REQUEST.size:
+            return False
+        kind, number = _REQUEST.unpack(message)
+        if kind == b"s":
+            self._start(number, handles)
+        elif number in self._forks:
+            self._forks[number].is_wanted = False
+            _kill(self._forks[number].pid)
+        return True
+
+    def _start(self, number: int, handles: list[int]) -> None:
+        if not handles:  # the system had none left for us
+            self._tell(number, "it could not be started: too many open files")
+            return
+        (handle,) = handles
         pid = output = -1
         try:
             output, theirs = os.pipe()
@@ -211,13 +239,16 @@ class _Forks:
             os.dup2(stdout, 2)
             for mine in (stdout, output, *(fork.output for fork in self._forks.values())):
                 os.close(mine)
-            for nurserys in (self._connection, self._selector, self._wake, self._waker):
+            self._selector.close()
+            for nurserys in (self._connection, self._control, self._wake, self._waker):
                 nurserys.close()
             os.set_inheritable(handle, False)
             act(Answers(Connection(handle)), self._loaded)
             code = 0
         except OSError:  # the tool closed our pipe
             pass
+        except Exception:  # noqa: BLE001 - the fork of a loop must not go on in it
+            traceback.print_exc()
         finally:
             os._exit(code)
 
@@ -230,34 +261,45 @@ class _Forks:
         for number, fork in list(self._forks.items()):
             if fork.pid in ended:
                 _kill_group(fork.pid)
-                self._show(number, fork)
-                self._selector.unregister(fork.output)
+                if not fork.is_silent:
+                    self._show(fork, last=True)
+                if not fork.is_silent:
+                    self._selector.unregister(fork.output)
                 os.close(fork.output)
                 del self._forks[number]
-                self._tell(number, ended[fork.pid])
+                if fork.is_wanted:
+                    self._tell(number, ended[fork.pid])
 
     def _tell(self, number: int, how: int | str) -> None:
-        with suppress(OSError):
-            self._connection.send_bytes(pickle.dumps(("ended", number, how)))
+        """Later: the trainer may be busy, and must find us listening all the same."""
+        self._notices.append((number, how))
+        self._selector.modify(self._control, selectors.EVENT_READ | selectors.EVENT_WRITE)
 
-    def _show(self, number: int, fork: _Fork) -> None:
+    def _tell_one(self) -> None:
+        with suppress(ConnectionError):
+            self._connection.send_bytes(pickle.dumps(self._notices.popleft()))
+        if not self._notices:
+            self._selector.modify(self._control, selectors.EVENT_READ)
+
+    def _show(self, fork: _Fork, *, last: bool = False) -> None:
         """Whole lines of what it has printed, until it has been too much."""
-        try:
-            text = os.read(fork.output, 1 << 16)
-        except BlockingIOError:
-            return
+        text = b""
+        with suppress(BlockingIOError):
+            text = os.read(fork.output, 1 << 16)  # all that a pipe holds
+            if not text:  # it has closed its end, which would be ready for ever
+                self._selector.unregister(fork.output)
+                fork.is_silent = last = True
+        fork.line += text
+        end = (
+            len(fork.line) if last or len(fork.line) > SHOWN_OF_ONE else fork.line.rfind(b"\n") + 1
+        )
+        lines, fork.line = fork.line[:end], fork.line[end:]
         if fork.shown > SHOWN_OF_ONE or self._shown > SHOWN_OF_ALL:
             return
-        fork.line += text
-        end = fork.line.rfind(b"\n") + 1 if text else len(fork.line)
-        if len(fork.line) > SHOWN_OF_ONE:
-            end = len(fork.line)
-        lines, fork.line = fork.line[:end], fork.line[end:]
         fork.shown += len(lines)
         self._shown += len(lines)
         if fork.shown > SHOWN_OF_ONE or self._shown > SHOWN_OF_ALL:
-            lines = lines[:SHOWN_OF_ONE]
-            lines += b"\n[more that tools printed is not shown]\n"
+            lines = lines[:SHOWN_OF_ONE] + b"\n[more that tools printed is not shown]\n"
         with suppress(OSError):  # a terminal that is closed
             os.write(2, lines)
 
@@ -274,6 +316,17 @@ class _Forks:
                 os.waitpid(-1, 0)
             except ChildProcessError:
                 return
+
+
+def _socket_of(connection: Connection) -> socket.socket:
+    """The same under another descriptor, for descriptors to be sent over."""
+    return socket.socket(fileno=os.dup(connection.fileno()))
+
+
+def _allow_more_files() -> None:
+    """As many as this process may have: environments take one each."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _kill(pid: int) -> None:

@@ -48,6 +48,11 @@ class _Job:
     failure: str = ""
     over: bool = False
 
+    @property
+    def is_between(self) -> bool:
+        """Whether none of the user's code is at work, but ours before, between or after it."""
+        return self.begun is None or (bool(self.calls) and self.results.keys() >= set(self.begun))
+
 
 @dataclass(slots=True)
 class _Completion:
@@ -345,8 +350,10 @@ class ToolProcesses:
     def _take(self, completion: _Completion, job: _Job, answer: tuple[Any, ...]) -> None:
         now = time.monotonic()
         match answer:
-            case ("began", tuple() as begun, float() as grace):
+            case ("began", tuple() as begun, bool() as side_by_side):
                 job.begun = begun
+                # Those keep their deadline themselves, so that one that is late ends no other.
+                grace = GRACE_SECONDS if side_by_side else 0.0
                 job.deadline = math.inf if self._timeout is None else now + self._timeout + grace
             case ("result", int() as index, str() as content, bool() as failed, str() as trace) if (
                 0 <= index < len(job.calls) and index not in job.results
@@ -354,7 +361,7 @@ class ToolProcesses:
                 job.results[index] = ToolResult(job.calls[index].name, content, failed)
                 if trace:
                     job.errors.append((index, trace))
-                if job.begun is not None and job.results.keys() >= set(job.begun):
+                if job.is_between:
                     job.deadline = now + _START_SECONDS
             case ("done",) if len(job.results) == len(job.calls):
                 self._over(completion)
@@ -380,7 +387,7 @@ class ToolProcesses:
     def _too_late(self, completion: _Completion, job: _Job) -> None:
         if completion.closed:
             self._lost(completion, death_in_words(None))
-        elif job.begun is None or job.results.keys() >= set(job.begun):
+        elif job.is_between:
             self._lost(completion, f"its process said nothing for {_START_SECONDS:g} seconds")
         else:
             self._lost(
@@ -432,10 +439,10 @@ class ToolProcesses:
         self._nursery.end(completion.number)
 
     def _replace_nursery(self) -> None:
-        self._selector.unregister(self._nursery.connection)
-        self._nursery.close()
         for completion in list(self._processes.values()):
             self._lost(completion, "the process that it was forked from died")
+        self._selector.unregister(self._nursery.connection)
+        self._nursery.close()
         self._nursery = Nursery(self._tools, self._check_interrupt)
         self._selector.register(self._nursery.connection, selectors.EVENT_READ)
 

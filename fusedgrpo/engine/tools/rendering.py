@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -50,7 +51,7 @@ class ToolTurns:
         Raises ConfigError where the template has no way to write these answers.
         """
         rest = self._rest(
-            tuple((message["name"], _whole(message["content"])) for message in messages)
+            tuple((_plain(message["name"]), _whole(message["content"])) for message in messages)
         )
         return rest[1:] if rest[0] == last_id and last_id in self._ends else rest
 
@@ -87,7 +88,10 @@ class ToolTurns:
             last = common_start(ids, answered)
             ends = (at for at in range(first, last) if ids[at] in self._ends)
             bare = common_start(ids, self._chat.ids(before, generation_prompt=False))
-            return turn, tuple(ids[: next(ends, min(bare, last))])
+            end = next(ends, min(bare, last))
+            if end >= first:
+                return turn, tuple(ids[:end])
+            failed = "where a turn with calls ends cannot be told"
         raise ConfigError(
             f"tools: the chat template cannot write answers of tools, {len(names)} of a turn: "
             f"{failed}. Give the tokenizer a chat template that writes messages of the role `tool`."
@@ -119,6 +123,11 @@ def _messages(answers: Answers) -> list[dict[str, Any]]:
         {"role": "tool", "name": name, "content": content, "tool_call_id": call_id(place)}
         for place, (name, content) in enumerate(answers)
     ]
+
+
+def _plain(name: str) -> str:
+    """The name as templates take it: a policy may have called whatever it liked."""
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:64] or "unknown"
 
 
 def _whole(text: str) -> str:

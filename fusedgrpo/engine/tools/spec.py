@@ -76,8 +76,8 @@ def build_tools(
 
     tools: a list of functions, async ones too, and of names ``file.py:function`` and
     ``module:function``. environment_factory: a class, a function that makes an environment, its
-    name, or a dict of those by the names of environments. folders: beside the working directory,
-    where files and modules are looked for. timeout: seconds for importing what has a name.
+    name, or a dict of those by the names of environments. folders: where files and modules are
+    looked for, from ``named_code.code_folders``. timeout: seconds for importing what has a name.
     check_interrupt: called meanwhile, and may raise.
 
     Raises :class:`ConfigError` with everything that cannot be used and what it lacks.

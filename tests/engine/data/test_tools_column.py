@@ -189,3 +189,31 @@ def test_kept_ids_are_those_of_the_same_tools(monkeypatch, tmp_path) -> None:
         assert load(rows, tools).ids_fingerprint != first.ids_fingerprint and len(made) == 4
     named = [{**row, "tools": ["sub"]} for row in rows]
     assert told(load(named, Toolbox())) == ["sub"]
+
+
+def test_one_of_several_templates_is_for_tools() -> None:
+    tokenizer = tool_chats.tokenizer(tool_chats.CHATML)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "tools"}
+
+    def text(tools: Any) -> str:
+        data = load_prompts(
+            [ROW], GRPOConfig(), tokenizer, vocab_size=None, context_length=None, tools=tools
+        )
+        return tokenizer.decode(data[0].prompt_ids)
+
+    assert text(None) == "plain" and text(Toolbox()) == "tools"
+
+
+def test_a_history_may_have_turns_of_calls_alone() -> None:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    history = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "name": "add", "content": "3"},
+    ]
+    data = load([{"prompt": history}], Toolbox())
+    assert data.encoder is not None
+    text = data.encoder.tokenizer.decode(data[0].prompt_ids)
+    assert '{"name": "add", "arguments": {"a": 1}}' in text and "<tool_response>3" in text
+    with pytest.raises(DataError, match="is null, expected text"):
+        load([{"prompt": [*ASK, {"role": "assistant", "content": None, "tool_calls": []}]}])

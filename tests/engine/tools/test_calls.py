@@ -88,6 +88,11 @@ def test_nothing_in_reasoning_is_a_call(thought: str) -> None:
     assert turn.message["content"] == ""
 
 
+def test_reasoning_may_be_empty() -> None:
+    message = {"role": "assistant", "content": "It is 3."}
+    assert parsed("<think>\n\n</think>\n\nIt is 3.<|im_end|>").message == message
+
+
 @pytest.mark.parametrize("before", ["<|im_start|>assistant\n<think>\n", "Let me <think>"])
 def test_reasoning_may_have_begun_before_the_turn(before: str) -> None:
     turn = parsed(f"{hermes(a=1)}</think>{hermes(a=2)}", prefix=before)
@@ -160,6 +165,8 @@ def test_a_call_is_complete_without_its_closing_mark() -> None:
         ({"a": "seven"}, {"a": "seven"}),
         ({"b": "7"}, {"b": 7}),
         ({"b": "1e-3"}, {"b": 0.001}),
+        ({"b": "NaN"}, {"b": "NaN"}),
+        ({"b": "1e999"}, {"b": "1e999"}),
         ({"note": "7"}, {"note": "7"}),
         ({"flag": "True"}, {"flag": True}),
         ({"flag": "false"}, {"flag": False}),
@@ -276,6 +283,7 @@ F, G = ToolCall("f", {"a": 1}), ToolCall("g", {})
         ("Llama", '{"name": "f", "parameters": {"a": 1}}', (F,)),
         ("Llama", '<|python_tag|>{"name": "f", "arguments": {"a": 1}}', (F,)),
         ("Llama", '{"name": "f", "parameters": {"a": 1}}; {"name": "g"}', (F, G)),
+        ("Llama", '{"name": "g", "parameters": {}};\n', (G,)),
         ("Llama", 'Well: {"name": "f", "parameters": {"a": 1}}', ()),
         ("Llama", '{"name": "f"}', ()),
         ("Llama", '<|python_tag|>f.call(a="1")', "not valid JSON"),

@@ -79,6 +79,41 @@ def test_the_conversation_is_never_rendered(chat, turns, monkeypatch) -> None:
     assert len(rendered) <= 10 + 4 and max(rendered) == 3
 
 
+TEXT = """
+{%- for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}
+CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}{{ '\\n' }}
+{%- endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+
+
+def test_a_template_without_special_tokens() -> None:
+    chat = tool_chats.chat(TEXT)
+    eos = chat.tokenizer.eos_token_id
+    turns = ToolTurns(chat, [eos])
+    suffix = turns.suffix([answer("3"), answer("4")], eos)
+    assert chat.tokenizer.decode(list(suffix)) == "tool: 3\ntool: 4\nassistant: "
+    assert turns.suffix([answer("3"), answer("4")], None) == suffix
+
+
+def test_where_a_turn_ends_has_to_be_seen() -> None:
+    """Without a token that ends it, and written in another way when it is not the last."""
+    late = TEXT.replace("{{ m.role }}:", "{{ m.role }}{% if loop.last %} (last){% endif %}:")
+    with pytest.raises(ConfigError, match="where a turn with calls ends"):
+        ToolTurns(tool_chats.chat(late), [])
+
+
+@pytest.mark.parametrize("name", ["", "a b", "<|im_end|>", "x" * 5000, "ä"])
+def test_a_policy_may_have_called_anything(chat, turns, name) -> None:
+    """The names of tools that there are not are no names for a template that looks at them."""
+    source = tool_chats.CHATML.replace(
+        "{%- for call in m.tool_calls or [] %}",
+        "{%- for call in m.tool_calls or [] %}{% if ' ' in call.function.name or "
+        "not call.function.name %}{{ raise_exception('a name') }}{% endif %}",
+    )
+    strict = ToolTurns(tool_chats.chat(source, eos_token="<|im_end|>"), [])
+    eos = chat.tokenizer.eos_token_id
+    assert strict.suffix([answer(name=name)], eos) == turns.suffix([answer()], eos)
+
+
 @pytest.mark.parametrize("kind", ["left out", "refused"])
 def test_a_template_without_answers_is_refused(kind) -> None:
     guard = "" if kind == "left out" else "{{ raise_exception('no tools here') }}"

@@ -50,7 +50,12 @@ def _messages(value: Any, column: str) -> Messages:
                 if not isinstance(text, str) or part.get("type") != "text":
                     kind = kind_of(part)
                     raise BadRowError(f"the content of {column!r}[{i}] has {kind}, expected text")
-        elif not isinstance(content, str):
+        elif not (isinstance(content, str) or _has_calls_alone(message)):
             kind = kind_of(content)
             raise BadRowError(f"the content of {column!r}[{i}] is {kind}, expected text")
-    return [dict(message) for message in value]
+    return [dict(message) | {"content": message.get("content") or ""} for message in value]
+
+
+def _has_calls_alone(message: Mapping[str, Any]) -> bool:
+    """Whether it is a turn of a history with calls of tools, and without content."""
+    return message.get("content") is None and bool(message.get("tool_calls"))

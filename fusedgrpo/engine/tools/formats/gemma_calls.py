@@ -60,7 +60,8 @@ def _value(text: str, start: int, depth: int) -> tuple[Any, int]:
 def _items(text: str, at: int, depth: int, close: str) -> tuple[Any, int]:
     """The mapping or list of which the first item begins at ``at``, and where it ends."""
     keyed = close == "}"
-    keys, values = [], []
+    keys: list[str] = []
+    values: list[Any] = []
     while not text.startswith(close, at := past_space(text, at)):
         if values:
             if not text.startswith(",", at):

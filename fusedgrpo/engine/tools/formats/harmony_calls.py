@@ -26,7 +26,8 @@ def _read_harmony(opened: re.Match[str]) -> Read:
 
 def _thoughts(text: str) -> tuple[str, str]:
     """The channel of analysis, and all others."""
-    thoughts, content = [], []
+    thoughts: list[str] = []
+    content: list[str] = []
     for message in _MESSAGE.finditer(text):
         (thoughts if message["channel"] == "analysis" else content).append(message["text"])
     return "\n".join(filter(None, thoughts)), "".join(content)

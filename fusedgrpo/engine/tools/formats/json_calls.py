@@ -34,7 +34,9 @@ def _read_llama(opened: re.Match[str]) -> Read:
             return calls, end
         if text[end] != ";":
             raise UnreadableCallError(f"text follows the call: {text[end : end + 20]!r}")
-        end += 1
+        end = past_space(text, end + 1)
+        if end == len(text):
+            return calls, end
 
 
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?\[ARGS\]")
