@@ -64,7 +64,7 @@ def completion_records(
 
 
 def _turns(completion: Completion) -> dict[str, Any]:
-    """What there is to log of a conversation with tools beside its text."""
+    """The messages of a conversation with tools, which its text alone does not tell."""
     if completion.messages is None:
         return {}
     return {

@@ -47,7 +47,7 @@ class Live:
 
     @property
     def turn_ids(self) -> Sequence[int]:
-        """What it has said since it was last given something."""
+        """The tokens that it has said since it was last given something."""
         return self.ids[self.given[-1][1] :] if self.given else self.ids
 
 

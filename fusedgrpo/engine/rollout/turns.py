@@ -120,7 +120,7 @@ def _take(one: _Unfinished, completion: Completion) -> None:
 
 
 def _answered(going: Sequence[_Unfinished], turns: Turns, most: int) -> list[_Unfinished]:
-    """Those that go on, with what they were given."""
+    """The completions that go on, with what they were given."""
     waiting = {
         one.place: one for one in going if len(one.ids) < most and turns.ended(one.place, one.ids)
     }

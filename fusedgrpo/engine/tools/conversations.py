@@ -20,7 +20,7 @@ UNREADABLE = "unreadable call"
 
 
 class Turn(Protocol):
-    """What a policy wrote in one turn; see ``TurnParser``."""
+    """One turn of a policy's; see ``TurnParser``."""
 
     @property
     def message(self) -> dict[str, Any]: ...
@@ -31,7 +31,7 @@ class Turn(Protocol):
 
 
 class Running(Protocol):
-    """What runs tools; see ``ToolProcesses``."""
+    """Whoever runs tools; see ``ToolProcesses``."""
 
     def open(
         self, key: Hashable, environment: str | None, reset: dict[str, Any], seed: int
@@ -44,7 +44,7 @@ class Running(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """What a conversation is about. prompt_ids: what it begins with. schemas: of the tools that it
+    """The beginning of a conversation. prompt_ids: of its prompt. schemas: of the tools that it
     may use. environment: the name of its environment, and reset: what that is given, None where
     there are no environments; words: what it said to that, which is in the prompt."""
 

@@ -136,7 +136,7 @@ class ToolProcesses:
         self._add(_Job(key, ("reset", environment, columns, seed)))
 
     def observations(self, keys: Iterable[Hashable]) -> list[str | list[Any] | None]:
-        """What ``reset`` of their environments returned. Waits for it, once for each :meth:`open`.
+        """The values that ``reset`` of their environments returned. Waits, once for each :meth:`open`.
 
         Raises :class:`ToolError` if one failed.
         """
@@ -179,7 +179,7 @@ class ToolProcesses:
         return done
 
     def rewards(self, keys: Sequence[Hashable]) -> Reply:
-        """What ``get_reward`` of their environments returned; waits for it.
+        """The values that ``get_reward`` of their environments returned; waits for them.
 
         NaN where it returned None, where there is none, and where the environment's process has
         ended in the course of the completion. ``failures`` has those that raised, hung, died or

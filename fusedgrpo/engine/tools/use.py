@@ -31,7 +31,7 @@ def build_tool_use(
     chat: ChatTemplate,
     check_interrupt: Callable[[], None],
 ) -> ToolUse | None:
-    """What a run with these tools needs; None without any. Raises ConfigError, ToolError."""
+    """All that a run with these tools needs; None without any. Raises ConfigError, ToolError."""
     found = build_tools(tools, environment_factory, folders, check_interrupt=check_interrupt)
     return None if found is None else ToolUse(found, config, chat, check_interrupt)
 
@@ -83,7 +83,7 @@ class ToolUse:
         most: int,
         first: int = 0,
     ) -> Conversations:
-        """Those of a rollout that asks ``examples``, which have ``begun``; arguments as there."""
+        """The ``Conversations`` of a rollout that asks ``examples``, which have ``begun``."""
         return Conversations(
             [self._topic(example, words) for example, words in examples],
             self.processes,
@@ -103,7 +103,7 @@ class ToolUse:
         return Topic(example.prompt_ids, read.schemas, read.environment, reset, words)
 
     def _columns(self, example: Example) -> dict[str, Any]:
-        """What ``reset`` of an environment is given: the row, without the name of the environment
+        """The arguments of an environment's ``reset``: the row, without the name of the environment
         where the rows name it."""
         row = {"prompt": example.prompt, **example.columns}
         if self.tools.environments != (None,):
