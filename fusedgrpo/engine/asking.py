@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusedgrpo.engine.data.dataset import Example
@@ -14,7 +14,9 @@ from fusedgrpo.engine.data.encoder import PromptEncoder
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.rollout.completion_text import CompletionText
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.turns import Place
 from fusedgrpo.engine.rollout.types import Group
+from fusedgrpo.engine.rollout_function import WHO, RolloutFunction
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.tools.conversations import Conversations
 from fusedgrpo.engine.tools.environment_reward import Acted
@@ -26,13 +28,17 @@ class Questions:
     """Examples that are asked, while their completions are sampled and scored.
 
     examples: with what their environments say first. seed: of the rollout, ``first`` the place of
-    the first example in it. conversations: with tools, None without.
+    the first example in it. conversations: with tools, None without. function: what completions
+    come from, None for the sampler. columns: what it said beside them for reward functions, by name
+    and place.
     """
 
     examples: Sequence[Example]
     seed: int
     first: int = 0
     conversations: Conversations | None = None
+    function: RolloutFunction | None = None
+    columns: dict[str, dict[Place, Any]] = field(default_factory=dict)
 
     @property
     def turns(self) -> dict[str, Conversations]:
@@ -44,7 +50,7 @@ class Questions:
         one = self.examples[place : place + 1]
         return dataclasses.replace(self, examples=one, first=self.first + place)
 
-    def acted(self, places: Sequence[tuple[int, int]]) -> list[Acted] | None:
+    def acted(self, places: Sequence[Place]) -> list[Acted] | None:
         """Where the completions at these places of the rollout have acted; None where there are no
         environments."""
         talk = self.conversations
@@ -56,7 +62,8 @@ class Questions:
 class Asking:
     """Asks the examples of a run.
 
-    tools: how its policy acts, None where it only speaks. most: tokens of a completion.
+    tools: how its policy acts, None where it only speaks. function: what completions come from,
+    None for the run's sampler. most: tokens of a completion.
     """
 
     def __init__(
@@ -67,8 +74,10 @@ class Asking:
         *,
         most: int,
         processes: Processes,
+        function: RolloutFunction | None = None,
     ):
         self.tools = tools
+        self.function = function
         self.processes = processes
         self.most = most
         # Special tokens are what parts the turns.
@@ -82,7 +91,7 @@ class Asking:
         """Inside, ``examples`` are asked and what they get is scored: environments live as long.
         For all processes together."""
         if self.tools is None:
-            yield Questions(examples, seed, first)
+            yield Questions(examples, seed, first, function=self.function)
             return
         tools, own = self.tools, self.processes.share(len(examples))
         assert encoder is not None  # data without one is not asked with tools
@@ -107,9 +116,31 @@ class Asking:
     def _said(self, ids: Sequence[int]) -> str:
         return self._text(ids, ended=bool(ids) and ids[-1] in self._eos_ids)
 
+    def sample(
+        self, sampler: Sampler, questions: Questions, n: int, params: SamplingParams
+    ) -> list[Group]:
+        """``n`` completions for each example. For all processes together."""
+        if questions.function is None:
+            return _sampled(sampler, questions, n, params)
+        function, own = questions.function, self.processes.share(len(questions.examples))
 
-def sample(sampler: Sampler, questions: Questions, n: int, params: SamplingParams) -> list[Group]:
-    """``n`` completions for each example."""
+        def sample_own() -> list[Group]:
+            if not own:
+                return []
+            first = questions.first + own.start
+            groups, said = function.sample(
+                questions.examples[own.start : own.stop], n, derive(questions.seed, WHO, first)
+            )
+            places = [(first + i, k) for i in range(len(own)) for k in range(n)]
+            for name, values in said.items():
+                questions.columns[name] = dict(zip(places, values, strict=True))
+            return groups
+
+        parts = self.processes.run_everywhere(sample_own)
+        return [group for part in parts for group in part]
+
+
+def _sampled(sampler: Sampler, questions: Questions, n: int, params: SamplingParams) -> list[Group]:
     examples = questions.examples
     options: dict[str, Any] = {"rows": [example.row for example in examples]}
     if questions.first:

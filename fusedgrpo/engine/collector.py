@@ -13,7 +13,7 @@ import torch
 
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.advantages import Estimator
-from fusedgrpo.engine.asking import Asking, Questions, sample
+from fusedgrpo.engine.asking import Asking, Questions
 from fusedgrpo.engine.batch_plan import BatchPlan
 from fusedgrpo.engine.checkpointing import Progress
 from fusedgrpo.engine.data.dataset import Example, PromptDataset
@@ -119,7 +119,8 @@ class Collector:
             examples = list(questions.examples)
             return Collected(rollout, examples, rewards, tuple(range(len(examples))))
         candidates = trainer.stream.peek(plan.sampling_rounds * plan.groups_per_rollout)
-        found = self._stream(candidates, phase) if trainer.sampler.streams else (
+        streams = trainer.sampler.streams and trainer.asking.function is None
+        found = self._stream(candidates, phase) if streams else (
             self._in_rounds(candidates, phase)
         )  # fmt: skip
         used = [i for i, one in enumerate(found) if one.teaches] or range(self._wanted)
@@ -206,7 +207,7 @@ class Collector:
         """``num_generations`` completions for each of ``questions``."""
         trainer = self.trainer
         n, params = trainer.args.num_generations, trainer.sampling
-        return Rollout(tuple(sample(trainer.sampler, questions, n, params)))
+        return Rollout(tuple(trainer.asking.sample(trainer.sampler, questions, n, params)))
 
     def score(
         self, rollout: Rollout, questions: Questions, *, alone: bool = False

@@ -11,7 +11,7 @@ import torch
 
 from fusedgrpo import stages
 from fusedgrpo.engine.advantages import Estimator
-from fusedgrpo.engine.asking import Asking, sample
+from fusedgrpo.engine.asking import Asking
 from fusedgrpo.engine.data.dataset import PromptDataset
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.reporting.completions_log import completion_records
@@ -45,7 +45,7 @@ def sample_and_score(
     for start in stages.count(range(0, len(data), per_batch), "batches"):
         examples = data.examples[start : start + per_batch]
         with asking.begun(examples, seed, data.encoder, start) as questions:
-            part = sample(sampler, questions, n, params)
+            part = asking.sample(sampler, questions, n, params)
             scored += score_rollout(
                 rewards,
                 Rollout(tuple(part)),

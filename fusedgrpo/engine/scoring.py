@@ -114,7 +114,8 @@ def _score(
         prompts=[example.prompt for example in asked],
         completions=texts,
         completion_ids=[list(completion.ids) for completion in rollout.completions()],
-        columns={name: [example.columns[name] for example in asked] for name in column_names},
+        columns={name: [example.columns[name] for example in asked] for name in column_names}
+        | {name: [values[p] for p in places] for name, values in questions.columns.items()},
         trainer_state=state,
         rows=[example.row for example in asked],
         environments=questions.acted(places),

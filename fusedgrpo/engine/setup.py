@@ -48,13 +48,16 @@ from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
 from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
 from fusedgrpo.engine.rollout.choice import choose_sampler
+from fusedgrpo.engine.rollout.completion_text import CompletionText
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout_function import RolloutFunction
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.run_description import weights_in_words
 from fusedgrpo.engine.run_sampler import RunSampler
 from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.engine.token_choice import TokenChoice
-from fusedgrpo.engine.tools.use import build_tool_use
+from fusedgrpo.engine.tools.use import ToolUse, build_tool_use
+from fusedgrpo.errors import ConfigError, brief
 from fusedgrpo.models.finite import check_loaded
 from fusedgrpo.models.kinds import accepted
 from fusedgrpo.models.policy import Policy, ReferenceSync
@@ -106,6 +109,7 @@ def build_parts(
     sampler: Any,
     tools: Any = None,
     environment_factory: Any = None,
+    rollout_func: Any = None,
     search_paths: Sequence[str | Path],
 ) -> Parts:
     """The parts of a ``GRPOTrainer``, whose arguments these are. Raises ConfigError, DataError,
@@ -140,6 +144,7 @@ def build_parts(
         ChatTemplate(processing_class, clock, args.chat_template_kwargs),
         signals.check,
     )
+    _check_rollout_func(rollout_func, tool_use, sampler)
     rewards = build_rewards(
         _reward_funcs(args, reward_funcs, train_dataset),
         weights=args.reward_weights,
@@ -205,13 +210,7 @@ def build_parts(
             clock=clock,
             formats=formats,
             reward_funcs=rewards,
-            asking=Asking(
-                tool_use,
-                tokenizer,
-                ends,
-                most=args.max_completion_length,
-                processes=processes,
-            ),
+            asking=_asking(args, tool_use, rollout_func, tokenizer, policy, ends, processes),
             train_dataset=train,
             eval_dataset=held_out,
             policy=policy,
@@ -229,6 +228,41 @@ def build_parts(
         if tool_use is not None:
             tool_use.close()
         raise
+
+
+def _asking(
+    args: GRPOConfig,
+    tool_use: ToolUse | None,
+    rollout_func: Any,
+    tokenizer: Any,
+    policy: Policy,
+    ends: Sequence[int],
+    processes: Processes,
+) -> Asking:
+    function = None
+    if rollout_func is not None:
+        function = RolloutFunction(
+            rollout_func,
+            CompletionText(tokenizer, ends, skip_special_tokens=args.skip_special_tokens),
+            {*ends, getattr(tokenizer, "pad_token_id", None)} - {None},
+            most=args.max_completion_length,
+            vocabulary_size=policy.vocabulary_size,
+        )
+    most = args.max_completion_length
+    return Asking(tool_use, tokenizer, ends, most=most, processes=processes, function=function)
+
+
+def _check_rollout_func(function: Any, tools: ToolUse | None, sampler: Any) -> None:
+    """Raise ConfigError unless it alone says where completions come from."""
+    if function is None:
+        return
+    if not callable(function):
+        raise ConfigError(f"rollout_func is {brief(function)}, expected a function.")
+    if tools is not None or sampler is not None:
+        other = "sampler" if tools is None else "tools or an environment_factory"
+        raise ConfigError(
+            f"rollout_func makes whole completions, and so do {other}: give one of them."
+        )
 
 
 def _reward_funcs(args: GRPOConfig, given: Any, train_dataset: Any) -> Any:

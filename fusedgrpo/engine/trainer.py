@@ -33,7 +33,7 @@ from fusedgrpo.engine.run_session import recorded_session
 from fusedgrpo.engine.setup import build_parts, describe
 from fusedgrpo.engine.step_records import StepRecords
 from fusedgrpo.engine.train_summary import TrainSummary
-from fusedgrpo.engine.trl_surface import METHODS, refuse_arguments
+from fusedgrpo.engine.trl_surface import METHODS
 from fusedgrpo.engine.warmup import warm_up
 from fusedgrpo.errors import ConfigError
 from fusedgrpo.models import missing_backward
@@ -57,7 +57,8 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
     of what ``args`` describes; the scheduler may be None. tools: functions that the policy may
     call, or their names, ``file.py:name``; environment_factory: a class, or classes by name, an
     instance of which each completion acts in, its public methods being tools. Both run in processes
-    of their own. rollout_func: TRL's, refused with a remedy.
+    of their own. rollout_func: ``function(prompts, trainer)`` that makes completions, as in TRL;
+    see ``RolloutFunction``.
     sampler: another ``Sampler`` than the option ``sampler`` says, or anything that has ``sample``.
     search_paths: folders where ``file.py:name`` is looked for, beside the working directory.
 
@@ -86,7 +87,6 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         sampler: Any = None,
         search_paths: Sequence[str | Path] = (),
     ):
-        refuse_arguments({"rollout_func": rollout_func})
         self.callbacks, theirs = sorted_callbacks(callbacks)
         with opening(bars=not getattr(args, "disable_tqdm", None)):
             parts = build_parts(
@@ -103,6 +103,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
                 sampler=sampler,
                 tools=tools,
                 environment_factory=environment_factory,
+                rollout_func=rollout_func,
                 search_paths=search_paths,
             )
         self.args = parts.args
@@ -116,6 +117,8 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         self.formats = parts.formats
         self.reward_funcs = parts.reward_funcs
         self.asking = parts.asking
+        if self.asking.function is not None:
+            self.asking.function.trainer = self
         self.data = parts.train_dataset
         self.held_out = parts.eval_dataset
         self.given_datasets = train_dataset, eval_dataset

@@ -36,11 +36,6 @@ _GENERATION = (
     "completions come from the model alone. Give `sampler` another Sampler, or use "
     "fusedgrpo.integrations.trl.FusedGRPOTrainer"
 )
-# Arguments of TRL's constructor, and what to do instead.
-ARGUMENTS = {
-    "rollout_func": _GENERATION,
-}
-
 # Methods and attributes of TRL's trainer, and what to do instead.
 METHODS = {
     "predict": "evaluate() samples and scores held-out prompts; a run's are in eval_completions/",
@@ -57,20 +52,6 @@ ATTRIBUTES = {
     "vllm_generation": _GENERATION,
     "deepspeed": "every process holds the whole model",
 }
-
-
-def refuse_arguments(given: Mapping[str, Any]) -> None:
-    """ConfigError for arguments of TRL's constructor that ask for something; None, an empty list
-    and ``(None, None)`` do not."""
-    problems = []
-    for name, value in given.items():
-        nothing = value is None or (
-            isinstance(value, (list, tuple)) and all(item is None for item in value)
-        )
-        if not nothing:
-            problems.append(f"{name}: {ARGUMENTS[name]}.")
-    if problems:
-        raise ConfigError(problems)
 
 
 class TRLSurface:

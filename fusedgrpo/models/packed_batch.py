@@ -90,8 +90,8 @@ class PackedBatch:
         Prompts that are equal are one prompt in layout ``"shared"``, wherever their pairs stand.
         counted: the completions whose tokens have copies, by default all.
         """
-        pairs = [Pair(*pair) for pair in pairs]
-        if any(not pair.prompt for pair in pairs):
+        asked = [Pair(*pair) for pair in pairs]
+        if any(not pair.prompt for pair in asked):
             raise ValueError("A prompt without tokens has nothing to predict from.")
         ids: list[int] = []
         positions: list[int] = []
@@ -99,9 +99,9 @@ class PackedBatch:
         segments: list[Segment] = []
         # Per pair, in the order of T: where the prompt's last token went, and the completion's
         # first one.
-        last: list[int] = [0] * len(pairs)
-        first: list[int] = [0] * len(pairs)
-        for prompt, members in _families(pairs, layout):
+        last: list[int] = [0] * len(asked)
+        first: list[int] = [0] * len(asked)
+        for prompt, members in _families(asked, layout):
             start = len(ids)
             ids.extend(prompt)
             positions.extend(range(len(prompt)))
@@ -109,7 +109,7 @@ class PackedBatch:
             if layout == "shared":
                 segments.append(Segment(start, len(prompt)))
             for i in members:
-                forwarded = pairs[i].completion if whole else pairs[i].completion[:-1]
+                forwarded = asked[i].completion if whole else asked[i].completion[:-1]
                 last[i], first[i] = start + len(prompt) - 1, len(ids)
                 ids.extend(forwarded)
                 positions.extend(range(len(prompt), len(prompt) + len(forwarded)))
@@ -122,7 +122,7 @@ class PackedBatch:
         predictors: list[int] = []
         targets: list[int] = []
         ends = [0]
-        for i, (_, completion, given) in enumerate(pairs):
+        for i, (_, completion, given) in enumerate(asked):
             own = own_places(len(completion), given)
             predictors.extend(first[i] + place - 1 if place else last[i] for place in own)
             targets.extend(completion[place] for place in own)

@@ -73,9 +73,6 @@ def test_every_argument_of_trls_constructor_has_an_answer(tmp_path):
     [
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "lacks 28 of the 28"),
         ({"optimizers": (None, object())}, "A scheduler alone"),
-        ({"tools": [print]}, "FusedGRPOTrainer"),
-        ({"rollout_func": print}, "sampler"),
-        ({"environment_factory": print}, "FusedGRPOTrainer"),
         ({"quantization_config": {"load_in_4bit": True}}, "the model is loaded already"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

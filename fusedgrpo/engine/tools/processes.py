@@ -136,7 +136,8 @@ class ToolProcesses:
         self._add(_Job(key, ("reset", environment, columns, seed)))
 
     def observations(self, keys: Iterable[Hashable]) -> list[str | list[Any] | None]:
-        """The values that ``reset`` of their environments returned. Waits, once for each :meth:`open`.
+        """The values that ``reset`` of their environments returned. Waits, once for each
+        :meth:`open`.
 
         Raises :class:`ToolError` if one failed.
         """
