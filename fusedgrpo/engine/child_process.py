@@ -225,10 +225,10 @@ def _end(process: subprocess.Popen[bytes], connection: Connection, owner: int) -
         return
     if not connection.closed:
         # Not closed only: a fork of the trainer may have it open, too.
-        theirs = socket.socket(fileno=connection.fileno())
+        same = socket.socket(fileno=connection.fileno())
         with suppress(OSError):  # the process has ended
-            theirs.shutdown(socket.SHUT_RDWR)
-        theirs.detach()
+            same.shutdown(socket.SHUT_RDWR)
+        same.detach()
         connection.close()
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_SECONDS)

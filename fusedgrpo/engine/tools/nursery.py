@@ -43,6 +43,8 @@ SHOWN_OF_ONE = 4_000
 SHOWN_OF_ALL = 1_000_000
 # What a message between two processes may take once it has begun.
 _MESSAGE_SECONDS = 60
+# For processes that fork faster than they are killed.
+_ENDING_SECONDS = 10
 _PR_SET_CHILD_SUBREAPER = 36
 # A word of the trainer's: s to start a process, with its end of a socket, or e to end one; which.
 _REQUEST = struct.Struct("!cQ")
@@ -83,6 +85,8 @@ class Nursery:
                 "an open file: raise the hard limit (ulimit -Hn), or sample fewer at once"
             ) from error
         with ours, theirs:
+            for end in (ours, theirs):
+                end.setblocking(True)  # whatever socket.setdefaulttimeout was told
             for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", _MESSAGE_SECONDS, 0))
             with suppress(ConnectionError):  # it died: is_gone
@@ -136,6 +140,9 @@ def serve(fd: int, parent: int) -> None:
 
 @dataclass(slots=True)
 class _Fork:
+    """output: the end of a pipe for what it prints. line: what of that is no whole line yet. shown:
+    bytes. is_silent: it has closed the pipe. is_wanted: nobody has asked for its end."""
+
     pid: int
     output: int
     line: bytearray = field(default_factory=bytearray)
@@ -307,11 +314,11 @@ class _Forks:
         for fork in self._forks.values():
             _kill(fork.pid)
         # Then what they have started in sessions of its own, down to the last generation.
-        for _ in range(100):
-            if sys.platform == "linux":
-                for pid in _children():
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + _ENDING_SECONDS
+        while time.monotonic() < end:
+            for pid in _children():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             try:
                 os.waitpid(-1, 0)
             except ChildProcessError:
@@ -320,7 +327,9 @@ class _Forks:
 
 def _socket_of(connection: Connection) -> socket.socket:
     """The same under another descriptor, for descriptors to be sent over."""
-    return socket.socket(fileno=os.dup(connection.fileno()))
+    made = socket.socket(fileno=os.dup(connection.fileno()))
+    made.setblocking(True)  # whatever socket.setdefaulttimeout was told
+    return made
 
 
 def _allow_more_files() -> None:
@@ -342,7 +351,7 @@ def _kill_group(pid: int) -> None:
 
 
 def _children() -> list[int]:
-    with suppress(OSError):  # kernels without it
+    with suppress(OSError):  # systems without it
         return [int(pid) for pid in Path("/proc/thread-self/children").read_text().split()]
     return []
 

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -643,6 +644,36 @@ def test_rewards_of_environments(
         assert reply.values == [value]
     assert (0 in reply.failures) == bool(told) and told in reply.failures.get(0, "")
     world.close_key("k")
+
+
+def test_large_values_pass_whatever_sockets_are_told(worlds: ToolSet) -> None:
+    socket.setdefaulttimeout(0.001)
+    try:
+        with start(worlds) as processes:
+            processes.open("k", "env", {"start": "x" * 3_000_000}, 0)
+            assert processes.observations(["k"]) == ["at " + "x" * 3_000_000]
+            (copy,) = processes.environments(["k"])
+            assert len(copy.count) == 3_000_000
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_an_environment_of_a_file_is_copied_with_its_class(tmp_path: Path) -> None:
+    (tmp_path / "filed.py").write_text(
+        "class Env:\n"
+        "    def reset(self, **columns):\n        self.columns = columns\n"
+        "    def doubled(self):\n        'Doubles.'\n        return self.columns['a'] * 2\n"
+    )
+    tools = build_tools(None, "filed.py:Env", [tmp_path])
+    assert tools is not None and tools.environments == (None,)
+    with start(tools) as processes:
+        processes.open("k", None, {"a": 4}, 0)
+        assert processes.observations(["k"]) == [None]
+        assert answers(processes, [("doubled", {})], "k")[0].content == "8"
+        (copy,) = processes.environments(["k"])
+        assert copy.columns == {"a": 4} and copy.doubled() == 8
+        assert numpy.isnan(processes.rewards(["k"]).values).all()
+    assert "user_file_filed" not in sys.modules
 
 
 @pytest.mark.slow
