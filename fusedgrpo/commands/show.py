@@ -160,6 +160,7 @@ def _prompt(record: Mapping[str, Any], width: int | None) -> str:
 
 
 def _text(record: Mapping[str, Any]) -> str:
+    from fusedgrpo.engine.reporting.completions_log import completion_text
     from fusedgrpo.engine.reporting.formatting import printable
 
-    return printable(str(record.get("completion")))
+    return printable(completion_text(record))

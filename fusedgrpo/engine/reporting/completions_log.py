@@ -68,7 +68,7 @@ def _turns(completion: Completion) -> dict[str, Any]:
     if completion.messages is None:
         return {}
     return {
-        "messages": list(completion.messages),
+        "conversation": list(completion.messages),
         "tool_calls": completion.calls,
         "tool_failures": completion.failures,
     }
@@ -101,6 +101,31 @@ def prompt_text(prompt: Any) -> str:
     if isinstance(prompt, Sequence) and all(isinstance(each, Mapping) for each in prompt):
         return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
     return str(prompt)
+
+
+def completion_text(record: Mapping[str, Any]) -> str:
+    """A completion for people: its text, or, where it is a conversation, the messages with their
+    roles and what they call."""
+    messages = record.get("conversation")
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        return prompt_text(record.get("completion"))
+    return "\n".join(
+        line for each in messages if isinstance(each, Mapping) for line in _message_lines(each)
+    )
+
+
+def _message_lines(message: Mapping[str, Any]) -> Iterable[str]:
+    who = " ".join(str(message[key]) for key in ("role", "name") if message.get(key))
+    if thoughts := message.get("reasoning_content"):
+        yield f"{who} thinks: {thoughts}"
+    calls = message.get("tool_calls") or []
+    if message.get("content") or not calls:
+        yield f"{who}: {message.get('content')}"
+    for call in calls if isinstance(calls, Sequence) else []:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping):
+            arguments = to_json_line(function.get("arguments")).strip()
+            yield f"{who} calls {function.get('name')} {arguments}"
 
 
 class CompletionsLog:

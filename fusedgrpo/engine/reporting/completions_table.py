@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fusedgrpo.engine.reporting.completions_log import prompt_text
+from fusedgrpo.engine.reporting.completions_log import completion_text, prompt_text
 from fusedgrpo.engine.reporting.formatting import number, one_line, printable, shorten
 
 
@@ -30,7 +30,7 @@ def completions_table(step: int, records: Sequence[Mapping[str, Any]], more: int
             scores = [f"{name} {number(value)}" for name, value in record["rewards"].items()]
             table.add_row(
                 Text(printable(prompt)),
-                Text(printable(shorten(record["completion"]))),
+                Text(printable(shorten(completion_text(record)))),
                 Text(printable("\n".join([number(record["reward"]), *scores]))),
                 Text(number(record["advantage"])),
             )
@@ -51,7 +51,7 @@ def completion_lines(
                 f"    reward {number(record['reward'])}  ({scores})  "
                 f"advantage {number(record['advantage'])}  "
                 f"{record['length']} tokens, {record['finish_reason']}: "
-                f"{one_line(record['completion'])}"
+                f"{one_line(completion_text(record))}"
             )
     if more:
         yield f"  {_left_out(more)}"

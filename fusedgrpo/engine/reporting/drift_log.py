@@ -2,7 +2,8 @@
 
 A record is one completion: ``rollout`` and ``completion`` say which (the step that sampled it, and
 its place in ``completions/`` of that step), ``tokens`` are texts, and ``before``, ``after`` and
-``reference`` their log-probs, or null where they are not known.
+``reference`` their log-probs, or null where they are not known. ``given`` are the spans of tokens
+that the policy did not write.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import fusedgrpo
 from fusedgrpo.engine.reporting import plots
 from fusedgrpo.engine.reporting.advisor import all_advice
-from fusedgrpo.engine.reporting.completions_log import prompt_text, scores_of
+from fusedgrpo.engine.reporting.completions_log import completion_text, prompt_text, scores_of
 from fusedgrpo.engine.reporting.completions_reader import Completions, Scores
 from fusedgrpo.engine.reporting.formatting import gigabytes, number, quantity
 from fusedgrpo.engine.reporting.held_out_log import Checks, check_rows
@@ -93,6 +93,7 @@ def write_report(
         "ends": _ends(run.rows),
         "samples": _samples(run.completions),
         "config": run.config,
+        "completion_text": completion_text,
         "scores_of": scores_of,
         "prompt_text": prompt_text,
         "when": when,

@@ -5,7 +5,11 @@ import math
 
 import torch
 
-from fusedgrpo.engine.reporting.completions_log import CompletionsLog, completion_records
+from fusedgrpo.engine.reporting.completions_log import (
+    CompletionsLog,
+    completion_records,
+    completion_text,
+)
 from fusedgrpo.engine.reporting.completions_reader import Completions
 from fusedgrpo.engine.rollout.types import Completion, Group, Rollout
 
@@ -51,6 +55,27 @@ def test_two_functions_of_one_name_keep_both_values():
         names=["accuracy", "accuracy"], rewards=torch.tensor([[1.0, 0.5], [0.0, 0.0]])
     )
     assert first["rewards"] == {"accuracy": 1.0, "accuracy#2": 0.5}
+
+
+def test_a_conversation_is_told_with_its_calls():
+    call = {"type": "function", "function": {"name": "double", "arguments": {"x": "é"}}}
+    record = {
+        "completion": "raw",
+        "conversation": [
+            {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]},
+            {"role": "tool", "name": "double", "content": "4"},
+            {"role": "assistant", "content": "It is 4."},
+        ],
+    }
+    assert completion_text(record).splitlines() == [
+        "assistant thinks: hm",
+        'assistant calls double {"x": "é"}',
+        "tool double: 4",
+        "assistant: It is 4.",
+    ]
+    assert completion_text({"completion": "raw"}) == "raw"
+    for nonsense in ("text", [3], [{"tool_calls": 3}], [{"tool_calls": [3, {"function": 4}]}]):
+        completion_text({"conversation": nonsense, "completion": None})
 
 
 def test_one_strict_json_file_per_rollout(tmp_path):

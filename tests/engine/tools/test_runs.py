@@ -172,7 +172,7 @@ def test_what_is_written_of_a_conversation(tmp_path: Path) -> None:
     trainer.asking.close()
     (path,) = (tmp_path / "completions").glob("*.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [r["messages"] for r in records] == [
+    assert [r["conversation"] for r in records] == [
         list(c.messages or ()) for c in completions(trainer)
     ]
     assert [r["tool_calls"] for r in records] == [c.calls for c in completions(trainer)]

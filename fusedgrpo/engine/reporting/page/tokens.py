@@ -64,13 +64,18 @@ def _one_scale(records: Sequence[Mapping[str, Any]]) -> list[ColouredCompletion]
 
 def _one(record: Mapping[str, Any], values: Sequence[float], top: float) -> ColouredCompletion:
     before, after = record["before"], record["after"]
+    given = _given(record)
     tokens = [
-        Token(
+        Token(escaped(str(text)), "given", "said to the policy, not by it")
+        if place in given
+        else Token(
             escaped(str(text)),
             _kind(push, top),
             f"log-prob {_shown(b)} before, {_shown(a)} after; x advantage: {_shown(push)}",
         )
-        for text, push, b, a in zip(record["tokens"], values, before, after, strict=True)
+        for place, (text, push, b, a) in enumerate(
+            zip(record["tokens"], values, before, after, strict=True)
+        )
     ]
     words = f"reward {number(finite(record.get('reward')))}, "
     words += f"advantage {number(finite(record.get('advantage')))}"
@@ -78,6 +83,19 @@ def _one(record: Mapping[str, Any], values: Sequence[float], top: float) -> Colo
     return ColouredCompletion(
         prompt, words, tokens[:MOST_TOKENS], max(0, len(tokens) - MOST_TOKENS)
     )
+
+
+def _given(record: Mapping[str, Any]) -> set[int]:
+    """The places of tokens that the policy did not write, such as answers of tools."""
+    spans = record.get("given")
+    if not isinstance(spans, list):
+        return set()
+    return {
+        place
+        for span in spans
+        if isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)
+        for place in range(span[0], min(span[1], len(record["tokens"])))
+    }
 
 
 def _kind(push: float, top: float) -> str:
