@@ -10,6 +10,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import caller
 import tiny
 import torch
 from transformers import TrainerCallback
@@ -71,6 +72,16 @@ RUNS = {
         "dynamic_sampling": True,
         "max_steps": 2,
     },
+    "environments": {
+        "acts": True,
+        "reward_funcs": None,
+        "prompts_per_step": 3,
+        "num_generations": 2,
+        "max_completion_length": 60,
+        "max_tool_calling_iterations": 3,
+        "lora_target_modules": "all-linear",
+        "max_steps": 2,
+    },
     # The decoder's rows are others in two processes, and in 16 bits a token turns at a tie.
     "in bfloat16": {
         "sampler": "generate",
@@ -91,7 +102,9 @@ RUNS = {
 }
 
 
-def make(output_dir, *, reward_funcs=even_ids, eval_dataset=None, model=None, **changes):
+def make(
+    output_dir, *, reward_funcs=even_ids, eval_dataset=None, model=None, acts=False, **changes
+):
     options = {
         "output_dir": str(output_dir),
         "num_generations": 4,
@@ -109,7 +122,20 @@ def make(output_dir, *, reward_funcs=even_ids, eval_dataset=None, model=None, **
         torch.manual_seed(torch.distributed.get_rank())
     # Where bf16 is left open this machine counts as one that has it.
     with mock.patch.object(host, "has_bfloat16", lambda device: True):
+        if acts:
+            return acting(reward_funcs, options | changes)
         return made(model, reward_funcs, options | changes, eval_dataset)
+
+
+def acting(reward_funcs, options):
+    return GRPOTrainer(
+        model=caller.model(),
+        reward_funcs=reward_funcs,
+        args=GRPOConfig(**options),
+        train_dataset=caller.PROMPTS,
+        environment_factory=caller.Counter,
+        tokenizer=caller.tokenizer(),
+    )
 
 
 def made(model, reward_funcs, options, eval_dataset):

@@ -124,12 +124,12 @@ def test_tokens_are_coloured_by_what_the_update_did() -> None:
 
 
 def test_tokens_that_the_policy_did_not_write_are_told_apart() -> None:
-    talk = record(1.0, [-1, None, None, -1], [-0.5, None, None, -1])
+    talk = record(1.0, [-1, None, None, -1], [-0.5, None, None, -0.5])
     ((_, (shown,)),) = coloured({1: [{**talk, "given": [[1, 3]]}]})
-    assert [token.kind for token in shown.tokens] == ["up3", "given", "given", ""]
+    assert [token.kind for token in shown.tokens] == ["up3", "given", "given", "up3"]
     for nonsense in (None, "x", [[1]], [[0, "2"]], [3]):
         ((_, (shown,)),) = coloured({1: [{**talk, "given": nonsense}]})
-        assert [token.kind for token in shown.tokens] == ["up3", "", "", ""]
+        assert [token.kind for token in shown.tokens] == ["up3", "", "", "up3"]
 
 
 FACTS: dict[str, Any] = {
