@@ -169,7 +169,7 @@ class StepRecords(Evaluating):
         groups = collected.rollout.groups
         records = self.collector.records(collected, buffer)
         tokens = sum(
-            len(group.prompt_ids) + len(c.ids) for group in groups for c in group.completions
+            len(group.prompt_ids) + c.own_tokens for group in groups for c in group.completions
         )
         with self.signals.held():
             self.buffer = buffer
