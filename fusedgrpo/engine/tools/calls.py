@@ -40,7 +40,8 @@ class Turn:
 
     message: ``role`` and ``content``, and ``reasoning_content`` and ``tool_calls`` if there are
     any. calls: the same calls. problem: why what looks like a call cannot be read, in words for the
-    policy; then there are no calls, and the content is all the text.
+    policy; then there are no calls, not even those that could be read, and the content is all the
+    text.
     """
 
     message: dict[str, Any]
