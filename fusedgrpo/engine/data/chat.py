@@ -65,7 +65,7 @@ class ChatTemplate:
     ) -> Any:
         arguments = self.clock.pinned(self.source)
         if not arguments and self.source != getattr(self.tokenizer, "chat_template", None):
-            arguments = {"chat_template": self.source}  # a Processor's
+            arguments = {"chat_template": self.source}  # a Processor's, or one of several
         if schemas:
             arguments["tools"] = list(schemas)
         return self.tokenizer.apply_chat_template(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fusedgrpo.engine.data.formats import Prompt
@@ -16,8 +17,8 @@ Schema = dict[str, Any]
 class Tools(Protocol):
     """The tools of a run.
 
-    environments: their names; ``(None,)`` for one without a name, which all rows have. schemas:
-    JSON schemas, as ``apply_chat_template`` takes them, of what a row of an environment may call.
+    environments: their names; ``(None,)`` for one without a name, ``()`` for none. schemas: JSON
+    schemas, as ``apply_chat_template`` takes them, of all that a row of an environment may call.
     """
 
     environments: tuple[str | None, ...]
@@ -62,7 +63,7 @@ class RowTools:
                     f"{', '.join(schemas) or 'none'}.{did_you_mean(name, schemas)}"
                 )
         chosen = schemas if names is None else {name: schemas[name] for name in names}
-        return prompt.with_tools(tuple(chosen.values()), environment)
+        return replace(prompt, schemas=tuple(chosen.values()), environment=environment)
 
     def _environment(self, row: Mapping[str, Any]) -> str | None:
         """The row's environment, where environments have names; else the column is like others."""

@@ -44,6 +44,7 @@ def read_row(where: str, values: Any) -> Row:
 
 
 def is_deep(values: Any) -> bool:
+    """Whether values are nested deeper than ``DEEPEST``, or hold themselves."""
     level = [values]
     for _ in range(DEEPEST):
         level = [

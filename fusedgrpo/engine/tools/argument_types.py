@@ -9,10 +9,12 @@ from typing import Any
 
 from fusedgrpo.engine.tools.types import ToolCall
 
+Schemas = Sequence[Mapping[str, Any]]  # as ``apply_chat_template`` takes them
+
 _WORDS = {"True": True, "False": False, "None": None}
 
 
-def typed(call: ToolCall, schemas: Sequence[Mapping[str, Any]]) -> ToolCall:
+def typed(call: ToolCall, schemas: Schemas) -> ToolCall:
     """The call, with text that is a value of the parameter's type read as such.
 
     Text stays text where the parameter may be text, where it is no such value, and where nothing
@@ -26,7 +28,7 @@ def typed(call: ToolCall, schemas: Sequence[Mapping[str, Any]]) -> ToolCall:
     return ToolCall(call.name, arguments)
 
 
-def _parameters(name: str, schemas: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _parameters(name: str, schemas: Schemas) -> Mapping[str, Any]:
     for schema in schemas:
         function = schema.get("function", schema)
         if function.get("name") == name:

@@ -10,9 +10,9 @@ from typing import Any
 from fusedgrpo.engine.data.chat import ChatTemplate
 from fusedgrpo.engine.data.rows import is_deep
 from fusedgrpo.engine.tools import probes
-from fusedgrpo.engine.tools.argument_types import typed
+from fusedgrpo.engine.tools.argument_types import Schemas, typed
 from fusedgrpo.engine.tools.formats import FORMATS, CallFormat, UnreadableCallError
-from fusedgrpo.engine.tools.responses import Responses, Schemas, response_reader
+from fusedgrpo.engine.tools.responses import Responses, response_reader
 from fusedgrpo.engine.tools.types import ToolCall
 from fusedgrpo.errors import ConfigError
 from fusedgrpo.models.tokenizer import special_tokens
@@ -40,7 +40,8 @@ class Turn:
 
     message: ``role`` and ``content``, and ``reasoning_content`` and ``tool_calls`` if there are
     any. calls: the same calls. problem: why what looks like a call cannot be read, in words for the
-    policy; then there are no calls, and the content is all the text.
+    policy; then there are no calls, not even those that could be read, and the content is all the
+    text.
     """
 
     message: dict[str, Any]
@@ -82,7 +83,7 @@ class TurnParser:
         before = list(prefix_ids[-_PREFIX:])
         try:
             if self._respond is not None:
-                message, calls = self._respond(list(ids), before, schemas)
+                message, calls = self._respond(list(ids), before)
                 return _turn(message, calls, schemas)
             assert self._format is not None
             return self._read(self._format, self._text(ids), self._text(before), schemas)
@@ -198,7 +199,7 @@ def _check_reads(respond: Responses, written: probes.WrittenCall | None) -> None
     if written is None:  # a policy may know how to write calls without its template knowing it
         return
     try:
-        _, calls = respond(written.text, written.before, [probes.SCHEMA])
+        _, calls = respond(written.text, written.before)
         if [call.name for call in calls] == [written.call.name]:
             return
         why = f"it reads {len(calls)} calls in it"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fusedgrpo.engine.tools.formats import UnreadableCallError, checked_call
 from fusedgrpo.engine.tools.types import ToolCall
 from fusedgrpo.errors import reason
 
-Schemas = Sequence[Mapping[str, Any]]
 Written = str | list[int]
-# From a turn, what is before it, and the schemas of tools to a message and its calls.
-Responses = Callable[[Written, Written, Schemas], tuple[dict[str, Any], list[ToolCall]]]
+# From a turn and what is before it to a message and its calls.
+Responses = Callable[[Written, Written], tuple[dict[str, Any], list[ToolCall]]]
 
 
 def response_reader(tokenizer: Any) -> Responses | None:
@@ -28,12 +27,8 @@ def response_reader(tokenizer: Any) -> Responses | None:
     if parse is None or getattr(tokenizer, name, None) is None:
         return None
 
-    def read(
-        turn: Written, before: Written, schemas: Schemas
-    ) -> tuple[dict[str, Any], list[ToolCall]]:
+    def read(turn: Written, before: Written) -> tuple[dict[str, Any], list[ToolCall]]:
         options: dict[str, Any] = {"prefix": before} if "prefix" in known else {}
-        if "tools" in known and schemas:
-            options["tools"] = list(schemas)
         try:
             found = parse(turn or "", **options)  # an empty list is no turn, but a batch of none
         except Exception as error:

@@ -101,6 +101,14 @@ def test_reasoning_may_have_begun_before_the_turn(before: str) -> None:
     assert not only.calls and only.message["reasoning_content"] == hermes(a=1)
 
 
+def test_reasoning_that_is_closed_had_begun() -> None:
+    """A prompt may end in the middle of it."""
+    turn = parsed("so 3</think>\n\nIt is 3.", prefix="<|im_start|>assistant\n<think>\nOne and two,")
+    assert turn.message["reasoning_content"] == "so 3" and turn.message["content"] == "It is 3."
+    call = hermes(note="</think>")
+    assert parsed(f"Now {call}").calls == (ToolCall("add", {"note": "</think>"}),)
+
+
 def test_reasoning_stays_in_the_text_where_the_template_has_none() -> None:
     """Rewards look for its tags there."""
     source = tool_chats.CHATML.replace("<think>", "").replace("</think>", "")
@@ -230,7 +238,12 @@ def test_a_response_template_is_what_reads_turns(described) -> None:
     assert turn.calls == (ToolCall("add", {"a": 1, "note": "7"}),)
     assert turn.message["thoughts"] == "Hm." and turn.message["content"] == "So"
     assert turn.message["tool_calls"][0]["function"]["arguments"] == {"a": 1, "note": "7"}
-    assert parsed("", described).message == {"role": "assistant", "content": ""}
+    assert parsed("", described) == Turn({"role": "assistant", "content": ""})
+
+
+def test_the_end_of_a_turn_is_no_content(described) -> None:
+    del described.tokenizer.response_template["fields"]["content"]["close_pattern"]
+    assert parsed("It is 3.<eos>", described).message["content"] == "It is 3."
 
 
 @pytest.mark.parametrize(
@@ -336,6 +349,11 @@ F, G = ToolCall("f", {"a": 1}), ToolCall("g", {})
         ("LFM2", "<|tool_call_start|>1", "expected a list of calls"),
         ("Qwen3-Coder", "<function=f>\n<parameter=a>\n1\n</parameter></function>", "1"),
         ("Qwen3-Coder", "<tool_call><function=g></function></tool_call>", (G,)),
+        (
+            "Qwen3-Coder",
+            "<function=f><parameter=a>\n</parameter> \n</parameter></function></tool_call>",
+            (ToolCall("f", {"a": "</parameter> "}),),
+        ),
         ("Qwen3-Coder", "<tool_call>g</tool_call>", "expected <function="),
         ("Qwen3-Coder", "<function=f><parameter=a>1</function>", "expected </function>"),
         ("GLM", "<tool_call>g\n</tool_call><tool_call>g", (G, G)),

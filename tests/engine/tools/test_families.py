@@ -196,3 +196,9 @@ def test_turns_that_a_template_would_write_differently_stay_as_they_were_sampled
     whole = chat.tokenizer.decode(chat.ids(messages, schemas=[SCHEMA]))
     assert chat.tokenizer.decode(sequence) != whole, "or there is nothing to see here"
     assert all(chat.tokenizer.decode(part) in whole for part in given)
+
+
+def test_variables_of_the_template_are_those_of_the_run() -> None:
+    chat = tool_chats.chat(tool_chats.peer("qwen3"), {"enable_thinking": False})
+    suffix = ToolTurns(chat, []).suffix([{"role": "tool", "name": "f", "content": "3"}], None)
+    assert chat.tokenizer.decode(list(suffix)).endswith("assistant\n<think>\n\n</think>\n\n")

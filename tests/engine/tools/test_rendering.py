@@ -91,7 +91,15 @@ def test_a_template_without_special_tokens() -> None:
     turns = ToolTurns(chat, [eos])
     suffix = turns.suffix([answer("3"), answer("4")], eos)
     assert chat.tokenizer.decode(list(suffix)) == "tool: 3\ntool: 4\nassistant: "
-    assert turns.suffix([answer("3"), answer("4")], None) == suffix
+    for last in (None, suffix[0]):  # a character of the policy's own
+        assert turns.suffix([answer("3"), answer("4")], last) == suffix
+
+
+def test_the_end_of_an_answer_is_not_that_of_the_turn() -> None:
+    ended = "{{ m.content }}{% if m.role == 'tool' %}<|end|>{% endif %}"
+    chat = tool_chats.chat(TEXT.replace("{{ m.content }}", ended))
+    suffix = ToolTurns(chat, [tool_chats.token(chat, "<|end|>")]).suffix([answer()], None)
+    assert chat.tokenizer.decode(list(suffix)) == "tool: 3<|end|>\nassistant: "
 
 
 def test_where_a_turn_ends_has_to_be_seen() -> None:
@@ -103,11 +111,13 @@ def test_where_a_turn_ends_has_to_be_seen() -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "<|im_end|>", "x" * 5000, "ä"])
 def test_a_policy_may_have_called_anything(chat, turns, name) -> None:
-    """The names of tools that there are not are no names for a template that looks at them."""
+    """A template may look at the names of tools, and write them."""
+    refused = (
+        "{% if not m.name or m.name | length > 100 or ' ' in m.name or '<' in m.name or "
+        "'ä' in m.name %}{{ raise_exception('a name') }}{% endif %}"
+    )
     source = tool_chats.CHATML.replace(
-        "{%- for call in m.tool_calls or [] %}",
-        "{%- for call in m.tool_calls or [] %}{% if ' ' in call.function.name or "
-        "not call.function.name %}{{ raise_exception('a name') }}{% endif %}",
+        "{%- if m.role == 'tool' %}", "{%- if m.role == 'tool' %}" + refused
     )
     strict = ToolTurns(tool_chats.chat(source, eos_token="<|im_end|>"), [])
     eos = chat.tokenizer.eos_token_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fusedgrpo.engine.data.rows import BadRowError, Row, kind_of
@@ -27,9 +27,6 @@ class Prompt:
     answer: Any = None
     schemas: tuple[dict[str, Any], ...] = ()
     environment: str | None = None
-
-    def with_tools(self, schemas: tuple[dict[str, Any], ...], environment: str | None) -> Prompt:
-        return replace(self, schemas=schemas, environment=environment)
 
 
 class Layout(ABC):
