@@ -34,6 +34,7 @@ LAYERS = [
     ["engine.reporting"],
     ["engine.custom_loss", "engine.advantages", "engine.step_metrics",
      "engine.token_choice", "engine.step_passes"],
+    ["engine.rollout_function"],
     ["engine.asking"],
     ["engine.learner", "engine.scoring", "engine.group_signal"],
     ["engine.comparison", "engine.evaluation", "engine.warmup", "engine.checkpointing",

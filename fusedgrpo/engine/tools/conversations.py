@@ -16,7 +16,7 @@ from fusedgrpo.engine.tools.types import ToolCall, ToolResult
 from fusedgrpo.errors import ToolError, brief
 
 # An answer to what looks like a call and cannot be read names no tool.
-UNREADABLE = "unreadable call"
+UNREADABLE = "unknown"
 
 
 class Turn(Protocol):

@@ -119,7 +119,7 @@ def test_rewards_see_the_conversation_and_the_loss_what_the_policy_wrote(
                     answered += 1
                 else:
                     assert "error" in message["content"]
-        assert calls or len(one.messages) == 1 or "unreadable" in str(one.messages)
+        assert calls or len(one.messages) == 1 or "error" in str(one.messages)
     assert answered > 2
     trainer.asking.close()
 
