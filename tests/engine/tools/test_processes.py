@@ -50,6 +50,8 @@ def pids(how: str):
     Path(how).write_text(f"{os.getpid()} {group.pid} {own.pid}")
     if how.endswith("hang"):
         time.sleep(10_000)
+    if how.endswith("exit"):
+        os._exit(6)
     return "done"
 
 @tool
@@ -100,6 +102,8 @@ def fails(how: str):
             time.sleep(1)
     if how == "close":
         os.closerange(0, 1000)
+    if how == "fork":
+        os.fork()
     if how == "stop self":
         os.kill(os.getpid(), signal.SIGSTOP)
     return "fine"
@@ -520,8 +524,22 @@ def test_a_tool_that_hangs_is_killed_at_the_deadline(name: str, tools: ToolSet) 
         assert "more than 0.3" in error(processes, "fails", "stop self")
 
 
-def test_a_tool_that_forks_answers_once(shared: ToolProcesses) -> None:
+def test_a_tool_that_forks_answers_once(shared: ToolProcesses, world: ToolProcesses) -> None:
     assert [answer(shared, "forks", str(n)) for n in range(6)] == [str(n) for n in range(6)]
+    opened(world, "")
+    assert answer(world, "breaks", "fork", key="k") == "fine"
+    for n in range(10):
+        assert answers(world, [("move", {"by": 1})], "k")[0].content == str(3 + n)
+    world.close_key("k")
+
+
+def test_a_process_that_dies_takes_along_what_it_started(
+    shared: ToolProcesses, tmp_path: Path
+) -> None:
+    assert "exit code 6" in error(shared, "pids", f"{tmp_path}/exit")
+    own, group, escaped = written(tmp_path / "exit")
+    assert gone(own) and gone(group)
+    os.kill(escaped, signal.SIGKILL)
 
 
 def test_prints_are_shown_until_they_are_too_many(
