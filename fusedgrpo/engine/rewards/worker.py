@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cloudpickle
+
 from fusedgrpo.engine.child_process import (
     Answers,
     ChildProcess,
@@ -79,7 +81,9 @@ class Worker:
             self.ready()
         payload = replace(batch, trainer_state=_plain_state(batch.trainer_state))
         try:
-            message = pickle.dumps(payload)
+            # Environments may be of classes that only their values tell of.
+            pickler = pickle if batch.environments is None else cloudpickle
+            message = pickler.dumps(payload)
         except Exception:
             for name, values in batch.columns.items():  # which of them is it?
                 self._packed(values, f"data column {name!r}")

@@ -12,59 +12,20 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusedgrpo.engine.child_process import GRACE_SECONDS, GarbledReply, Requests, death_in_words
 from fusedgrpo.engine.rewards.call import Reply
-from fusedgrpo.engine.tools.acting import error_text
+from fusedgrpo.engine.tools.jobs import Completion, Job
 from fusedgrpo.engine.tools.nursery import Nursery
 from fusedgrpo.engine.tools.spec import ToolSet
 from fusedgrpo.engine.tools.types import ToolCall, ToolResult
-from fusedgrpo.errors import ToolError, brief, reason
+from fusedgrpo.errors import ToolError, reason
 
 # Before code of the user's begins, there is only ours to wait for.
 _START_SECONDS = 120.0
 _AT_ONCE = 64
 _ANSWERS = {"reset": "observation", "reward": "reward", "copy": "copy"}
-
-
-@dataclass(slots=True)
-class _Job:
-    """Something to be done for a completion, ``over`` when there is an answer or a failure.
-
-    calls: where it is that, with what came of them. begun: what was under way last, None before
-    any code of the user's ran. errors: calls that failed by the tools' own fault, and how.
-    """
-
-    key: Hashable
-    request: tuple[Any, ...]
-    calls: tuple[ToolCall, ...] = ()
-    results: dict[int, ToolResult] = field(default_factory=dict)
-    errors: list[tuple[int, str]] = field(default_factory=list)
-    begun: tuple[int, ...] | None = None
-    deadline: float = math.inf
-    answer: Any = None
-    failure: str = ""
-    over: bool = False
-
-    @property
-    def is_between(self) -> bool:
-        """Whether none of the user's code is at work, but ours before, between or after it."""
-        return self.begun is None or (bool(self.calls) and self.results.keys() >= set(self.begun))
-
-
-@dataclass(slots=True)
-class _Completion:
-    """Whatever is open under a key. number, requests: of its process, while it has one. death: how
-    that ended, if not by us. closed: nothing more will come of it."""
-
-    environment: str | None = None
-    job: _Job | None = None
-    number: int = 0
-    requests: Requests | None = None
-    death: str = ""
-    closed: bool = False
 
 
 class ToolProcesses:
@@ -102,15 +63,14 @@ class ToolProcesses:
         self._check_interrupt = check_interrupt
         self._halts = on_error == "halt"
         self._at_once = at_once
-        self._completions: dict[Hashable, _Completion] = {}
-        self._processes: dict[int, _Completion] = {}
-        self._waiting: deque[_Job] = deque()
-        self._working: dict[int, _Job] = {}
-        self._done: deque[_Job] = deque()
+        self._completions: dict[Hashable, Completion] = {}
+        self._processes: dict[int, Completion] = {}
+        self._waiting: deque[Job] = deque()
+        self._working: dict[int, Job] = {}
+        self._done: deque[Job] = deque()
         self._started = 0
         self._selector = selectors.DefaultSelector()
-        self._nursery = Nursery(tools, check_interrupt)
-        self._selector.register(self._nursery.connection, selectors.EVENT_READ)
+        self._start_nursery()
 
     def open(
         self, key: Hashable, environment: str | None, reset: Mapping[str, Any], seed: int
@@ -132,12 +92,11 @@ class ToolProcesses:
                 f"reset runs in a process of its own, to which the columns {', '.join(columns)} "
                 f"cannot be sent: {reason(error)}. Leave such columns out of the data"
             ) from error
-        self._completions[key] = _Completion(environment)
-        self._add(_Job(key, ("reset", environment, columns, seed)))
+        self._completions[key] = Completion(environment)
+        self._add(Job(key, ("reset", environment, columns, seed)))
 
     def observations(self, keys: Iterable[Hashable]) -> list[str | list[Any] | None]:
-        """The values that ``reset`` of their environments returned. Waits, once for each
-        :meth:`open`.
+        """The answers of ``reset`` of their environments, waited for; once for each :meth:`open`.
 
         Raises :class:`ToolError` if one failed.
         """
@@ -154,10 +113,10 @@ class ToolProcesses:
             raise ValueError("no calls")
         if self._tools.environments and key not in self._completions:
             raise ValueError(f"{key!r} is not open")
-        self._completions.setdefault(key, _Completion())
+        self._completions.setdefault(key, Completion())
         plain = [(call.name, call.arguments) for call in calls]
         request = ("call", plain, seed, self._timeout, self._limit)
-        self._add(_Job(key, request, tuple(calls)))
+        self._add(Job(key, request, tuple(calls)))
 
     def results(self, *, wait: bool) -> list[tuple[Hashable, list[ToolResult]]]:
         """The turns that are done, in that order: key, and a result for each of its calls.
@@ -175,12 +134,12 @@ class ToolProcesses:
             if not self._tools.environments:
                 del self._completions[job.key]
             if self._halts and job.errors:
-                raise _halt(job)
+                raise job.halt()
             done.append((job.key, [job.results[index] for index in range(len(job.calls))]))
         return done
 
     def rewards(self, keys: Sequence[Hashable]) -> Reply:
-        """The values that ``get_reward`` of their environments returned; waits for them.
+        """The answers of ``get_reward`` of their environments, waited for.
 
         NaN where it returned None, where there is none, and where the environment's process has
         ended in the course of the completion. ``failures`` has those that raised, hung, died or
@@ -236,12 +195,11 @@ class ToolProcesses:
 
     def close(self) -> None:
         """End all processes."""
-        for completion in self._processes.values():
-            if completion.requests:
-                completion.requests.connection.close()
-        for of_runs in (self._completions, self._processes, self._working):
-            of_runs.clear()
+        for completion in list(self._processes.values()):
+            self._release(completion)
+        self._completions.clear()
         self._waiting.clear()
+        self._done.clear()
         self._selector.close()
         self._nursery.close()
 
@@ -258,7 +216,7 @@ class ToolProcesses:
     def _is_calling(self) -> bool:
         return any(job.calls for job in (*self._working.values(), *self._waiting))
 
-    def _add(self, job: _Job) -> None:
+    def _add(self, job: Job) -> None:
         completion = self._completions[job.key]
         if completion.job is not None:
             raise ValueError(f"{job.key!r} is busy, or what came of it has not been asked for")
@@ -266,14 +224,14 @@ class ToolProcesses:
         self._waiting.append(job)
         self._begin_waiting()
 
-    def _asked(self, keys: Sequence[Hashable], what: str) -> dict[Hashable, _Job]:
+    def _asked(self, keys: Sequence[Hashable], what: str) -> dict[Hashable, Job]:
         """Have something done for each completion whose process was there to begin with it."""
         for key in keys:
-            self._add(_Job(key, (what,)))
+            self._add(Job(key, (what,)))
         jobs = self._outcomes(keys)
         return {key: job for key, job in jobs.items() if job.begun is not None}
 
-    def _outcomes(self, keys: Iterable[Hashable]) -> dict[Hashable, _Job]:
+    def _outcomes(self, keys: Iterable[Hashable]) -> dict[Hashable, Job]:
         """The jobs for these keys, once they are over."""
         jobs = {}
         for key in keys:
@@ -296,7 +254,7 @@ class ToolProcesses:
             else:
                 self._begin(completion, job)
 
-    def _begin(self, completion: _Completion, job: _Job) -> None:
+    def _begin(self, completion: Completion, job: Job) -> None:
         if completion.requests is None:
             self._started += 1
             completion.number = self._started
@@ -327,7 +285,7 @@ class ToolProcesses:
             self._replace_nursery()
         self._begin_waiting()
 
-    def _hear(self, completion: _Completion) -> None:
+    def _hear(self, completion: Completion) -> None:
         """Take in all that a process at work has said."""
         requests, job = completion.requests, completion.job
         assert requests is not None and job is not None  # it is at work
@@ -348,7 +306,7 @@ class ToolProcesses:
             if job.over or not requests.connection.poll(0):
                 return
 
-    def _take(self, completion: _Completion, job: _Job, answer: tuple[Any, ...]) -> None:
+    def _take(self, completion: Completion, job: Job, answer: tuple[Any, ...]) -> None:
         now = time.monotonic()
         match answer:
             case ("began", tuple() as begun, bool() as side_by_side):
@@ -385,7 +343,7 @@ class ToolProcesses:
             in_words = how if isinstance(how, str) else f"it died: {death_in_words(how)}"
             self._lost(completion, in_words)
 
-    def _too_late(self, completion: _Completion, job: _Job) -> None:
+    def _too_late(self, completion: Completion, job: Job) -> None:
         if completion.closed:
             self._lost(completion, death_in_words(None))
         elif job.is_between:
@@ -397,39 +355,30 @@ class ToolProcesses:
                 "ended",
             )
 
-    def _lost(self, completion: _Completion, why: str) -> None:
+    def _lost(self, completion: Completion, why: str) -> None:
         """The process of a completion is no more, or of no use."""
         completion.death = why
         self._release(completion)
         if completion.job is not None and not completion.job.over:
             self._over(completion, why)
 
-    def _over(self, completion: _Completion, failure: str = "") -> None:
+    def _over(self, completion: Completion, failure: str = "") -> None:
         job = completion.job
         assert job is not None
-        job.over, job.failure = True, failure
         self._rest(completion)
-        for index, call in enumerate(job.calls):
-            if index in job.results:
-                continue
-            if job.begun is None or index in job.begun:
-                text = failure
-                job.errors.append((index, failure))
-            else:
-                text = "it was not called: a call before it ended the process"
-            job.results[index] = ToolResult(call.name, error_text(text[: self._limit]), True)
+        job.end(failure, self._limit)
         if job.calls:
             self._done.append(job)
             if not self._tools.environments:
                 self._release(completion)
 
-    def _rest(self, completion: _Completion) -> None:
+    def _rest(self, completion: Completion) -> None:
         """Listen no more to a process that was at work."""
         if self._working.pop(completion.number, None) and not completion.closed:
             assert completion.requests is not None  # it was at work
             self._selector.unregister(completion.requests.connection)
 
-    def _release(self, completion: _Completion) -> None:
+    def _release(self, completion: Completion) -> None:
         """End the process of a completion, if it has one."""
         if completion.requests is None:
             return
@@ -439,19 +388,13 @@ class ToolProcesses:
         del self._processes[completion.number]
         self._nursery.end(completion.number)
 
+    def _start_nursery(self) -> None:
+        self._nursery = Nursery(self._tools, self._check_interrupt)
+        self._selector.register(self._nursery.connection, selectors.EVENT_READ)
+
     def _replace_nursery(self) -> None:
         for completion in list(self._processes.values()):
             self._lost(completion, "the process that it was forked from died")
         self._selector.unregister(self._nursery.connection)
         self._nursery.close()
-        self._nursery = Nursery(self._tools, self._check_interrupt)
-        self._selector.register(self._nursery.connection, selectors.EVENT_READ)
-
-
-def _halt(job: _Job) -> ToolError:
-    index, how = job.errors[0]
-    call = job.calls[index]
-    return ToolError(
-        f"tool {call.name!r} failed on {brief(call.arguments)}:\n{how.rstrip()}\n"
-        "on_tool_error: message lets the run go on and tells the policy"
-    )
+        self._start_nursery()

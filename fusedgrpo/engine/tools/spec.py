@@ -84,24 +84,9 @@ def build_tools(
     """
     functions = list(tools) if isinstance(tools, (list, tuple)) else [tools]
     functions = [] if tools is None else functions
-    factories = (
-        dict(environment_factory)
-        if isinstance(environment_factory, Mapping)
-        else {}
-        if environment_factory is None
-        else {None: environment_factory}
-    )
+    factories = _factories(environment_factory)
     if not functions and not factories:
         return None
-    problems = [
-        f"environment_factory: the name {name!r} of an environment is no text"
-        for name in factories
-        if name is not None and not isinstance(name, str)
-    ]
-    if isinstance(environment_factory, Mapping) and None in factories:
-        problems.append("environment_factory: an environment of several needs a name, not None")
-    if problems:
-        raise ConfigError(problems)
     sources = Sources(
         tuple(_source("tool", function, folders) for function in functions),
         {name: _source("environment", each, folders) for name, each in factories.items()},
@@ -112,8 +97,20 @@ def build_tools(
     else:
         description = _described_elsewhere(sources, path, timeout, check_interrupt)
     tool_set = ToolSet(sources, path, description)
-    _refuse(description.problems or _doubles(tool_set))
+    if problems := description.problems or _doubles(tool_set):
+        raise ConfigError(dict.fromkeys(problems))
     return tool_set
+
+
+def _factories(given: Any) -> dict[str | None, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return {None: given}
+    for name in given:
+        if not isinstance(name, str):
+            raise ConfigError(f"environment_factory: {name!r}: the name of an environment is text")
+    return dict(given)
 
 
 def _source(kind: str, given: Any, folders: Sequence[Path]) -> Source:
@@ -159,11 +156,6 @@ def _doubles(tool_set: ToolSet) -> list[str]:
             if names.count(name) > 1
         ]
     return problems
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
 
 
 def _described_elsewhere(

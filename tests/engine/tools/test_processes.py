@@ -50,6 +50,8 @@ def pids(how: str):
     Path(how).write_text(f"{os.getpid()} {group.pid} {own.pid}")
     if how.endswith("hang"):
         time.sleep(10_000)
+    if how.endswith("exit"):
+        os._exit(6)
     return "done"
 
 @tool
@@ -100,6 +102,10 @@ def fails(how: str):
             time.sleep(1)
     if how == "close":
         os.closerange(0, 1000)
+    if how == "mute":
+        os.close(1), os.close(2)
+    if how == "fork":
+        os.fork()
     if how == "stop self":
         os.kill(os.getpid(), signal.SIGSTOP)
     return "fine"
@@ -162,13 +168,10 @@ def torchless(how: str):
     return "torch" in sys.modules
 
 @tool
-def crowd(how: str):
-    mine = Path(how) / str(os.getpid())
-    mine.touch()
-    time.sleep(0.01)
-    count = len(list(Path(how).iterdir()))
-    mine.unlink()
-    return count
+def stays(how: str):
+    Path(how, str(os.getpid())).touch()
+    while not Path(how, "go").exists():
+        time.sleep(0.02)
 
 met = None
 
@@ -197,6 +200,11 @@ async def late(how: str):
                 await asyncio.sleep(10_000)
             except asyncio.CancelledError:
                 pass
+    if how == "stubborn":
+        try:
+            await asyncio.sleep(10_000)
+        except asyncio.CancelledError:
+            return "sorry"
     if how == "block":
         time.sleep(10_000)
     await asyncio.sleep(10_000 if how == "hang" else 0)
@@ -505,11 +513,15 @@ def test_async_tools_of_a_turn_run_side_by_side(shared: ToolProcesses) -> None:
 def test_an_async_tool_that_hangs_takes_nothing_with_it(worlds: ToolSet) -> None:
     with start(worlds, timeout=3.0) as processes:
         opened(processes, "")
-        calls = [("wait", {"how": "deaf"}), ("wait", {"how": "x"}), ("move", {"by": 1})]
+        hows = ("deaf", "stubborn", "x")
+        calls = [*(("wait", {"how": how}) for how in hows), ("move", {"by": 1})]
         results = answers(processes, calls, "k")
-        assert [each.failed for each in results] == [True, False, False]
-        assert "more than 3 seconds" in results[0].content and results[1].content == "103"
-        assert processes.rewards(["k"]).values == [103.0]
+        assert [each.failed for each in results] == [True, True, False, False]
+        assert all("more than 3 seconds" in each.content for each in results[:2])
+        assert results[2].content == "103"
+        # The stubborn one ends only now, and is heard no more.
+        assert answer(processes, "wait", "x", key="k") == "303"
+        assert processes.rewards(["k"]).values == [303.0]
 
 
 @pytest.mark.parametrize("name", ["fails", "late"])
@@ -520,8 +532,22 @@ def test_a_tool_that_hangs_is_killed_at_the_deadline(name: str, tools: ToolSet) 
         assert "more than 0.3" in error(processes, "fails", "stop self")
 
 
-def test_a_tool_that_forks_answers_once(shared: ToolProcesses) -> None:
+def test_a_tool_that_forks_answers_once(shared: ToolProcesses, world: ToolProcesses) -> None:
     assert [answer(shared, "forks", str(n)) for n in range(6)] == [str(n) for n in range(6)]
+    opened(world, "")
+    assert answer(world, "breaks", "fork", key="k") == "fine"
+    for n in range(10):
+        assert answers(world, [("move", {"by": 1})], "k")[0].content == str(3 + n)
+    world.close_key("k")
+
+
+def test_a_process_that_dies_takes_along_what_it_started(
+    shared: ToolProcesses, tmp_path: Path
+) -> None:
+    assert "exit code 6" in error(shared, "pids", f"{tmp_path}/exit")
+    own, group, escaped = written(tmp_path / "exit")
+    assert gone(own) and gone(group)
+    os.kill(escaped, signal.SIGKILL)
 
 
 def test_prints_are_shown_until_they_are_too_many(
@@ -533,6 +559,22 @@ def test_prints_are_shown_until_they_are_too_many(
     shown = capfd.readouterr()
     assert shown.out == "" and "last words\n" in shown.err
     assert "more that tools printed is not shown" in shown.err and len(shown.err) < 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_closes_its_output_keeps_nobody_busy(world: ToolProcesses) -> None:
+    opened(world, "")
+    assert answer(world, "breaks", "mute", key="k") == "fine"
+    before = _ticks(world)
+    time.sleep(1.0)
+    assert _ticks(world) - before < os.sysconf("SC_CLK_TCK") / 3
+    world.close_key("k")
+
+
+def _ticks(processes: ToolProcesses) -> int:
+    """Processor time of the process that forks."""
+    stat = Path(f"/proc/{processes._nursery._child.process.pid}/stat").read_text()
+    return sum(map(int, stat.rpartition(")")[2].split()[11:13]))
 
 
 def test_generators_begin_with_the_seed(shared: ToolProcesses, world: ToolProcesses) -> None:
@@ -553,14 +595,25 @@ def test_generators_begin_with_the_seed(shared: ToolProcesses, world: ToolProces
         world.close_key(key)
 
 
-def test_many_completions_wait_for_each_other(tools: ToolSet, tmp_path: Path) -> None:
-    with start(tools, at_once=4) as processes:
-        for key in range(200):
-            processes.call(key, [ToolCall("crowd", {"how": str(tmp_path)})], key)
-        found = all_of(processes)
-        assert sorted(found) == list(range(200))  # type: ignore[type-var]
-        counts = [int(result.content) for (result,) in found.values()]
-    assert 1 <= max(counts) <= 4
+def test_many_completions_are_all_answered(shared: ToolProcesses) -> None:
+    for key in range(200):
+        shared.call(key, [ToolCall("plain", {"how": str(key)})], key)
+    found = all_of(shared)
+    assert {key: result.content for key, (result,) in found.items()} == {
+        key: f"{key} 1" for key in range(200)
+    }
+
+
+def test_so_many_work_at_once(tools: ToolSet, tmp_path: Path) -> None:
+    with start(tools, at_once=3) as processes:
+        for key in range(6):
+            processes.call(key, [ToolCall("stays", {"how": str(tmp_path)})], key)
+        while len(list(tmp_path.iterdir())) < 3:
+            time.sleep(0.02)
+        time.sleep(0.5)  # enough for a fourth to come, were it let in
+        assert len(list(tmp_path.iterdir())) == 3
+        (tmp_path / "go").touch()
+        assert len(all_of(processes)) == 6
 
 
 def test_each_completion_has_its_own_environment(world: ToolProcesses) -> None:
