@@ -157,7 +157,7 @@ def _answers(name: str, trainer: GRPOTrainer, sampler: Sampler, n: int) -> Answe
     records: list[dict[str, Any]] = []
     for mode, count in (("greedy", 1), ("sampled", n)):
         typer.echo(f"{name}: {len(data)} prompts, {mode} x {count} ...", err=True)
-        rollout, scored = sample_and_score(
+        answered = sample_and_score(
             data,
             sampler,
             rewards,
@@ -168,10 +168,11 @@ def _answers(name: str, trainer: GRPOTrainer, sampler: Sampler, n: int) -> Answe
             state=trainer.collector.reward_state(),
             asking=trainer.asking,
         )
+        rollout, scored, _ = answered
         ids = rollout.group_ids
         for measure, values in _measured(rewards.names, rollout, scored).items():
             means[f"{mode} {measure}"] = prompt_means(values, ids)
-        made = answer_records(data, rollout, scored, rewards.names)
+        made = answer_records(answered, rewards.names)
         records += [{"mode": mode, **record} for record in made]
     return Answers(means, records)
 

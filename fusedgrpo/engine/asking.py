@@ -20,6 +20,7 @@ from fusedgrpo.engine.rollout_function import WHO, RolloutFunction
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.tools.conversations import Conversations
 from fusedgrpo.engine.tools.environment_reward import Acted
+from fusedgrpo.engine.tools.spec import ToolSet
 from fusedgrpo.engine.tools.use import ToolUse
 
 
@@ -107,6 +108,17 @@ class Asking:
         )
         with talk:
             yield Questions([example for example, _ in spoken], seed, first, talk)
+
+    @property
+    def tool_set(self) -> ToolSet | None:
+        """The tools that prompts are told of."""
+        return None if self.tools is None else self.tools.tools
+
+    def describe(self) -> str:
+        """How completions come about, where they do not come from the policy alone."""
+        if self.function is not None:
+            return "completions by rollout_func"
+        return "" if self.tools is None else self.tools.describe()
 
     def close(self) -> None:
         """End the processes of tools."""

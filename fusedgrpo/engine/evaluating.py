@@ -155,7 +155,7 @@ class Evaluating(TRLSurface):
                 split="test",
                 clock=self.clock,
                 formats=self.formats,
-                tools=self.asking.tools and self.asking.tools.tools,
+                tools=self.asking.tool_set,
                 **limits,
             ),
         )

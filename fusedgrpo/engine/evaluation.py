@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fusedgrpo import stages
 from fusedgrpo.engine.advantages import Estimator
 from fusedgrpo.engine.asking import Asking
-from fusedgrpo.engine.data.dataset import PromptDataset
+from fusedgrpo.engine.data.dataset import Example, PromptDataset
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
@@ -23,6 +23,14 @@ from fusedgrpo.engine.rollout.training_sample import concatenated, loss_mask
 from fusedgrpo.engine.rollout.types import Group, Rollout
 from fusedgrpo.engine.scoring import per_completion, rollout_logprobs, score_rollout
 from fusedgrpo.engine.seeding import derive
+
+
+class Answered(NamedTuple):
+    """The completions of some prompts and their rewards; examples: as they were asked."""
+
+    rollout: Rollout
+    scored: RewardBatch
+    examples: list[Example]
 
 
 def sample_and_score(
@@ -36,12 +44,13 @@ def sample_and_score(
     seed: int,
     state: SimpleNamespace,
     asking: Asking,
-) -> tuple[Rollout, RewardBatch]:
+) -> Answered:
     """``n`` completions for each prompt of ``data``, ``batch_size`` completions at a time in each
     process, and their rewards."""
     per_batch = max(1, batch_size * asking.processes.size // n)
     groups: list[Group] = []
     scored: list[RewardBatch] = []
+    asked: list[Example] = []
     for start in stages.count(range(0, len(data), per_batch), "batches"):
         examples = data.examples[start : start + per_batch]
         with asking.begun(examples, seed, data.encoder, start) as questions:
@@ -57,7 +66,8 @@ def sample_and_score(
                 processes=asking.processes,
             )
         groups += part
-    return Rollout(tuple(groups)), RewardBatch.joined(scored)
+        asked += questions.examples
+    return Answered(Rollout(tuple(groups)), RewardBatch.joined(scored), asked)
 
 
 def evaluate(
@@ -72,9 +82,10 @@ def evaluate(
     """The metrics of ``sample_and_score``, whose arguments these are, over all completions
     together. loss: called with these, for the metric of that name; None for none. keep: called
     with the ``answer_records``, where they are wanted."""
-    rollout, scored = sample_and_score(data, sampler, rewards, **how)
+    answered = sample_and_score(data, sampler, rewards, **how)
+    rollout, scored = answered.rollout, answered.scored
     if keep is not None:
-        keep(answer_records(data, rollout, scored, rewards.names))
+        keep(answer_records(answered, rewards.names))
     together = dataclasses.replace(scored, seconds={}, metrics={})
     group_ids = torch.tensor(rollout.group_ids)
     found = completion_metrics(rollout) | reward_metrics(
@@ -83,14 +94,13 @@ def evaluate(
     return found if loss is None else {"loss": loss(rollout, scored), **found}
 
 
-def answer_records(
-    data: PromptDataset, rollout: Rollout, scored: RewardBatch, names: Sequence[str]
-) -> list[dict[str, Any]]:
-    """A record of each completion of ``sample_and_score``, without an advantage: they are not
-    trained on. names: of the reward functions."""
+def answer_records(answered: Answered, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A record of each completion, without an advantage: they are not trained on. names: of the
+    reward functions."""
+    rollout, scored, examples = answered
     return completion_records(
         rollout,
-        prompts=[example.prompt for example in per_completion(rollout, data.examples)],
+        prompts=[example.prompt for example in per_completion(rollout, examples)],
         names=names,
         rewards=scored.values,
         total=scored.total,

@@ -72,7 +72,7 @@ class HeldOutCheck:
 
     def _of(self, prompts: PromptDataset) -> list[dict[str, Any]]:
         trainer = self.trainer
-        rollout, scored = sample_and_score(
+        answered = sample_and_score(
             prompts,
             trainer.sampler,
             trainer.reward_funcs,
@@ -83,7 +83,7 @@ class HeldOutCheck:
             state=trainer.collector.reward_state(),
             asking=trainer.asking,
         )
-        records = answer_records(prompts, rollout, scored, trainer.reward_funcs.names)
+        records = answer_records(answered, trainer.reward_funcs.names)
         for record in records:
             del record["group"]  # one answer is in none
         return records

@@ -175,7 +175,7 @@ def build_parts(
             "clock": clock,
             "formats": formats,
             "said": set(),
-            "tools": tool_use and tool_use.tools,
+            "tools": None if tool_use is None else tool_use.tools,
         }
         train_dataset = training_rows(train_dataset, args, processes.size)
         train, held_out = load_data(args, processing_class, train_dataset, eval_dataset, reading)
@@ -241,10 +241,11 @@ def _asking(
 ) -> Asking:
     function = None
     if rollout_func is not None:
+        pad = getattr(tokenizer, "pad_token_id", None)
         function = RolloutFunction(
             rollout_func,
             CompletionText(tokenizer, ends, skip_special_tokens=args.skip_special_tokens),
-            {*ends, getattr(tokenizer, "pad_token_id", None)} - {None},
+            [*ends, *([] if pad is None else [pad])],
             most=args.max_completion_length,
             vocabulary_size=policy.vocabulary_size,
         )
@@ -352,7 +353,9 @@ def _learner(
     )
 
 
-def describe(args: GRPOConfig, policy: Policy, plan: BatchPlan, processes: Processes) -> str:
+def describe(
+    args: GRPOConfig, policy: Policy, plan: BatchPlan, processes: Processes, asking: Asking
+) -> str:
     """The run in one line."""
     trained = sum(p.numel() for _, p in policy.trainable())
     trains = "all weights"
@@ -363,4 +366,5 @@ def describe(args: GRPOConfig, policy: Policy, plan: BatchPlan, processes: Proce
         f"{policy.precision} on {policy.device.type}"
     )
     line += f"; {processes.size} processes" if processes.size > 1 else ""
+    line += f"; {asking.describe()}" if asking.describe() else ""
     return line + learning.said(args)

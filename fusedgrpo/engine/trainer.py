@@ -183,7 +183,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
                     resume=self.progress.step > 0,
                     total_steps=self.plan.total_steps,
                     done=self.progress.step,
-                    plan_line=describe(args, self.policy, self.plan, self.processes),
+                    plan_line=describe(args, self.policy, self.plan, self.processes, self.asking),
                     eos_ids=self.eos_ids,
                     unwritten=self.unwritten,
                     branch=found is not None,

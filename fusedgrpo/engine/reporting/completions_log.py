@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -124,7 +125,7 @@ def _message_lines(message: Mapping[str, Any]) -> Iterable[str]:
     for call in calls if isinstance(calls, Sequence) else []:
         function = call.get("function") if isinstance(call, Mapping) else None
         if isinstance(function, Mapping):
-            arguments = to_json_line(function.get("arguments")).strip()
+            arguments = json.dumps(function.get("arguments"), ensure_ascii=False, default=str)
             yield f"{who} calls {function.get('name')} {arguments}"
 
 

@@ -14,7 +14,7 @@ import reprlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class Batch:
     columns: dict[str, list[Any]]
     trainer_state: Any
     rows: list[int]
-    environments: list[Hashable] | None = None
+    environments: Sequence[Hashable] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)

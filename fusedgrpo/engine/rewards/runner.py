@@ -112,7 +112,7 @@ class RewardFunctions:
         self._failed_completions = [0] * len(self._scorers)
         self._said_unscored = False
         # From what environments go by to the environments themselves, where a run has some.
-        self.environments_of: Callable[[list[Hashable]], list[Any]] | None = None
+        self.environments_of: Callable[[Sequence[Any]], list[Any]] | None = None
         self._renamed: set[str] = set()
 
     def score(
@@ -124,7 +124,7 @@ class RewardFunctions:
         columns: dict[str, list[Any]],
         trainer_state: Any = None,
         rows: list[int],
-        environments: list[Hashable] | None = None,
+        environments: Sequence[Hashable] | None = None,
     ) -> RewardBatch:
         """Rewards of B completions, all arguments of length B and in the same order.
 
@@ -155,7 +155,7 @@ class RewardFunctions:
             replies.append(outcome)
         return self._collect(batch, replies, dropped)
 
-    def _environments(self, keys: list[Hashable]) -> dict[str, list[Any]]:
+    def _environments(self, keys: Sequence[Hashable]) -> dict[str, list[Any]]:
         """The column of environments, if a function takes it. Raises ToolError for those that
         cannot be had where one names it; one that takes anything does without."""
         taken = {getattr(scorer, "takes_environments", False) for scorer in self._scorers}

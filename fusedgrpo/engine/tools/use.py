@@ -67,6 +67,14 @@ class ToolUse:
             for name in tools.reward_names
         ]
 
+    def describe(self) -> str:
+        """The tools, and in how many kinds of environments they act."""
+        environments = self.tools.environments
+        every = environments or (None,)
+        names = dict.fromkeys(name for each in every for name in self.tools.names(each))
+        text = f"tools: {', '.join(names) or 'none'}"
+        return text + (f" in {len(environments)} environments" if len(environments) > 1 else "")
+
     def close(self) -> None:
         self.processes.close()
 
@@ -125,7 +133,7 @@ class ToolUse:
         try:
             for i, example in enumerate(examples):
                 assert example.read is not None
-                key = ("first words", seed, first + i)
+                key: Hashable = ("first words", seed, first + i)
                 self.processes.open(
                     key,
                     example.read.environment,
@@ -135,8 +143,8 @@ class ToolUse:
                 keys.append(key)
             said = self.processes.observations(keys)
         finally:
-            for key in keys:
-                self.processes.close_key(key)
+            for opened in keys:
+                self.processes.close_key(opened)
         return [
             (example if words is None else _with_words(example, words, encoder), words)
             for example, words in zip(examples, said, strict=True)

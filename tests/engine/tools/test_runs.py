@@ -339,6 +339,68 @@ def test_tools_by_their_names_in_a_file(tmp_path: Path) -> None:
     trainer.asking.close()
 
 
+FILE = """
+class Counter:
+    def reset(self, answer, **row):
+        self.count = 0
+
+    def double(self, x: int) -> int:
+        \'\'\'Count by a number.
+
+        Args:
+            x: the number.
+        \'\'\'
+        if x == 3:
+            raise RuntimeError("three")
+        self.count += x
+        return self.count
+
+
+def counted(completions, environments, **columns):
+    return [float(environment.count) for environment in environments]
+"""
+
+
+def test_environments_and_rewards_by_their_names_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FILE.replace("\\'", "'"))
+    trainer = by_name(tmp_path, "message")
+    row = trainer.step()
+    trainer.reward_funcs.close()
+    trainer.asking.close()
+    counts = []
+    for completion in completions(trainer):
+        answers = [m["content"] for m in completion.messages or () if m["role"] == "tool"]
+        counts.append(max([int(a) for a in answers if a.isdigit()], default=0))
+    assert row["rewards/counted/mean"] == sum(counts) / len(counts) > 0
+    assert any("three" in str(c.messages) for c in completions(trainer)), "the policy was told"
+
+
+def test_a_tool_that_fails_ends_the_run_if_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FILE.replace("\\'", "'"))
+    trainer = by_name(tmp_path, "halt")
+    with pytest.raises(ToolError, match=r"(?s)double.*three.*on_tool_error"):
+        for _ in range(2):
+            trainer.step()
+    trainer.reward_funcs.close()
+    trainer.asking.close()
+
+
+def by_name(path: Path, on_error: str) -> GRPOTrainer:
+    return GRPOTrainer(
+        model=caller.model(),
+        processing_class=caller.tokenizer(),
+        train_dataset=caller.PROMPTS,
+        search_paths=[path],
+        args=options(
+            path / "run",
+            reward_funcs="mine.py:counted",
+            environment_factory="mine.py:Counter",
+            on_tool_error=on_error,
+            num_generations=8,
+        ),
+    )
+
+
 def test_a_call_beyond_the_limit_is_not_answered(tmp_path: Path) -> None:
     trainer = make(tmp_path, max_tool_calling_iterations=1)
     trainer.step()
@@ -346,3 +408,13 @@ def test_a_call_beyond_the_limit_is_not_answered(tmp_path: Path) -> None:
     last = [c.messages[-1] for c in completions(trainer) if c.messages and c.calls]
     assert any("tool_calls" in message for message in last), "one more call, unanswered"
     trainer.asking.close()
+
+
+def test_what_an_evaluation_logs_has_what_the_environment_said_first(tmp_path: Path) -> None:
+    trainer = make(tmp_path, None, None, caller.Counter, held_out_check=True, max_steps=1)
+    trainer.train()
+    trainer.asking.close()
+    (path, *_) = sorted((tmp_path / "held_out").glob("*.jsonl"))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert records and all(r["prompt"][-1]["content"].endswith(" start") for r in records)
+    assert all(r["conversation"] for r in records)
