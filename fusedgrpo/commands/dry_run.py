@@ -23,7 +23,7 @@ def said(trainer: GRPOTrainer) -> str:
     weights = trainer.reward_funcs.weights.tolist()
     rewards = zip(trainer.reward_funcs.names, weights, strict=True)
     lines = {
-        "plan": describe(args, trainer.policy, trainer.plan, trainer.processes),
+        "plan": describe(args, trainer.policy, trainer.plan, trainer.processes, trainer.asking),
         "model": f"{args.model_name_or_path} ({type(trainer.policy.causal_lm).__name__})",
         "data": _data(trainer.data),
         "evaluation": "; ".join(map(_data, each_of(trainer.held_out))) or "none",
