@@ -95,17 +95,16 @@ class Asking:
             yield Questions(examples, seed, first, function=self.function)
             return
         tools, own = self.tools, self.processes.share(len(examples))
+        tool_seed = derive(seed, "tools")
         assert encoder is not None  # data without one is not asked with tools
 
         def begin() -> list[tuple[Example, Any]]:
             mine = examples[own.start : own.stop]
-            return tools.begun(mine, derive(seed, "tools"), encoder, first + own.start)
+            return tools.begun(mine, tool_seed, encoder, first + own.start)
 
         parts = self.processes.run_everywhere(begin)
         spoken = [each for part in parts for each in part]
-        talk = tools.conversations(
-            spoken, derive(seed, "tools"), self._said, most=self.most, first=first
-        )
+        talk = tools.conversations(spoken, tool_seed, self._said, most=self.most, first=first)
         with talk:
             yield Questions([example for example, _ in spoken], seed, first, talk)
 

@@ -72,6 +72,12 @@ class _Conversation:
     began: bool = False
 
 
+def beginning_seed(seed: int, prompt: int) -> int:
+    """The seed of the environments of a prompt, by its place in a rollout: all of its completions
+    begin alike. seed: of the rollout."""
+    return derive(seed, "environment", prompt)
+
+
 class Conversations:
     """The ``Turns`` of one rollout. Use it as a context manager: its environments live as long.
 
@@ -135,8 +141,7 @@ class Conversations:
         self._going[place] = _Conversation(key)
         topic = self.topic(place)
         if topic.reset is not None:
-            # All completions of a prompt begin alike.
-            seed = derive(self.seed, "environment", place[0])
+            seed = beginning_seed(self.seed, place[0])
             self.running.open(key, topic.environment, topic.reset, seed)
 
     def ended(self, place: Place, ids: Sequence[int]) -> bool:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedgrpo import stages
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.chat import ChatTemplate
 from fusedgrpo.engine.data.dataset import Example
 from fusedgrpo.engine.data.encoder import PromptEncoder
 from fusedgrpo.engine.data.formats import Messages, Prompt
 from fusedgrpo.engine.data.rows import BadRowError
-from fusedgrpo.engine.seeding import derive
 from fusedgrpo.engine.tools.calls import TurnParser
-from fusedgrpo.engine.tools.conversations import Conversations, Topic
+from fusedgrpo.engine.tools.conversations import Conversations, Topic, beginning_seed
 from fusedgrpo.engine.tools.environment_reward import EnvironmentReward
 from fusedgrpo.engine.tools.processes import ToolProcesses
 from fusedgrpo.engine.tools.rendering import ToolTurns
@@ -32,8 +32,11 @@ def build_tool_use(
     check_interrupt: Callable[[], None],
 ) -> ToolUse | None:
     """All that a run with these tools needs; None without any. Raises ConfigError, ToolError."""
-    found = build_tools(tools, environment_factory, folders, check_interrupt=check_interrupt)
-    return None if found is None else ToolUse(found, config, chat, check_interrupt)
+    if tools is None and environment_factory is None:
+        return None
+    with stages.stage("starting the tools"):
+        found = build_tools(tools, environment_factory, folders, check_interrupt=check_interrupt)
+        return None if found is None else ToolUse(found, config, chat, check_interrupt)
 
 
 class ToolUse:
@@ -138,7 +141,7 @@ class ToolUse:
                     key,
                     example.read.environment,
                     self._columns(example),
-                    derive(seed, "environment", first + i),
+                    beginning_seed(seed, first + i),
                 )
                 keys.append(key)
             said = self.processes.observations(keys)
