@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from scripted_turns import ScriptedTurns
 
 from fusedgrpo.engine.rollout.decode_loop import How
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import SamplingParams
+from fusedgrpo.engine.rollout.turns import Answer, Place
 from fusedgrpo.models.decode_graphs import StepGraphs
-from fusedgrpo.models.packed_batch import PackedBatch
+from fusedgrpo.models.packed_batch import PackedBatch, Pair
 from fusedgrpo.models.policy import Policy
 from fusedgrpo.models.ragged_decode import Prompt, RaggedDecoder, Room, Row
 
@@ -65,6 +67,32 @@ def test_recorded_steps_give_the_tokens_and_log_probs_of_the_policy(
         same = [a.ids == b.ids for (_, a), (_, b) in zip(found, plain, strict=True)]
         # A token may turn where two are tied to rounding.
         assert sum(same) >= len(same) - 1
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_what_is_given_between_turns_is_read_beside_recorded_steps(
+    family: str, dtype: torch.dtype
+) -> None:
+    on = policy_on_gpu(family, dtype, max_position_embeddings=512)
+    params = SamplingParams(max_new_tokens=300)
+
+    def answer(place: Place, turn: int) -> Answer:
+        return None if turn > 1 else tuple(range(4, 4 + 9 * (1 + place[1])))
+
+    turns = ScriptedTurns(answer, params.max_new_tokens, patience=5)
+    ends = [tiny.EOS, 10, 20, 30]
+    graphs = StepGraphs()
+    sampler = DecoderSampler(on, tiny.tokenizer(), ends)
+    sampler.how = How(behind=1, graphs=lambda: graphs, weights=sampler.how.weights)
+    groups = sampler.sample_turns(PROMPTS, 5, params, 4, turns)
+    found = [(g.prompt_ids, c) for g in groups for c in g.completions]
+    assert graphs.works and any(len(c.given) == 2 for _, c in found)
+    said = torch.cat([c.logp for _, c in found])
+    with on.scoring():
+        pairs = [Pair(ids, c.ids, c.given) for ids, c in found]
+        expected = on.logprobs(PackedBatch.build(pairs, on.device, on.layout)).logp.cpu()
+    assert (said - expected).abs().max() <= CLOSE[dtype]
 
 
 @pytest.mark.parametrize(
