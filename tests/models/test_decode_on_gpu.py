@@ -78,7 +78,7 @@ def test_what_is_given_between_turns_is_read_beside_recorded_steps(
     params = SamplingParams(max_new_tokens=300)
 
     def answer(place: Place, turn: int) -> Answer:
-        return None if turn > 1 else tuple(range(4, 4 + 9 * (1 + place[1])))
+        return None if turn > 1 else tuple(range(4, 4 + 7 * (1 + place[1])))
 
     turns = ScriptedTurns(answer, params.max_new_tokens, patience=5)
     ends = [tiny.EOS, 10, 20, 30]
