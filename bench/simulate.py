@@ -187,6 +187,7 @@ class NoText:
 
     pad_token_id = 0
     all_special_ids: tuple[int, ...] = ()
+    all_special_tokens: tuple[str, ...] = ()
     added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
 
     def decode(self, ids: Any, **_: Any) -> str:

@@ -82,7 +82,7 @@ def test_loss_and_metric_are_those_of_trl(tmp_path, monkeypatch):
 
     def watched(samples, number):
         model = made.policy.model
-        pairs = [sample.pair for sample in samples]
+        pairs = [(sample.prompt_ids, sample.completion_ids) for sample in samples]
         longest = max(len(p) + len(c) for p, c in pairs)
         ids = torch.tensor([[*p, *c, *[0] * (longest - len(p) - len(c))] for p, c in pairs])
         mask = torch.tensor([[int(i < len(p) + len(c)) for i in range(longest)] for p, c in pairs])
