@@ -310,7 +310,9 @@ def test_the_page_of_a_run_that_goes_on_loads_itself_again(
         file.write(json.dumps({"step": 21, "reward": 0.5}) + "\n")
     report.write_report(tmp_path / "run", live=True, pictures=False)
     page.locator("main", has_text="21 steps").wait_for()
-    look = """() => {
+    # A curve takes its scale some time after the page is there.
+    look = """async () => {
+      while (Charts.all[0].plot?.scales.x.min !== 5) await new Promise((on) => setTimeout(on, 20));
       document.getElementById("pause").click();
       const { min, max } = Charts.all[0].plot.scales.x;
       return [min, max, document.querySelector("details").open, Charts.all[0].spec.x.length];
