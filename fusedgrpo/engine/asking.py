@@ -103,7 +103,7 @@ class Asking:
         parts = self.processes.run_everywhere(begin)
         spoken = [each for part in parts for each in part]
         talk = tools.conversations(
-            spoken, derive(seed, "tools"), self._said, most=self.most, first=first
+            examples, spoken, derive(seed, "tools"), self._said, most=self.most, first=first
         )
         with talk:
             yield Questions([example for example, _ in spoken], seed, first, talk)
