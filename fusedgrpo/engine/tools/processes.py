@@ -356,10 +356,15 @@ class ToolProcesses:
                 # Those keep their deadline themselves, so that one that is late ends no other.
                 grace = GRACE_SECONDS if side_by_side else 0.0
                 job.deadline = math.inf if self._timeout is None else now + self._timeout + grace
-            case ("result", int() as index, str() as content, bool() as failed, str() as trace) if (
-                0 <= index < len(job.calls) and index not in job.results
-            ):
-                job.results[index] = ToolResult(job.calls[index].name, content, failed)
+            case (
+                "result",
+                int() as index,
+                str() as content,
+                bool() as failed,
+                str() as trace,
+                None | list() as value,
+            ) if 0 <= index < len(job.calls) and index not in job.results:
+                job.results[index] = ToolResult(job.calls[index].name, content, failed, value)
                 if trace:
                     job.errors.append((index, trace))
                 if job.is_between:
