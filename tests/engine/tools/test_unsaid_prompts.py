@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import random
 from pathlib import Path
 from typing import Any
 
+import asker
 import caller
 import pytest
 
@@ -16,32 +16,6 @@ from fusedgrpo.errors import ConfigError, DataError
 
 Messages = list[dict[str, Any]]
 EMPTY = [{"role": "user", "content": ""}]
-
-
-class Asker(caller.Counter):
-    """Asks what it draws, and knows what it was given."""
-
-    def reset(self, **row: Any) -> str:
-        self.given = row
-        self.start = self.count = 0
-        self.asked = f"double {random.randrange(20)}"
-        return self.asked
-
-
-class Reader(caller.Counter):
-    """Asks by a column, and takes no other."""
-
-    def reset(self, number: int) -> str:  # type: ignore[override]
-        self.start = self.count = 0
-        return f"double {number}"
-
-
-class Measurer(caller.Counter):
-    """Says how many words its prompt has."""
-
-    def reset(self, prompt: Messages, **row: Any) -> str:  # type: ignore[override]
-        self.start = self.count = 0
-        return f" {len(prompt[-1]['content'].split())}"
 
 
 def make(path: Path, environment: Any, data: Any = None, reward: Any = None, **changes: Any) -> Any:
@@ -81,7 +55,7 @@ def test_without_data_the_environment_says_all_prompts(tmp_path: Path) -> None:
         seen.extend(zip(prompts, environments, strict=True))
         return [0.0] * len(prompts)
 
-    trainer = make(tmp_path, Asker, reward=reward)
+    trainer = make(tmp_path, asker.Asker, reward=reward)
     assert len(trainer.data) == 4, "a row for each prompt of the run"
     trainer.train()
     asked = []
@@ -102,7 +76,7 @@ def test_rows_without_a_prompt_are_columns_for_reset(
 ) -> None:
     data = [{"number": i} for i in range(4)]
     with caplog.at_level(logging.WARNING, "fusedgrpo"):
-        trainer = make(tmp_path, Reader, data, shuffle_dataset=False)
+        trainer = make(tmp_path, asker.Reader, data, shuffle_dataset=False)
     assert "no column 'prompt'" in caplog.text and "'number'" in caplog.text
     row = trainer.step()
     for number, text in enumerate(prompts(trainer)):
@@ -118,7 +92,7 @@ def test_without_environments_a_prompt_is_needed(tmp_path: Path) -> None:
 
 def test_each_reset_is_given_the_prompt_of_the_row(tmp_path: Path) -> None:
     """Not the one with what another reset has said to it."""
-    trainer = make(tmp_path, Measurer, caller.PROMPTS)
+    trainer = make(tmp_path, asker.Measurer, caller.PROMPTS)
     trainer.step()  # which refuses environments of one prompt that begin otherwise
     assert all("2 <|im_end|>" in text for text in prompts(trainer))
     trainer.asking.close()
@@ -128,8 +102,8 @@ def test_each_reset_is_given_the_prompt_of_the_row(tmp_path: Path) -> None:
     ("environment", "changes", "message"),
     [
         (None, {}, r"`train_dataset` is required"),
-        ({"a": Asker, "b": caller.Quiet}, {}, r"requires a `train_dataset`.*'a', 'b'"),
-        (Asker, {"max_steps": -1}, r"max_steps"),
+        ({"a": asker.Asker, "b": caller.Quiet}, {}, r"requires a `train_dataset`.*'a', 'b'"),
+        (asker.Asker, {"max_steps": -1}, r"max_steps"),
     ],
     ids=["no environment", "several", "no end"],
 )
@@ -141,13 +115,13 @@ def test_prompts_that_nobody_says_are_refused(
 
 
 def test_a_long_run_has_few_rows(tmp_path: Path) -> None:
-    trainer = make(tmp_path, Asker, max_steps=100_000)
+    trainer = make(tmp_path, asker.Asker, max_steps=100_000)
     assert len(trainer.data) == MOST_ROWS
     trainer.asking.close()
 
 
 def test_what_a_trainer_says_of_its_tools(tmp_path: Path) -> None:
-    trainer = make(tmp_path, Asker, reward=lambda completions, **_: [0.0] * len(completions))
+    trainer = make(tmp_path, asker.Asker, reward=lambda completions, **_: [0.0] * len(completions))
     assert [tool.__name__ for tool in trainer.tools] == ["double"]
     assert len(trainer.reward_funcs) == 2 and trainer.reward_func_names[1] == "Asker"
     with pytest.raises(AttributeError, match=r"`environments` is given copies"):
