@@ -57,7 +57,8 @@ def returns(how: str):
     return {"none": None, "number": 3, "list": [1, "a"], "long": "x" * 3_000_000,
             "rows": [(1, "a"), (2, None)], "parts": [text("seen "), text("twice")],
             "image": [text("seen"), {"type": "image", "image": "x"}], "sets": [{1}],
-            "many": list(range(1000)), "half": "a\\ud800b", "kind": Text("text"), "bad": Bad(), "exit": Exits()}[how]
+            "many": list(range(1000)), "half": "a\\ud800b", "kind": Text("text"),
+            "bad": Bad(), "exit": Exits()}[how]
 
 def text(said):
     return {"type": "text", "text": said}
