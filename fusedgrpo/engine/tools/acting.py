@@ -197,12 +197,13 @@ class _Actor:
         self,
         index: int,
         content: str,
-        listed: list[Any] | None = None,
+        listed: str = "",
         *,
         failed: bool = False,
         trace: str = "",
     ) -> None:
-        """trace: of a failure that is the tool's; the policy's own have none."""
+        """listed: what it returned, if that is a list, in JSON. trace: of a failure that is the
+        tool's; the policy's own have none."""
         self._answers.send("result", index, content, failed, trace, listed)
 
 
@@ -225,19 +226,22 @@ def _are_parts(value: Any) -> bool:
     """Whether it is content as messages have it in parts: ``[{"type": "text", "text": ..}]``."""
     if not isinstance(value, list) or not value:
         return False
-    return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in value)
+    # Rows of a table may have a column of that name, too.
+    return all(
+        isinstance(part, dict) and part.get("type") in ("text", "image") and part["type"] in part
+        for part in value
+    )
 
 
-def _listed(value: Any, limit: int) -> list[Any] | None:
-    """A tool's list as JSON has it, if it can be told in so many characters."""
+def _listed(value: Any, limit: int) -> str:
+    """A tool's list as JSON; empty for what is none, or takes more characters than the limit."""
     if not isinstance(value, list) or is_deep(value):
-        return None
+        return ""
     try:
-        text = json.dumps(value)
+        text = _clean(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError):
-        return None
-    found: list[Any] | None = json.loads(text) if len(text) <= limit else None
-    return found
+        return ""
+    return text if len(text) <= limit else ""
 
 
 def _clean(text: str) -> str:

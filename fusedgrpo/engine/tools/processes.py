@@ -6,6 +6,7 @@ for the policy that called it. Deadlines are kept whenever this is asked for any
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import selectors
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusedgrpo.engine.child_process import GRACE_SECONDS, GarbledReply, Requests, death_in_words
+from fusedgrpo.engine.data.rows import is_deep
 from fusedgrpo.engine.rewards.call import Reply
 from fusedgrpo.engine.tools.acting import error_text
 from fusedgrpo.engine.tools.nursery import Nursery
@@ -362,9 +364,10 @@ class ToolProcesses:
                 str() as content,
                 bool() as failed,
                 str() as trace,
-                None | list() as value,
+                str() as listed,
             ) if 0 <= index < len(job.calls) and index not in job.results:
-                job.results[index] = ToolResult(job.calls[index].name, content, failed, value)
+                name, value = job.calls[index].name, _list_of(listed)
+                job.results[index] = ToolResult(name, content, failed, value)
                 if trace:
                     job.errors.append((index, trace))
                 if job.is_between:
@@ -451,6 +454,17 @@ class ToolProcesses:
         self._nursery.close()
         self._nursery = Nursery(self._tools, self._check_interrupt)
         self._selector.register(self._nursery.connection, selectors.EVENT_READ)
+
+
+def _list_of(text: str) -> list[Any] | None:
+    """The list that a tool returned, from JSON; None where it returned none."""
+    try:
+        found = json.loads(text) if text else None
+    except (ValueError, RecursionError) as error:
+        raise GarbledReply from error
+    if found is not None and (not isinstance(found, list) or is_deep(found)):
+        raise GarbledReply
+    return found
 
 
 def _halt(job: _Job) -> ToolError:

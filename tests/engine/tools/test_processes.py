@@ -57,6 +57,7 @@ def returns(how: str):
     return {"none": None, "number": 3, "list": [1, "a"], "long": "x" * 3_000_000,
             "rows": [(1, "a"), (2, None)], "parts": [text("seen "), text("twice")],
             "image": [text("seen"), {"type": "image", "image": "x"}], "sets": [{1}],
+            "kinds": [{"type": "dog"}], "cut": ["a\\ud800b"], "nan": [float("nan")],
             "many": list(range(1000)), "half": "a\\ud800b", "kind": Text("text"),
             "bad": Bad(), "exit": Exits()}[how]
 
@@ -133,11 +134,11 @@ def writes(how: str):
         "early": (99).to_bytes(8, "big") + pickle.dumps(("done",)),
         "short": b"1",
         "no pickle": number + b"not a pickle",
-        "code": number + pickle.dumps(("result", 0, Touch(), False, "", None)),
+        "code": number + pickle.dumps(("result", 0, Touch(), False, "", "")),
         "no tuple": number + pickle.dumps("done"),
         "done": number + pickle.dumps(("done",)),
-        "index": number + pickle.dumps(("result", 7, "x", False, "", None)),
-        "value": number + pickle.dumps(("result", 0, "x", False, "", {})),
+        "index": number + pickle.dumps(("result", 7, "x", False, "", "")),
+        "value": number + pickle.dumps(("result", 0, "x", False, "", "[" * 2000)),
         "kind": number + pickle.dumps(("copy", b"x")),
         "none": b"",
         "text": b"",
@@ -412,6 +413,9 @@ def test_a_list_is_a_list_for_rewards(name: str, shared: ToolProcesses) -> None:
         "list": ("[1, 'a']", [1, "a"]),
         "rows": ("[(1, 'a'), (2, None)]", [[1, "a"], [2, None]]),
         "parts": ("seen twice", [{"type": "text", "text": t} for t in ("seen ", "twice")]),
+        "kinds": ("[{'type': 'dog'}]", [{"type": "dog"}]),
+        "cut": ("['a\\ud800b']", ["a?b"]),
+        "nan": ("[nan]", None),
         "sets": ("[{1}]", None),
         "none": ("None", None),
     }
