@@ -32,7 +32,7 @@ LAYERS = [
     ["engine.execution"],
     ["engine.rollout"],
     ["engine.reporting"],
-    ["engine.custom_loss", "engine.advantages", "engine.step_metrics",
+    ["engine.custom_loss", "engine.advantages", "engine.step_metrics", "engine.rollout_function",
      "engine.token_choice", "engine.step_passes"],
     ["engine.rollout_function"],
     ["engine.asking"],

@@ -104,7 +104,9 @@ class Asking:
 
         parts = self.processes.run_everywhere(begin)
         spoken = [each for part in parts for each in part]
-        talk = tools.conversations(spoken, tool_seed, self._said, most=self.most, first=first)
+        talk = tools.conversations(
+            examples, spoken, tool_seed, self._said, most=self.most, first=first
+        )
         with talk:
             yield Questions([example for example, _ in spoken], seed, first, talk)
 

@@ -33,7 +33,7 @@ from fusedgrpo.engine.data.held_out import HeldOut, each_of
 from fusedgrpo.engine.data.run_data import all_examples, load_data
 from fusedgrpo.engine.data.selection import SelectedStream, find_selection
 from fusedgrpo.engine.data.stream import PromptStream
-from fusedgrpo.engine.data.streams import is_stream, training_rows
+from fusedgrpo.engine.data.streams import is_stream
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.entropy_bonus import EntropyBonus
 from fusedgrpo.engine.execution import Execution
@@ -177,8 +177,9 @@ def build_parts(
             "said": set(),
             "tools": None if tool_use is None else tool_use.tools,
         }
-        train_dataset = training_rows(train_dataset, args, processes.size)
-        train, held_out = load_data(args, processing_class, train_dataset, eval_dataset, reading)
+        train, held_out = load_data(
+            args, processing_class, train_dataset, eval_dataset, reading, processes.size
+        )
         memory_plan = None
         plan_for: Callable[[GRPOConfig], MemoryPlan | None] = lambda args: None  # noqa: E731
         if model is None and peft_config is None:  # else the options do not describe the model

@@ -48,9 +48,10 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         keep their dtype. reward_funcs: names, callables, reward models, or a list of these; None
         for ``args.reward_funcs``. args: a ``GRPOConfig``, or TRL's, which is translated.
     train_dataset, eval_dataset: a ``datasets.Dataset``, a list of dicts, or a name or path; None
-        for those of ``args``. What was read of them is ``data`` and ``held_out``; another data set
-        that is put into ``eval_dataset`` is evaluated from then on. processing_class, or tokenizer:
-        the tokenizer, or a Processor that has one, if not the model's.
+        for those of ``args``, or where an environment says all prompts. What was read of them is
+        ``data`` and ``held_out``; another data set that is put into ``eval_dataset`` is evaluated
+        from then on. processing_class, or tokenizer: the tokenizer, or a Processor that has one, if
+        not the model's.
     quantization_config, peft_config: of bitsandbytes and peft, instead of what ``args`` describes.
     callbacks: of ``fusedgrpo.Callback`` and ``transformers.TrainerCallback``, told what happens in
     ``train``. optimizers: ``(optimizer, scheduler)`` over the parameters that are trained, instead

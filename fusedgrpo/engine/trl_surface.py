@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers.trainer_callback import CallbackHandler
 
     from fusedgrpo.config.schema import GRPOConfig
+    from fusedgrpo.engine.asking import Asking
     from fusedgrpo.engine.callback_events import CallbackEvents
     from fusedgrpo.engine.distributed import Processes
     from fusedgrpo.engine.learner import Learner
@@ -50,6 +51,8 @@ METHODS = {
 ATTRIBUTES = {
     **dict.fromkeys(["data_collator", "label_names", "compute_metrics"], _OWN_STEP),
     "vllm_generation": _GENERATION,
+    "environments": "each lives as long as its completion, in a process of its own. A reward "
+    "function with an argument `environments` is given copies of them as they are at the end",
     "deepspeed": "every process holds the whole model",
 }
 
@@ -62,6 +65,7 @@ class TRLSurface:
     learner: Learner
     reward_funcs: RewardFunctions
     processes: Processes
+    asking: Asking
     events: CallbackEvents
     callbacks: list[Callback]
 
@@ -162,6 +166,13 @@ class TRLSurface:
     def reward_weights(self) -> Tensor:
         """``[F]`` float32, on the CPU."""
         return self.reward_funcs.weights
+
+    @property
+    def tools(self) -> list[Callable[..., Any]]:
+        """The functions that the policy may call: those that were passed, and of an environment's
+        class its methods. What was given by name is not among them, and is not loaded here."""
+        use = self.asking.tools
+        return [] if use is None else use.tools.functions
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """``[B, T]`` bool: the tokens in ``mask``, which has the shape of ``entropies``, with an

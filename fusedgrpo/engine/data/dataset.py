@@ -24,6 +24,7 @@ from fusedgrpo.engine.data.formats import (
     Prompt,
     PromptLayout,
     guess_layout,
+    has_layout,
     missing_column,
 )
 from fusedgrpo.engine.data.formats.chosen import Formats
@@ -31,6 +32,7 @@ from fusedgrpo.engine.data.media import media_reason
 from fusedgrpo.engine.data.row_tools import RowTools, Tools
 from fusedgrpo.engine.data.rows import BadRowError, Row
 from fusedgrpo.engine.data.sources import read_source, read_tasks
+from fusedgrpo.engine.data.unsaid import UNSAID
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.errors import DataError
 from fusedgrpo.input_files import exists
@@ -160,7 +162,8 @@ def load_prompts(
     )
     messages = bool(getattr(tokenizer, "chat_template", None))
     formats = formats or Formats(config.dataset_format)
-    name, rows = _read_all(source, config, split, formats, messages)
+    acts = tools is not None and bool(tools.environments)
+    name, rows = _read_all(source, config, split, formats, messages, acts=acts)
     with stages.stage(f"reading the prompts of {name}", counted=True):
         found = [
             _read(row, layout, encoder.row_tools) for row, layout in stages.count(rows, "rows")
@@ -190,10 +193,11 @@ def load_prompts(
 
 
 def _read_all(
-    source: Any, config: GRPOConfig, split: str, formats: Formats, messages: bool
+    source: Any, config: GRPOConfig, split: str, formats: Formats, messages: bool, *, acts: bool
 ) -> tuple[str, list[tuple[Row, Layout]]]:
     """The name of the source, or of all in a comma-separated list, and their rows in order.
-    messages: questions of tasks are those of a user in a chat."""
+    messages: questions of tasks are those of a user in a chat. acts: in environments, which may say
+    the prompts of rows that have none."""
     several = isinstance(source, str) and "," in source and not exists(Path(source))
     names: list[str] = []
     rows: list[tuple[Row, Layout]] = []
@@ -206,7 +210,7 @@ def _read_all(
         kept = found.rows[: config.max_samples]
         if not kept:
             raise DataError(f"{found.name}: no rows.")
-        layout = found.layout or formats.given or _guessed(found.rows, found.name)
+        layout = found.layout or formats.given or _guessed(found.rows, found.name, acts)
         made = [layout.made(row) for row in kept]
         _check_columns(_columns(made), layout, found.name)
         names.append(found.name)
@@ -219,15 +223,21 @@ def _columns(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row.values or ()))
 
 
-def _guessed(rows: list[Row], name: str) -> Layout:
+def _guessed(rows: list[Row], name: str, acts: bool) -> Layout:
     columns = _columns(rows)
+    if acts and columns and not has_layout(columns):
+        logger.warning(
+            f"{name}: no column 'prompt'. The environment's reset is to return the prompts; it is "
+            f"given the columns {', '.join(map(repr, columns))}."
+        )
+        return UNSAID
     return guess_layout(columns, name) if columns else PromptLayout()
 
 
 def _check_columns(columns: list[str], layout: Layout, source: str) -> None:
     if not columns:  # let the reasons of the rows be the message
         return
-    if layout.required not in columns:
+    if layout.required and layout.required not in columns:
         raise missing_column(layout.required, columns, source)
     for name in CONVENTION:
         if name in columns and name not in NOT_COLUMNS:

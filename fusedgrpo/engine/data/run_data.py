@@ -9,6 +9,8 @@ from typing import Any
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.dataset import Example, PromptDataset, load_prompts
 from fusedgrpo.engine.data.held_out import HeldOut, each_of, load_held_out
+from fusedgrpo.engine.data.streams import training_rows
+from fusedgrpo.engine.data.unsaid import rows_for
 from fusedgrpo.errors import ConfigError
 from fusedgrpo.tasks import is_task
 
@@ -34,13 +36,21 @@ def unseen(held_out: PromptDataset, trained: PromptDataset) -> PromptDataset | N
 
 
 def load_data(
-    args: GRPOConfig, processing_class: Any, train: Any, held_out: Any, reading: dict[str, Any]
+    args: GRPOConfig,
+    processing_class: Any,
+    train: Any,
+    held_out: Any,
+    reading: dict[str, Any],
+    world_size: int,
 ) -> tuple[PromptDataset, HeldOut | None]:
-    """The prompts of training and of evaluation: of what was passed, else of ``args``.
+    """The prompts of training and of evaluation: of what was passed, else of ``args``, else those
+    of the run's environment.
 
     reading: more arguments of ``load_prompts``. Raises ConfigError and DataError.
     """
-    source = args.dataset if train is None else train
+    source = training_rows(args.dataset if train is None else train, args, world_size)
+    if source is None:
+        source = rows_for(reading.get("tools"), args, world_size)
     if source is None:
         raise ConfigError(
             "`train_dataset` is required: dataset is missing. Pass train_dataset, or give dataset "

@@ -115,6 +115,10 @@ class RewardFunctions:
         self.environments_of: Callable[[Sequence[Any]], list[Any]] | None = None
         self._renamed: set[str] = set()
 
+    def __len__(self) -> int:
+        """How many there are: F."""
+        return len(self.names)
+
     def score(
         self,
         *,

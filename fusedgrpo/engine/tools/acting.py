@@ -20,6 +20,7 @@ from typing import Any
 import cloudpickle
 
 from fusedgrpo.engine.child_process import Answers
+from fusedgrpo.engine.data.rows import is_deep
 from fusedgrpo.engine.rewards.call import LARGEST_REWARD, as_number
 from fusedgrpo.engine.tools.describing import methods
 from fusedgrpo.engine.tools.loading import Loaded
@@ -129,11 +130,11 @@ class _Actor:
                 if inspect.isawaitable(value):
                     waiting[index] = value
                     continue
-                content = _text(value, limit)
+                content, listed = _text(value, limit), _listed(value, limit)
             except BaseException as error:  # noqa: BLE001 - their code raises anything
                 self._failed(index, error, limit)
             else:
-                self._result(index, content)
+                self._result(index, content, listed)
         if waiting:
             self._answers.send("began", tuple(waiting), True)
             self._loop.run_until_complete(self._side_by_side(waiting, timeout, limit))
@@ -159,13 +160,14 @@ class _Actor:
 
         async def one(index: int, value: Awaitable[Any]) -> None:
             try:
-                content = _text(await value, limit)
+                found = await value
+                content, listed = _text(found, limit), _listed(found, limit)
             except BaseException as error:  # noqa: BLE001 - their code raises anything
                 if index not in answered:
                     self._failed(index, error, limit)
             else:
                 if index not in answered:
-                    self._result(index, content)
+                    self._result(index, content, listed)
             answered.add(index)
 
         tasks = {
@@ -191,18 +193,55 @@ class _Actor:
         text = error_text(_said(error)[:limit])
         self._result(index, _clean(text), failed=True, trace=_trace(error))
 
-    def _result(self, index: int, content: str, *, failed: bool = False, trace: str = "") -> None:
-        """trace: of a failure that is the tool's; the policy's own have none."""
-        self._answers.send("result", index, content, failed, trace)
+    def _result(
+        self,
+        index: int,
+        content: str,
+        listed: str = "",
+        *,
+        failed: bool = False,
+        trace: str = "",
+    ) -> None:
+        """listed: what it returned, if that is a list, in JSON. trace: of a failure that is the
+        tool's; the policy's own have none."""
+        self._answers.send("result", index, content, failed, trace, listed)
 
 
 def _text(value: Any, limit: int) -> str:
-    """The text of a tool's answer. Raises what its ``__str__`` does."""
+    """The text of a tool's answer: of parts of content, what they say. Raises what its ``__str__``
+    does, and TypeError for parts that are no text."""
+    if _are_parts(value):
+        if any(part["type"] != "text" for part in value):
+            kinds = ", ".join(brief(part["type"]) for part in value)
+            raise TypeError(f"it returned {kinds}, and the policy reads text alone")
+        value = "".join(str(part.get("text", "")) for part in value)
     text = str.__str__(str(value))  # of no class of theirs
     rest = len(text) - limit
     if rest > 0:
         text = f"{text[:limit]} ... ({rest:,} more characters were cut)"
     return _clean(text)
+
+
+def _are_parts(value: Any) -> bool:
+    """Whether it is content as messages have it in parts: ``[{"type": "text", "text": ..}]``."""
+    if not isinstance(value, list) or not value:
+        return False
+    # Rows of a table may have a column of that name, too.
+    return all(
+        isinstance(part, dict) and part.get("type") in ("text", "image") and part["type"] in part
+        for part in value
+    )
+
+
+def _listed(value: Any, limit: int) -> str:
+    """A tool's list as JSON; empty for what is none, or takes more characters than the limit."""
+    if not isinstance(value, list) or is_deep(value):
+        return ""
+    try:
+        text = _clean(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError):
+        return ""
+    return text if len(text) <= limit else ""
 
 
 def _clean(text: str) -> str:

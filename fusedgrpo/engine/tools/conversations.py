@@ -188,7 +188,10 @@ class Conversations:
         ids = self.write(messages, one.last_id)
         if one.read + len(ids) >= self.most:
             return None  # no room for a word to it: the completion ends with its calls
-        one.messages += messages
+        one.messages += [
+            message if result.value is None else {**message, "content": result.value}
+            for message, result in zip(messages, results, strict=True)
+        ]
         one.read += len(ids)
         return ids
 

@@ -6,6 +6,7 @@ for the policy that called it. Deadlines are kept whenever this is asked for any
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import selectors
@@ -15,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from fusedgrpo.engine.child_process import GRACE_SECONDS, GarbledReply, Requests, death_in_words
+from fusedgrpo.engine.data.rows import is_deep
 from fusedgrpo.engine.rewards.call import Reply
 from fusedgrpo.engine.tools.jobs import Completion, Job
 from fusedgrpo.engine.tools.nursery import Nursery
@@ -314,10 +316,16 @@ class ToolProcesses:
                 # Those keep their deadline themselves, so that one that is late ends no other.
                 grace = GRACE_SECONDS if side_by_side else 0.0
                 job.deadline = math.inf if self._timeout is None else now + self._timeout + grace
-            case ("result", int() as index, str() as content, bool() as failed, str() as trace) if (
-                0 <= index < len(job.calls) and index not in job.results
-            ):
-                job.results[index] = ToolResult(job.calls[index].name, content, failed)
+            case (
+                "result",
+                int() as index,
+                str() as content,
+                bool() as failed,
+                str() as trace,
+                str() as listed,
+            ) if 0 <= index < len(job.calls) and index not in job.results:
+                name, value = job.calls[index].name, _list_of(listed)
+                job.results[index] = ToolResult(name, content, failed, value)
                 if trace:
                     job.errors.append((index, trace))
                 if job.is_between:
@@ -398,3 +406,14 @@ class ToolProcesses:
         self._selector.unregister(self._nursery.connection)
         self._nursery.close()
         self._start_nursery()
+
+
+def _list_of(text: str) -> list[Any] | None:
+    """The list that a tool returned, from JSON; None where it returned none."""
+    try:
+        found = json.loads(text) if text else None
+    except (ValueError, RecursionError) as error:
+        raise GarbledReply from error
+    if found is not None and (not isinstance(found, list) or is_deep(found)):
+        raise GarbledReply
+    return found

@@ -26,11 +26,20 @@ class ToolSet:
     """The tools and environments of a run, found and described. Made by :func:`build_tools`.
 
     environments: their names; ``(None,)`` where there is one without a name, ``()`` for none.
-    sources, path: what a process needs to load them, and its ``sys.path``.
+    sources, path: what a process needs to load them, and its ``sys.path``. functions: the tools
+    that are in this process too, those of environments from their classes; none of what was given
+    by name.
     """
 
-    def __init__(self, sources: Sources, path: Sequence[str], description: Description):
+    def __init__(
+        self,
+        sources: Sources,
+        path: Sequence[str],
+        description: Description,
+        functions: Sequence[Callable[..., Any]] = (),
+    ):
         self.sources = sources
+        self.functions = list(functions)
         self.path = list(path)
         self.environments: tuple[str | None, ...] = tuple(sources.environments)
         self._described = description
@@ -96,7 +105,7 @@ def build_tools(
         description = describe(Loaded(functions, factories))
     else:
         description = _described_elsewhere(sources, path, timeout, check_interrupt)
-    tool_set = ToolSet(sources, path, description)
+    tool_set = ToolSet(sources, path, description, _here(functions, factories))
     if problems := description.problems or _doubles(tool_set):
         raise ConfigError(dict.fromkeys(problems))
     return tool_set
@@ -143,6 +152,13 @@ def _are_here(functions: list[Any], factories: dict[Any, Any]) -> bool:
     """Whether all can be described without running anything of the user's."""
     named = any(isinstance(each, str) for each in (*functions, *factories.values()))
     return not named and all(isinstance(factory, type) for factory in factories.values())
+
+
+def _here(functions: list[Any], factories: dict[Any, Any]) -> list[Callable[..., Any]]:
+    """The tools that are functions in this process."""
+    kinds = [each for each in factories.values() if isinstance(each, type)]
+    own = [getattr(kind, name) for kind in kinds for name in describing.methods(kind)]
+    return list(dict.fromkeys([each for each in functions if callable(each)] + own))
 
 
 def _doubles(tool_set: ToolSet) -> list[str]:

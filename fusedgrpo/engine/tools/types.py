@@ -16,8 +16,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """content: the text of the tool's message. failed: it is an error's."""
+    """content: the text of the tool's message. failed: it is an error's. value: the list that the
+    tool returned, which is the content for reward functions (TRL's convention), if it was one."""
 
     name: str
     content: str
     failed: bool = False
+    value: list[Any] | None = None

@@ -12,7 +12,7 @@ from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.data.chat import ChatTemplate
 from fusedgrpo.engine.data.dataset import Example
 from fusedgrpo.engine.data.encoder import PromptEncoder
-from fusedgrpo.engine.data.formats import Messages, Prompt
+from fusedgrpo.engine.data.formats import Messages
 from fusedgrpo.engine.data.rows import BadRowError
 from fusedgrpo.engine.tools.calls import TurnParser
 from fusedgrpo.engine.tools.conversations import Conversations, Topic, beginning_seed
@@ -87,16 +87,20 @@ class ToolUse:
 
     def conversations(
         self,
-        examples: Sequence[tuple[Example, Any]],
+        examples: Sequence[Example],
+        begun: Sequence[tuple[Example, Any]],
         seed: int,
         text: Callable[[Sequence[int]], str],
         *,
         most: int,
         first: int = 0,
     ) -> Conversations:
-        """The ``Conversations`` of a rollout that asks ``examples``, which have ``begun``."""
+        """The ``Conversations`` of a rollout that asks ``examples``, which have ``begun`` so."""
         return Conversations(
-            [self._topic(example, words) for example, words in examples],
+            [
+                self._topic(row, example, words)
+                for row, (example, words) in zip(examples, begun, strict=True)
+            ],
             self.processes,
             self.parser.parse,
             self.turns.suffix,
@@ -107,16 +111,20 @@ class ToolUse:
             most_rounds=self.config.max_tool_calling_iterations,
         )
 
-    def _topic(self, example: Example, words: Any) -> Topic:
+    def _topic(self, row: Example, example: Example, words: Any) -> Topic:
+        """row: the example as it is in the data, of which the environment is told."""
         assert example.read is not None
         read = example.read
-        reset = self._columns(example) if self.tools.environments else None
+        reset = self._columns(row) if self.tools.environments else None
         return Topic(example.prompt_ids, read.schemas, read.environment, reset, words)
 
     def _columns(self, example: Example) -> dict[str, Any]:
         """The arguments of an environment's ``reset``: the row, without the name of the environment
         where the rows name it."""
-        row = {"prompt": example.prompt, **example.columns}
+        assert example.read is not None
+        row = dict(example.columns)
+        if example.read.is_in_row:
+            row = {"prompt": example.prompt, **row}
         if self.tools.environments != (None,):
             row.pop("environment", None)
         return row
@@ -163,12 +171,10 @@ def _with_words(example: Example, words: Any, encoder: PromptEncoder) -> Example
             "be added to the last message of the prompt, which is plain text. Give prompts as "
             "messages, or set text_as_user_turn: true."
         )
-    prompt = Prompt(
+    prompt = dataclasses.replace(
+        read,
         given=_added(read.given, words),
         messages=None if read.messages is None else _added(read.messages, words),
-        answer=read.answer,
-        schemas=read.schemas,
-        environment=read.environment,
     )
     try:
         ids = encoder.encode(prompt)

@@ -57,7 +57,18 @@ def pids(how: str):
 @tool
 def returns(how: str):
     return {"none": None, "number": 3, "list": [1, "a"], "long": "x" * 3_000_000,
-            "half": "a\\ud800b", "kind": Text("text"), "bad": Bad(), "exit": Exits()}[how]
+            "rows": [(1, "a"), (2, None)], "parts": [text("seen "), text("twice")],
+            "image": [text("seen"), {"type": "image", "image": "x"}], "sets": [{1}],
+            "kinds": [{"type": "dog"}], "cut": ["a\\ud800b"], "nan": [float("nan")],
+            "many": list(range(1000)), "half": "a\\ud800b", "kind": Text("text"),
+            "bad": Bad(), "exit": Exits()}[how]
+
+def text(said):
+    return {"type": "text", "text": said}
+
+@tool
+async def returns_later(how: str):
+    return returns(how)
 
 class Text(str):
     pass
@@ -129,10 +140,11 @@ def writes(how: str):
         "early": (99).to_bytes(8, "big") + pickle.dumps(("done",)),
         "short": b"1",
         "no pickle": number + b"not a pickle",
-        "code": number + pickle.dumps(("result", 0, Touch(), False, "")),
+        "code": number + pickle.dumps(("result", 0, Touch(), False, "", "")),
         "no tuple": number + pickle.dumps("done"),
         "done": number + pickle.dumps(("done",)),
-        "index": number + pickle.dumps(("result", 7, "x", False, "")),
+        "index": number + pickle.dumps(("result", 7, "x", False, "", "")),
+        "value": number + pickle.dumps(("result", 0, "x", False, "", "[" * 2000)),
         "kind": number + pickle.dumps(("copy", b"x")),
         "none": b"",
         "text": b"",
@@ -402,6 +414,26 @@ def test_an_answer_is_its_text(how: str, content: str, shared: ToolProcesses) ->
     assert answer(shared, "returns", how) == content
 
 
+@pytest.mark.parametrize("name", ["returns", "returns_later"])
+def test_a_list_is_a_list_for_rewards(name: str, shared: ToolProcesses) -> None:
+    """As with TRL; the policy reads its text, and only the text of parts of content."""
+    known = {
+        "list": ("[1, 'a']", [1, "a"]),
+        "rows": ("[(1, 'a'), (2, None)]", [[1, "a"], [2, None]]),
+        "parts": ("seen twice", [{"type": "text", "text": t} for t in ("seen ", "twice")]),
+        "kinds": ("[{'type': 'dog'}]", [{"type": "dog"}]),
+        "cut": ("['a\\ud800b']", ["a?b"]),
+        "nan": ("[nan]", None),
+        "sets": ("[{1}]", None),
+        "none": ("None", None),
+    }
+    found = answers(shared, [(name, {"how": how}) for how in (*known, "many", "image")])
+    assert [(each.content, each.value) for each in found[: len(known)]] == list(known.values())
+    many, image = found[len(known) :]
+    assert many.value is None and "more characters were cut" in many.content
+    assert image.failed and image.value is None and "the policy reads text alone" in image.content
+
+
 def test_long_answers_are_cut_and_say_so(shared: ToolProcesses) -> None:
     content = answer(shared, "returns", "long")
     assert content == "x" * 1000 + " ... (2,999,000 more characters were cut)"
@@ -440,7 +472,7 @@ def test_whatever_a_tool_does_is_a_message(
 
 @pytest.mark.parametrize(
     "how",
-    ["early", "short", "no pickle", "code", "no tuple", "done", "index", "kind", "text"],
+    ["early", "short", "no pickle", "code", "no tuple", "done", "index", "value", "kind", "text"],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the pipe in /proc")
 def test_what_is_written_into_the_pipe_is_no_answer(

@@ -6,6 +6,8 @@ and ``formatting`` in LLaMA-Factory's ``dataset_info.json`` may name it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fusedgrpo.engine.data.formats.alpaca import AlpacaLayout
 from fusedgrpo.engine.data.formats.conversation import OPENAI, SHAREGPT, ConversationLayout
 from fusedgrpo.engine.data.formats.layout import Layout, Messages, Prompt
@@ -21,6 +23,7 @@ __all__ = [
     "Prompt",
     "PromptLayout",
     "guess_layout",
+    "has_layout",
     "missing_column",
 ]
 
@@ -42,6 +45,11 @@ def guess_layout(columns: list[str], source: str) -> Layout:
     (first, *_), *others = ((layout.required, name) for name, layout in LAYOUTS.items())
     or_else = ", ".join(f"`{column}` in {name} data" for column, name in others)
     raise missing_column(first, columns, source, f" (or {or_else})")
+
+
+def has_layout(columns: Collection[str]) -> bool:
+    """Whether the column names tell a layout."""
+    return any(layout.required in columns for layout in LAYOUTS.values())
 
 
 def missing_column(column: str, columns: list[str], source: str, or_else: str = "") -> DataError:

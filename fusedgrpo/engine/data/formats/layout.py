@@ -20,6 +20,7 @@ class Prompt:
     given: what the reward functions get. messages: what the chat template renders, or None where
     the text is taken verbatim. answer: the reference in the row, if its layout has one. schemas:
     of the tools that the prompt tells about. environment: the name of the row's, if it has one.
+    is_in_row: the row has it, and no environment says it.
     """
 
     given: str | Messages
@@ -27,6 +28,7 @@ class Prompt:
     answer: Any = None
     schemas: tuple[dict[str, Any], ...] = ()
     environment: str | None = None
+    is_in_row: bool = True
 
 
 class Layout(ABC):
@@ -37,7 +39,8 @@ class Layout(ABC):
     @property
     @abstractmethod
     def required(self) -> str:
-        """The column that tells this layout, and without which no row has a prompt."""
+        """The column that tells this layout, and without which no row has a prompt; empty where
+        there is none."""
 
     @abstractmethod
     def read(self, row: Mapping[str, Any]) -> Prompt:
