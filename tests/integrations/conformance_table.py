@@ -89,7 +89,14 @@ ACT_NOT_PASSED = {
     "step": 1,
     "a call that cannot be read ends the completion; here the policy is told why, and goes on": 1,
 }
-# Run by hand on COUNTED.
+# Compared by hand on ACTED.
+SIDE_BY_SIDE = """
+    Side by side, on the same turns of a policy in an environment whose calls work, fail, are
+    unknown or wrong, are async, two of a turn or return lists: reward functions get the same
+    prompts, messages, columns and states of environments, and the metrics are the same. The words
+    of errors differ, and what the policy reads of a tool's list: its text, where TRL with Qwen3's
+    template gives it nothing."""
+# Run by hand on COUNTED, and grpo_2048.py on ACTED.
 SCRIPTS = """
     **TRL's scripts**, with the imports of trainer and config changed, a tiny model, few steps and
     stand-ins for data sets and the Hub. `trl/scripts/grpo.py` runs, plain, with evaluations, with
@@ -99,9 +106,9 @@ SCRIPTS = """
     notebooks `grpo_trl_lora_qlora` (float16 in 4-bit products is a GPU's: float32 on a CPU) and
     `grpo_rnj_1_instruct`, and `EarlyStoppingCallback`, `PrinterCallback` and TRL's
     `RichProgressCallback`, `BEMACallback` and `SyncRefModelCallback`. Refused by name are
-    `--use_vllm` and `--load_in_8bit`, and the images of `grpo_vlm.py`. The `tools` of
-    `grpo_agent.py` and the `environment_factory` of `grpo_2048.py` were refused then, and the
-    scripts were not tried again."""
+    `--use_vllm` and `--load_in_8bit`, and the images of `grpo_vlm.py`. A step of `grpo_2048.py`
+    runs, with its environment; `grpo_agent.py` was refused before there were tools, and not tried
+    again."""
 
 # Of the options of TRL, those that say how ``fused_rollouts=True`` draws a token.
 ROLLOUT_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -285,6 +292,7 @@ def document():
             `finetuning_type="full"` and a `sampler` that asks `model.generate` the native trainer
             passes {ACT_PASSES}. Not passed:"""),
         bullets(f"{cause}: {n}." for cause, n in ACT_NOT_PASSED.items()),
+        paragraph(SIDE_BY_SIDE),
         paragraph(SCRIPTS),
         "## Not compared",
         bullets(f"`{name}`: {why}." for name, why in NOT_COMPARED.items()),

@@ -20,7 +20,7 @@ MOST_ROWS = 1000
 
 
 def _empty() -> Messages:
-    """What an environment adds its words to."""
+    """The message that an environment adds its words to."""
     return [{"role": "user", "content": ""}]
 
 
