@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "both": {"dynamic_sampling": True, "prompt_selection": "informative"},
 }
 TRL = "trl"
-PROMPTS, G = 2, 8  # a step's
+PROMPTS, G = 4, 8  # a step's
 ENDLESS = 1_000_000  # steps; time ends a run
 
 Look = tuple[int, float, float, float, int, float | None]
@@ -138,10 +138,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3]
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="processor time of a run")
-    parser.add_argument("--peer_seconds", type=float, default=240.0, help="of one of TRL")
+    parser.add_argument("--seconds", type=float, default=40.0, help="processor time of a run")
+    parser.add_argument("--peer_seconds", type=float, default=160.0, help="of one of TRL")
     parser.add_argument("--peer_seeds", type=int, default=1, help="so many of the seeds, for TRL")
-    parser.add_argument("--looks", type=int, default=4)
+    parser.add_argument("--looks", type=int, default=3)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=host.cores())
     args = parser.parse_args()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 MAX_TOKENS = 4
-QUESTIONS, HELD_OUT = 32, 40
+QUESTIONS, HELD_OUT = 16, 40
 
 
 @dataclasses.dataclass(frozen=True)
