@@ -10,14 +10,14 @@ each. Each run has a process of its own, forked where all is imported.
 
 A run ends when it has used its processor time, ``--seconds``; TRL's may have more
 (``--peer_seconds``). Time is of all threads of the process, with sampling, rewards and updates. A
-look, every so many seconds, is the probability that an answer to a held-out question is right, drawn
-as in training, and the share that is right with the most likely answers, by the same code for all;
-looking costs no time of the run. The untrained model is looked at once for all runs of a task.
+look, every so many seconds, is the probability that an answer to a held-out question is right,
+drawn as in training, and the share that is right with the most likely answers, by the same code for
+all; looking costs no time of the run. The untrained model is looked at once for all runs of a task.
 
 A run is one row: metric ``curve``, value ``{"seed", "looks"}`` with looks of ``[step, processor
 time, accuracy drawn, most likely, groups sampled, groups with signal]`` (of TRL the last two are as
-many as a step has, and unknown). Rows are appended as runs end, and what the file has is not run again: a bench
-that was cut goes on.
+many as a step has, and unknown). Rows are appended as runs end, and what the file has is not run
+again: a bench that was cut goes on.
 """
 
 from __future__ import annotations

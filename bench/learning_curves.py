@@ -2,10 +2,11 @@
 
     python bench/learning_curves.py learning.jsonl --figure learning.png
 
-Accuracy is that of answers drawn as in training. A curve of a kind is the mean over its seeds,
-between looks as if they rose evenly; its band is from the least to the greatest. The target of a task is what the mean of ``off`` has reached after nine
-tenths of its processor time, so that another kind may be a tenth slower and still be seen to reach
-it. ``time`` is when the mean of a kind first reaches it, ``of off`` its ratio to that of ``off``.
+Accuracy is that of answers drawn as in training. Accuracy is that of answers drawn as in training. A curve of a kind is the mean over its seeds,
+between looks as if it rose evenly; its band is from the least to the greatest. The target of a task
+is what the mean of ``off`` has reached after nine tenths of its processor time, so that another
+kind may be a tenth slower and still be seen to reach it. A line of the table has the time at which
+the mean of a kind first is there, its ratio to that of ``off``, and accuracy before and after.
 """
 
 from __future__ import annotations
@@ -93,18 +94,28 @@ def table(task: str, kinds: dict[str, list[list[list[Any]]]]) -> str:
         curves = along(runs, seconds)
         time = reached(seconds, curves.mean(0), target)
         off = time if kind == "off" else off
-        ends = " ".join(f"{end:.3f}" for end in sorted(curves[:, -1]))
-        signal = statistics.fmean((looks[-1][5] or 0) / looks[-1][4] for looks in runs)
-        likely = statistics.fmean(looks[-1][3] for looks in runs)
-        shown = f"{signal:.0%} of the groups with signal" if kind != "trl" else ""
+        when = f"{time:.0f} s" if time < float("inf") else f"not in {seconds[-1]:.0f} s"
         ratio = f"{time / off:.2f} of off" if off else ""
-        more = f"after more than {seconds[-1]:.0f} s" if time == float("inf") else f"{time:.0f} s"
+        ends = " ".join(f"{end:.3f}" for end in sorted(curves[:, -1]))
         lines.append(
-            f"  {kind:<12} {more:<20} {ratio:<12} {len(runs)} seeds, {runs[0][0][2]:.3f} before, "
-            f"{ends} after {seconds[-1]:.0f} s (most likely answers {runs[0][0][3]:.3f} and "
-            f"{likely:.3f}), {statistics.fmean(looks[-1][0] for looks in runs):.0f} steps {shown}"
+            f"  {kind:<12} {when:<14} {ratio:<12} {runs[0][0][2]:.3f} to {ends} in "
+            f"{seconds[-1]:.0f} s; {of_groups(runs)}"
         )
     return "\n".join(lines)
+
+
+def of_groups(runs: list[list[list[Any]]]) -> str:
+    """What the mean run did, to its end: most likely answers, steps, groups."""
+    ends = [looks[-1] for looks in runs]
+    step, seconds, _, likely, groups = (statistics.fmean(end[i] for end in ends) for i in range(5))
+    said = (
+        f"most likely answers {runs[0][0][3]:.3f} to {likely:.3f}; {step:.0f} steps, "
+        f"{groups:.0f} groups"
+    )
+    if any(end[5] is None for end in ends):
+        return said
+    signal = statistics.fmean(end[5] for end in ends)
+    return f"{said}, {signal / groups:.0%} with signal, {seconds / signal:.1f} s for each of these"
 
 
 def draw(curves: Curves, file: Path) -> None:

@@ -106,6 +106,7 @@ def test_a_short_prompt_keeps_its_verifier(
     columns = {n: [row[n] for row in made] for n in ("task", "task_index", "task_source")}
     assert verify([f" {row['answer']}\n" for row in made], **columns) == [1.0] * 4
     for row, short in zip(rows, made, strict=True):
-        assert short["prompt"].splitlines()[1].split("(")[-1].split(")")[0].rstrip(" =") in (
-            row["prompt"][0]["content"]
+        assert (
+            short["prompt"].splitlines()[1].split("(")[-1].split(")")[0].rstrip(" =")
+            in (row["prompt"][0]["content"])
         )
