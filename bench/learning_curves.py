@@ -2,7 +2,7 @@
 
     python bench/learning_curves.py learning.jsonl --figure learning.png
 
-Accuracy is that of answers drawn as in training. Accuracy is that of answers drawn as in training. A curve of a kind is the mean over its seeds,
+Accuracy is that of answers drawn as in training. A curve of a kind is the mean over its seeds,
 between looks as if it rose evenly; its band is from the least to the greatest. The target of a task
 is what the mean of ``off`` has reached after nine tenths of its processor time, so that another
 kind may be a tenth slower and still be seen to reach it. A line of the table has the time at which
