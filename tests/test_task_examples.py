@@ -27,7 +27,7 @@ SIZES = {
 }
 # What a prompt of theirs looks like.
 ON_CPU = {
-    "smollm2-sums-cpu": r"12 \+ 25 = 37\n\d\d [+-] \d\d =",
+    "smollm2-sums-cpu": r"12 \+ 25 = 37\n\d [+-] \d =",
     "smollm2-gcd-cpu": r"gcd\(8, 12\) = 4\ngcd\(\d+, \d+\) =",
 }
 

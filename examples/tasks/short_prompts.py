@@ -1,6 +1,6 @@
 """Questions of reasoning-gym as short plain text behind an answered one, for a small model.
 
-SmolLM2-135M answers "12 + 25 = 37, 31 + 46 =" with a number, and the same question as a turn of a
+SmolLM2-135M answers "12 + 25 = 37, 3 + 4 =" with a number, and the same question as a turn of a
 chat with a sentence: there would be next to nothing to reward. ``dataset_format`` names a function
 of this file in the recipes beside it.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 def sums(row):
-    """``State the final answer to the following arithmetic problem: 31 + 46 =``"""
+    """``State the final answer to the following arithmetic problem: 3 + 4 =``"""
     return plain(row, "12 + 25 = 37\n{}")
 
 
