@@ -85,13 +85,18 @@ def main() -> None:
             run = dataclasses.replace(run, before=before)
             looks = looked_at(run, model, Path(folder), args.threads)
             print(run.task, run.kind, f"seed {run.seed}", *looks, flush=True)
-            value = {"seed": run.seed, "looks": looks}
             row = {"bench": "learning", "case": case, "impl": run.kind, "metric": "curve"}
-            row |= {"value": value, "unit": "-"} | harness.about([TRL] * (run.kind == TRL))
+            row |= {"value": {"seed": run.seed, "looks": looks}, "unit": "-"}
+            row |= harness.about([TRL] * (run.kind == TRL))
             done.append(row)
             if args.json is not None:
-                with args.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(row, args.json)
+
+
+def append(row: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as rows:
+        rows.write(json.dumps(row) + "\n")
 
 
 def known(file: Path | None) -> list[dict[str, Any]]:

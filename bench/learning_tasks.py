@@ -100,7 +100,6 @@ def accuracy(model: Any, tokenizer: Any, task: str) -> tuple[float, float]:
     Exact but for other ways to write the same answer in tokens, which the model does not take. A
     right answer ends with its line, with EOS, or at the limit of a completion.
     """
-    ends = ends_a_line(tokenizer)
     held_out = rows(task, held_out=True)
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in held_out]
     answers = [tokenizer(" " + row["answer"])["input_ids"] for row in held_out]
@@ -113,6 +112,7 @@ def accuracy(model: Any, tokenizer: Any, task: str) -> tuple[float, float]:
     model.eval()
     output = model(input_ids=ids, attention_mask=mask, logits_to_keep=max(map(len, answers)) + 1)
     model.train(was_training)
+    ends = ends_a_line(tokenizer, output.logits.shape[-1])
     drawn, likely = 0.0, 0
     for row, a in zip(output.logits, answers, strict=True):
         if len(a) > MAX_TOKENS:
@@ -129,9 +129,11 @@ def accuracy(model: Any, tokenizer: Any, task: str) -> tuple[float, float]:
     return drawn / len(held_out), likely / len(held_out)
 
 
-def ends_a_line(tokenizer: Any) -> torch.Tensor:
-    """``[V]`` bool: tokens after which a line is over."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    ends = torch.tensor([text.startswith("\n") for text in texts])
+def ends_a_line(tokenizer: Any, size: int) -> torch.Tensor:
+    """``[size]`` bool: tokens after which a line is over; a model may have more or fewer of them
+    than its tokenizer."""
+    texts = tokenizer.batch_decode([[i] for i in range(min(size, len(tokenizer)))])
+    ends = torch.zeros(size, dtype=torch.bool)
+    ends[: len(texts)] = torch.tensor([text.startswith("\n") for text in texts])
     ends[tokenizer.eos_token_id] = True
     return ends
