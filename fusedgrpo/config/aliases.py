@@ -55,6 +55,12 @@ def _warmup_ratio(value: Any) -> Any:
     return share
 
 
+def _max_resample_times(value: Any) -> Any:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"expected a whole number >= 1, got {brief(value)}")
+    return value + 1  # the first sampling is none of them
+
+
 _ATTENTION = {
     "auto": None,
     "disabled": "eager",
@@ -100,4 +106,7 @@ ALIASES: dict[str, Alias] = {
     "no_cuda": Alias("use_cpu"),
     "lr_scheduler": Alias("lr_scheduler_type"),
     "evaluation_strategy": Alias("eval_strategy"),
+    # ms-swift
+    "dynamic_sample": Alias("dynamic_sampling"),
+    "max_resample_times": Alias("max_sampling_rounds", _max_resample_times),
 }

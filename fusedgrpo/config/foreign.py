@@ -1,4 +1,4 @@
-"""Options that TRL, transformers or LLaMA-Factory have and this trainer has not.
+"""Options that TRL, transformers, LLaMA-Factory or verl have and this trainer has not.
 
 Such an option is never ignored: it is refused by name with a remedy, unless its value asks for
 what happens here anyway (mostly the other trainer's own default). ``foreign_options.toml`` lists

@@ -49,6 +49,12 @@ DIFFERENT = {
         ({"dataset_name": "a/b"}, "dataset", "a/b"),
         ({"warmup_ratio": 0.1}, "warmup_steps", 0.1),
         ({"evaluation_strategy": "steps"}, "eval_strategy", "steps"),
+        ({"dynamic_sample": True}, "dynamic_sampling", True),
+        (
+            {"dynamic_sample": True, "max_resample_times": 3},
+            "max_sampling_rounds",
+            GRPOConfig().max_sampling_rounds,  # the same default
+        ),
     ],
 )
 def test_other_names_are_read(given: dict[str, object], option: str, value: object) -> None:
@@ -62,6 +68,7 @@ def test_other_names_are_read(given: dict[str, object], option: str, value: obje
         ({"flash_attn": "fa9"}, "flash_attn: expected one of auto"),
         ({"warmup_ratio": 1.5}, "warmup_ratio: expected a share"),
         ({"use_peft": 1}, "use_peft: expected true or false, got 1"),
+        ({"max_resample_times": 0}, "max_resample_times: expected a whole number >= 1, got 0"),
         ({"lora_rank": 0}, "lora_rank: expected an integer >= 1, got 0"),
     ],
 )

@@ -22,6 +22,7 @@ from fusedgrpo.errors import ConfigError
         ("plot_loss", False, "plots are always written"),
         ("tool_format", "qwen", "chat template"),
         ("create_new_adapter", True, "is trained further"),
+        ("filter_groups", {"enable": True, "metric": "acc"}, "dynamic_sampling: true"),
         ("pissa_init", True, "starting from zero"),
     ],
 )
