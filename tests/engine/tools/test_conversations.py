@@ -177,3 +177,16 @@ def test_other_first_words_are_an_error() -> None:
         talk.begin((5, 0))
         with pytest.raises(ToolError, match=r"'odd' for one completion.*'even' for another"):
             talk.ended((5, 0), [CALL])
+
+
+def test_rewards_get_a_tools_list_and_the_policy_its_text() -> None:
+    running = Running()
+    with talks(running) as talk:
+        talk.begin((5, 0))
+        talk.ended((5, 0), [CALL])
+        key, _ = running.calls[0]
+        running.ready.append((key, [ToolResult("f", "[(1)", value=[[1]]), ToolResult("g", "2")]))
+        ids = [CALL, *map(ord, "[(1)2")]
+        assert talk.answers(wait=True) == [((5, 0), tuple(ids[1:]))]
+        said = talk.finished((5, 0), ids)
+    assert [message["content"] for message in said.messages[1:]] == [[[1]], "2"]
