@@ -2,7 +2,7 @@
 
 SmolLM2-135M answers "12 + 25 = 37, 3 + 4 =" with a number, and the same question as a turn of a
 chat with a sentence: there would be next to nothing to reward. ``dataset_format`` names a function
-of this file in the recipes beside it.
+of this file in the recipe beside it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,6 @@ from __future__ import annotations
 def sums(row):
     """``State the final answer to the following arithmetic problem: 3 + 4 =``"""
     return plain(row, "12 + 25 = 37\n{}")
-
-
-def gcd(row):
-    """``Find the Greatest Common Divisor (GCD) of these numbers: 4, 6. Give only ...``"""
-    return plain(row, "gcd(8, 12) = 4\ngcd({}) =")
 
 
 def plain(row, prompt):
