@@ -9,10 +9,12 @@ from fusedgrpo.errors import brief
 
 
 class Alias(NamedTuple):
-    """Another name of ``option``. ``convert`` maps the value; it raises ValueError on a bad one."""
+    """Another name of ``option``. ``convert`` maps the value; it raises ValueError on a bad one.
+    verbatim: what is typed for it on a command line is text, whatever it looks like."""
 
     option: str
     convert: Callable[[Any], Any] | None = None
+    verbatim: bool = False
 
 
 def _truth(value: Any) -> bool:
@@ -53,6 +55,10 @@ def _warmup_ratio(value: Any) -> Any:
     if isinstance(value, bool) or not 0 <= share < 1:
         raise ValueError(f"expected a share of the run >= 0 and < 1, got {brief(value)}")
     return share
+
+
+def _regex(value: Any) -> Any:
+    return None if value is None else {"regex": value}
 
 
 _ATTENTION = {
@@ -100,4 +106,5 @@ ALIASES: dict[str, Alias] = {
     "no_cuda": Alias("use_cpu"),
     "lr_scheduler": Alias("lr_scheduler_type"),
     "evaluation_strategy": Alias("eval_strategy"),
+    "vllm_structured_outputs_regex": Alias("structured_outputs", _regex, verbatim=True),
 }
