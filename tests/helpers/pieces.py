@@ -7,7 +7,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-MERGES = [("1", "2"), ("a", "b"), ("ab", "c"), ("{", '"'), ('"', ":"), ("a", '":'), ("y", "e"), ("ye", "s")]  # noqa: E501
+MERGES = [
+    ("1", "2"), ("a", "b"), ("ab", "c"), ("{", '"'), ('"', ":"), ("a", '":'), ("y", "e"),
+    ("ye", "s"),
+]  # fmt: skip
 
 
 def tokenizer(**options: Any) -> PreTrainedTokenizerFast:
