@@ -29,9 +29,9 @@ def test_its_names_are_one_option() -> None:
     }  # fmt: skip
     schema = {"type": "object", "properties": {"b": {}, "a": {}}}
     read = StructuredOutputs.of({"json": schema})
-    assert read == StructuredOutputs(
-        json='{"type": "object", "properties": {"b": {}, "a": {}}}'
-    ), "in the order of the schema"
+    assert read == StructuredOutputs(json='{"type": "object", "properties": {"b": {}, "a": {}}}'), (
+        "in the order of the schema"
+    )
     assert GRPOConfig(structured_outputs={"json": read.json}).structured_outputs == {"json": schema}
     assert GRPOConfig(structured_outputs={"json": "a.json"}).structured_outputs["json"] == "a.json"
 
@@ -67,7 +67,7 @@ def test_what_is_refused(given: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=f"^structured_outputs: .*{said}"):
         GRPOConfig(structured_outputs=given)
     if isinstance(given, dict):
-        with pytest.raises(ConfigError, match="^generation_kwargs.structured_outputs: "):
+        with pytest.raises(ConfigError, match=r"^generation_kwargs\.structured_outputs: "):
             GRPOConfig(generation_kwargs={"structured_outputs": given})
 
 

@@ -150,7 +150,7 @@ def test_a_choice_that_fits_is_enough() -> None:
 
 
 def test_a_tokenizer_that_the_library_does_not_know() -> None:
-    with pytest.raises(ConfigError, match="llguidance does not know this tokenizer .*decoder"):
+    with pytest.raises(ConfigError, match=r"llguidance does not know this tokenizer .*decoder"):
         check_structured(StructuredOutputs(regex="a"), tiny.tokenizer(), 5)
 
 

@@ -2,6 +2,7 @@
 
 On a GPU the host stays a step behind: it launches the next step before it has read the tokens of
 the last one. A sequence that has ended by then is decoded once more, and that token is dropped.
+Where completions have to match something it is not: what may be next depends on what was said.
 
 A sequence whose turn ends with a question to somebody else waits, with its keys and values and its
 place, while the others go on; the answer is read after what it has said, and it goes on as well.

@@ -23,7 +23,6 @@ from fusedgrpo.config.structured import StructuredOutputs
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.oom_retry import OOMRetry
 from fusedgrpo.engine.rollout import decode_loop
-from fusedgrpo.engine.rollout.decode_loop import How
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
 from fusedgrpo.engine.rollout.generate_sampler import GenerateSampler
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
@@ -332,6 +331,7 @@ def test_nothing_of_it_is_imported_where_nobody_asks(monkeypatch: pytest.MonkeyP
 
 def test_the_config_and_how_to_sample_agree() -> None:
     plain = SamplingParams(max_new_tokens=4, greedy=True)
-    assert not plain.filters and dataclasses.replace(
-        plain, structured_outputs=StructuredOutputs(regex="a")
-    ).filters
+    assert (
+        not plain.filters
+        and dataclasses.replace(plain, structured_outputs=StructuredOutputs(regex="a")).filters
+    )
