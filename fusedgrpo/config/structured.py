@@ -29,10 +29,10 @@ class StructuredOutputs:
         if option is None:
             return None
         ((kind, value),) = option.items()
-        if kind == "choice":
-            return cls(choice=tuple(value))
-        text = value if isinstance(value, str) else json.dumps(value)
-        return cls(**{kind: text})
+        if isinstance(value, Mapping):
+            value = json.dumps(value)
+        asked: dict[str, Any] = {kind: value if isinstance(value, str) else tuple(value)}
+        return cls(**asked)
 
     @property
     def kind(self) -> str:

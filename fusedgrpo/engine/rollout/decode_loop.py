@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,8 @@ class _Decoding:
                 live.ids.append(token)
                 live.logp.append(logp)
                 tokens += 1
-                if self.grammar is not None:
+                # What was drawn from no distribution may be any token; that is said at the end.
+                if self.grammar is not None and math.isfinite(logp):
                     self.grammar.said(live.matcher, token)
                 if not self._has_ended(live):
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,15 @@ class MatchingTokens:
                 self.grammar.said(matcher, ids[i][-1])
             self.going = {i: m for i, m in self.going.items() if not self.over(ids[i])}
         self.said += 1
+        if not self.going:
+            return scores
         bits = self.grammar.allowed(list(self.going.values()), scores.device)
         rows = torch.tensor(list(self.going), dtype=torch.int64, device=scores.device)
-        return scores.index_copy(0, rows, only_allowed(scores[rows], bits))
+        masked = only_allowed(scores[rows], bits)
+        sound = masked.amax(1).isfinite().tolist()
+        # What is drawn from no distribution may be any token; that is said at the end.
+        self.going = {i: m for (i, m), s in zip(self.going.items(), sound, strict=True) if s}
+        return scores.index_copy(0, rows, masked)
 
 
 def grammars(
@@ -163,7 +170,7 @@ def settle_schema(args: GRPOConfig, folders: Sequence[Path]) -> None:
     name = (args.structured_outputs or {}).get("json")
     if not isinstance(name, str):
         return
-    paths = [folder / Path(name).expanduser() for folder in folders]
+    paths = [folder / os.path.expanduser(name) for folder in folders]
     found = next((path for path in paths if exists(path)), None)
     if found is None:
         looked = ", ".join(map(str, paths))

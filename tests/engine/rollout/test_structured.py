@@ -30,7 +30,7 @@ from fusedgrpo.engine.rollout.structured import Grammar, _library
 from fusedgrpo.engine.rollout.types import Completion, Group
 from fusedgrpo.engine.rollout.warpers import only_allowed, warpers
 from fusedgrpo.engine.seeding import derive
-from fusedgrpo.errors import SamplerError
+from fusedgrpo.errors import NonFiniteError, SamplerError
 from fusedgrpo.kernels.sample.philox import gumbel_tile
 from fusedgrpo.models.decode_graphs import StepGraphs
 from fusedgrpo.models.policy import Policy
@@ -318,6 +318,16 @@ def test_one_fill_serves_all_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> 
     found = of(both()["decoder"].sample(PROMPTS, 3, asks(regex="[ab]{3}"), seed=1))
     assert rows[0] == 12 and len(rows) == max(len(c.ids) for c in found)
     assert sum(rows) == sum(len(c.ids) for c in found)
+
+
+@pytest.mark.parametrize("kind", [DecoderSampler, GenerateSampler])
+def test_logits_that_are_not_finite_are_what_they_are_without(kind: Any) -> None:
+    on = Policy(tiny.model("Qwen2", vocab_size=SIZE))
+    sampler = kind(on, TOKENIZER, [EOS])
+    with torch.no_grad():
+        on.causal_lm.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="data row 40, token 1"):
+        sampler.sample(PROMPTS[:1], 2, asks(4, regex="[ab]{3}"), seed=0, rows=[40])
 
 
 def test_nothing_of_it_is_imported_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
