@@ -15,8 +15,8 @@ KINDS = ("regex", "json", "choice", "grammar")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputs:
-    """What a completion has to match; all but one are None, as in ``StructuredOutputsParams`` of
-    vLLM. json: the text of a schema. choice: one of these texts. grammar: in Lark or GBNF."""
+    """The form that a completion has to match; all but one are None, as in vLLM's
+    ``StructuredOutputsParams``. json: the text of a schema. choice: one of these texts. grammar: in Lark or GBNF."""
 
     regex: str | None = None
     json: str | None = None

@@ -31,7 +31,7 @@ WHO = "structured_outputs"
 
 
 class Grammar:
-    """What completions have to match, compiled for a tokenizer.
+    """The form that completions have to match, compiled for a tokenizer.
 
     eos_ids: what ends a completion. They are allowed where the match is complete, and are the only
     ones where nothing can follow. vocabulary: tokens from here on are never allowed; None for all
