@@ -16,7 +16,8 @@ KINDS = ("regex", "json", "choice", "grammar")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputs:
     """The form that a completion has to match; all but one are None, as in vLLM's
-    ``StructuredOutputsParams``. json: the text of a schema. choice: one of these texts. grammar: in Lark or GBNF."""
+    ``StructuredOutputsParams``. json: the text of a schema. choice: one of these texts. grammar:
+    in Lark or GBNF."""
 
     regex: str | None = None
     json: str | None = None
