@@ -133,9 +133,14 @@ class OfGivenLengths:
         self.seeds = torch.tensor(numbers, device=device)
 
     def __call__(
-        self, hidden: Tensor, seeds: Tensor, at: Tensor, seen: Tensor | None
+        self,
+        hidden: Tensor,
+        seeds: Tensor,
+        at: Tensor,
+        seen: Tensor | None,
+        allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        tokens, logp = self.choose(hidden, self.seeds[seeds], at, seen)
+        tokens, logp = self.choose(hidden, self.seeds[seeds], at, seen, allowed)
         tokens = tokens.masked_fill(tokens == END, END + 1)
         return tokens.masked_fill(at + 1 == self.lengths[seeds], END), logp
 

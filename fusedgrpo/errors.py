@@ -46,7 +46,8 @@ class ToolError(FusedGRPOError, RuntimeError):
 
 
 class SamplerError(FusedGRPOError, ValueError):
-    """A sampler of the user's returned something that is no rollout."""
+    """A sampler of the user's returned something that is no rollout, or none of the model's tokens
+    can follow in what a completion has to match."""
 
 
 class ModelError(FusedGRPOError, ValueError):

@@ -9,10 +9,12 @@ from fusedgrpo.errors import brief
 
 
 class Alias(NamedTuple):
-    """Another name of ``option``. ``convert`` maps the value; it raises ValueError on a bad one."""
+    """Another name of ``option``. ``convert`` maps the value; it raises ValueError on a bad one.
+    verbatim: what is typed for it on a command line is text, whatever it looks like."""
 
     option: str
     convert: Callable[[Any], Any] | None = None
+    verbatim: bool = False
 
 
 def _truth(value: Any) -> bool:
@@ -55,10 +57,15 @@ def _warmup_ratio(value: Any) -> Any:
     return share
 
 
+<<<<<<< HEAD
 def _max_resample_times(value: Any) -> Any:
     if type(value) is not int or value < 1:
         raise ValueError(f"expected a whole number >= 1, got {brief(value)}")
     return value + 1  # the first sampling is none of them
+=======
+def _regex(value: Any) -> Any:
+    return None if value is None else {"regex": value}
+>>>>>>> structured
 
 
 _ATTENTION = {
@@ -106,7 +113,11 @@ ALIASES: dict[str, Alias] = {
     "no_cuda": Alias("use_cpu"),
     "lr_scheduler": Alias("lr_scheduler_type"),
     "evaluation_strategy": Alias("eval_strategy"),
+<<<<<<< HEAD
     # ms-swift
     "dynamic_sample": Alias("dynamic_sampling"),
     "max_resample_times": Alias("max_sampling_rounds", _max_resample_times),
+=======
+    "vllm_structured_outputs_regex": Alias("structured_outputs", _regex, verbatim=True),
+>>>>>>> structured
 }

@@ -18,6 +18,7 @@ OPTIONS = {
     "max_new_tokens": "max_completion_length",
     "stop": "stop_strings",
     "stop_strings": "stop_strings",
+    "structured_outputs": "structured_outputs",
 }
 _SEARCH = (
     "completions are sampled, one by one: what a search finds is no draw from the policy, and "

@@ -13,7 +13,7 @@ from dataclasses import Field
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from fusedgrpo.config.trl_fields import NAMES, Typed, trl_fields
+from fusedgrpo.config.trl_fields import NAMES, TYPES, trl_fields
 from fusedgrpo.config.values import same_option
 
 # Options that a script has from ``trl.ModelConfig`` and ``trl.ScriptArguments``. As in
@@ -70,4 +70,4 @@ def parsed_annotations(hints: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = float | None if NoneType in origins else float
         elif tuple in origins:
             found[name] = str | None
-    return found | dict.fromkeys(NAMES, Typed)
+    return found | TYPES

@@ -17,6 +17,7 @@ from fusedgrpo.config.generation import settle_generation
 from fusedgrpo.config.loaders import LoaderSettings, read_loader_settings
 from fusedgrpo.config.not_here import why_not
 from fusedgrpo.config.redaction import marks
+from fusedgrpo.config.structured import read_structured
 from fusedgrpo.config.values import check_text, read_value
 from fusedgrpo.errors import ConfigError, brief, did_you_mean
 
@@ -121,6 +122,8 @@ def _tidy(name: str, value: Any) -> Any:
         return str(value).removeprefix("torch.")
     if name == "accelerator_config":
         return read_loader_settings(value)
+    if name == "structured_outputs":
+        return read_structured(value)
     if name in ("logging_steps", "save_steps", "eval_steps") and isinstance(value, float):
         return int(value) if value.is_integer() else value  # parsers of a command line: 10.0
     if not isinstance(value, (str, bool, list, tuple, NoneType)):  # == may be anything: an array's

@@ -76,6 +76,8 @@ def redacted(options: Mapping[str, Any]) -> dict[str, Any]:
 def _hide_option(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):  # modules, trackers, functions
         return [_hide(item) for item in value]
+    if name == "structured_outputs":  # nothing but what texts look like, and a password is one
+        return value
     if name == "reward_kwargs" and isinstance(value, Mapping):  # functions may be called anything
         return {function: _hide(arguments) for function, arguments in value.items()}
     return _hide(value)

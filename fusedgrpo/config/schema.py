@@ -165,6 +165,11 @@ class GRPOConfig(TrainingArgumentsSurface):
     generation_kwargs: dict[str, Any] | None = option(
         None, "more of the sampling options above, by their names in generate"
     )
+    structured_outputs: dict[str, Any] | None = option(
+        None,
+        "what a completion has to match, one of regex: text, json: schema or its file, choice: "
+        "list of texts, grammar: Lark; tokens that cannot go on that way are not drawn",
+    )
     skip_special_tokens: bool = option(
         True, "leave special tokens out of texts; false keeps all but the EOS at their end"
     )
@@ -533,8 +538,10 @@ class GRPOConfig(TrainingArgumentsSurface):
             hint = _HINTS.get(alias.option, bool)
             if text is None and alias.convert is None and not takes_truth(hint):
                 bare.append((alias.option, f"{label_of(key)}: has no value on the command line."))
+            elif text is None:
+                typed[key] = True
             else:
-                typed[key] = True if text is None else parse_override(text, takes_text(hint))
+                typed[key] = text if alias.verbatim else parse_override(text, takes_text(hint))
         values, problems = resolve({} if path is None else read_config_file(path), _HINTS, _LIMITS)
         winning, more = resolve(typed, _HINTS, _LIMITS)
         raise_all(problems + more + bare)

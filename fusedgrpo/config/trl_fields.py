@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fusedgrpo.config.aliases import ALIASES
 from fusedgrpo.config.yaml_file import parse_override
 
 # A test compares them with trl's.
@@ -47,7 +48,7 @@ NAMES = (
 
 
 # Of those, the other name of an option.
-_OTHER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
+_OTHER_NAMES = {name: ALIASES[name].option for name in NAMES if name in ALIASES}
 
 
 class LeftOut:
@@ -66,6 +67,7 @@ class Typed:
 
 
 LEFT_OUT = LeftOut()
+TYPES = {name: str if name in ALIASES and ALIASES[name].verbatim else Typed for name in NAMES}
 
 
 def trl_fields() -> dict[str, dataclasses.Field[Any]]:
@@ -75,8 +77,8 @@ def trl_fields() -> dict[str, dataclasses.Field[Any]]:
     holder = dataclasses.make_dataclass(
         "Holder",
         [
-            (name, Typed, dataclasses.field(default=LEFT_OUT, metadata=shown, compare=False))
-            for name in NAMES
+            (name, kind, dataclasses.field(default=LEFT_OUT, metadata=shown, compare=False))
+            for name, kind in TYPES.items()
         ],
         kw_only=True,
     )

@@ -21,6 +21,7 @@ from fusedgrpo import host
 from fusedgrpo.config import learning
 from fusedgrpo.config.rules import doubtful
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.config.structured import StructuredOutputs
 from fusedgrpo.engine import torch_settings
 from fusedgrpo.engine.advantages import Estimator, find_estimator
 from fusedgrpo.engine.asking import Asking
@@ -50,6 +51,7 @@ from fusedgrpo.engine.rewards import RewardFunctions, build_rewards
 from fusedgrpo.engine.rollout.choice import choose_sampler
 from fusedgrpo.engine.rollout.completion_text import CompletionText
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
+from fusedgrpo.engine.rollout.structured import check_structured, settle_schema
 from fusedgrpo.engine.rollout_function import RolloutFunction
 from fusedgrpo.engine.run_clock import RunClock
 from fusedgrpo.engine.run_description import weights_in_words
@@ -132,9 +134,13 @@ def build_parts(
     custom_loss = find_custom_loss(args.loss_type, folders)
     estimator = find_estimator(args, folders)
     formats = Formats(args.dataset_format, search_paths)
+    settle_schema(args, folders)
     chosen_sampler = choose_sampler(args.sampler, sampler, folders)
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)
+    structured = StructuredOutputs.of(args.structured_outputs)
+    if structured is not None and chosen_sampler.is_ours:
+        check_structured(structured, tokenizer, args.max_completion_length)
     clock = RunClock(processes.run_on_main(datetime.now))
     tool_use = build_tool_use(
         args,

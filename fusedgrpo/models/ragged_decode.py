@@ -7,7 +7,7 @@ it begins, the tokens of the step before included, so nothing waits for the host
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,15 +49,26 @@ class Row:
 class Choose(Protocol):
     """From ``hidden [M, H]`` to tokens and their log-probs, ``[M]`` each, for the token at place
     ``at [M]`` of completions with ``seeds [M]``. seen: ``[M, longest]``, the sequences so far,
-    filled up with a token of theirs, where ``reads_history`` says that it is looked at. Must not
-    wait for the device."""
+    filled up with a token of theirs, where ``reads_history`` says that it is looked at. allowed:
+    ``[M, W]`` uint8, a bit for each token that may be chosen; None for all. Must not wait for the
+    device."""
 
     @property
     def reads_history(self) -> bool: ...
 
     def __call__(
-        self, hidden: Tensor, seeds: Tensor, at: Tensor, seen: Tensor | None
+        self,
+        hidden: Tensor,
+        seeds: Tensor,
+        at: Tensor,
+        seen: Tensor | None,
+        allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]: ...
+
+
+# Makes ``allowed``. Asked when the forward pass before the choice was launched, so that on a GPU
+# the host works beside it.
+Allowed = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +128,8 @@ class RaggedDecoder:
         for prompt, segment in zip(prompts, segments, strict=True):
             prompt.hidden = hidden[segment.start + segment.length - 1].clone()
 
-    def first(self, rows: Sequence[Row]) -> Said:
-        """The first tokens of ``rows``, whose prompts were read."""
+    def first(self, rows: Sequence[Row], allowed: Allowed | None = None) -> Said:
+        """The first tokens of ``rows``, whose prompts were read; of those that are ``allowed``."""
         states: list[Tensor] = []
         for row in rows:
             assert row.prompt.hidden is not None
@@ -131,25 +142,31 @@ class RaggedDecoder:
         places, positions, seeds = self._index(numbers).T
         zeros = torch.zeros_like(seeds)
         seen = self._seen(places)
-        result = self.choose(torch.stack(states), seeds, zeros, seen)
+        result = self.choose(torch.stack(states), seeds, zeros, seen, allowed and allowed())
         self._note(result[0], places, positions)
         for row in rows:
             row.said = 1
         return Said(*result)
 
-    def next(self, rows: Sequence[Row]) -> Said:
+    def next(self, rows: Sequence[Row], allowed: Allowed | None = None) -> Said:
         """The next tokens of ``rows``, whose last ones are kept. Rows of one prompt are
-        adjacent."""
+        adjacent. ``allowed`` is for a decoder without graphs."""
         for row in rows:
             self._make_room(row)
         step = self._step(rows)
-        result = self.advance(step) if self.graphs is None else self.graphs.run(self, step)
+        if self.graphs is None:
+            result = self.advance(step, allowed)
+        else:
+            assert allowed is None  # a recorded step calls nothing on the host
+            result = self.graphs.run(self, step)
         self._note(result[0], step.places, step.positions)
         for row in rows:
             row.said += 1
         return Said(*result)
 
-    def extend(self, rows: Sequence[tuple[Row, int, Sequence[int]]]) -> Said:
+    def extend(
+        self, rows: Sequence[tuple[Row, int, Sequence[int]]], allowed: Allowed | None = None
+    ) -> Said:
         """The tokens of ``rows`` after more that they were given: each with how many tokens its
         completion has now, and the last of these, which are read. Rows of one prompt are
         adjacent.
@@ -176,10 +193,9 @@ class RaggedDecoder:
             [row.place, len(row.prompt.ids) + tokens - 1, row.seed] for row, tokens, _ in rows
         ]
         places, positions, seeds = self._index(numbers).T
+        hidden = torch.stack([states[end] for end in ends])
         seen = self._seen(places)
-        result = self.choose(
-            torch.stack([states[end] for end in ends]), seeds, self._index(at), seen
-        )
+        result = self.choose(hidden, seeds, self._index(at), seen, allowed and allowed())
         self._note(result[0], places, positions)
         for row, _, _ in rows:
             row.said += 1
@@ -301,7 +317,7 @@ class RaggedDecoder:
             seeds,
         )
 
-    def advance(self, step: DecodeStep) -> tuple[Tensor, Tensor]:
+    def advance(self, step: DecodeStep, allowed: Allowed | None = None) -> tuple[Tensor, Tensor]:
         """Tokens and log-probs of a step, ``[M]`` each. Done twice, it is the same again."""
         plan = TokenPlan(
             cache=self.cache,
@@ -313,7 +329,8 @@ class RaggedDecoder:
             own_lengths=step.own_lengths,
         )
         hidden = self._forward(self._last.index_select(0, step.places), step.positions, plan)
-        return self.choose(hidden, step.seeds, step.at, self._seen(step.places))
+        seen = self._seen(step.places)
+        return self.choose(hidden, step.seeds, step.at, seen, allowed and allowed())
 
     def _seen(self, places: Tensor) -> Tensor | None:
         return None if self._history is None else self._history.index_select(0, places)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusedgrpo.engine.memory.fake_layers import FourBitLinear, PagesStandIn, rounded
 from fusedgrpo.engine.memory.measure import SmallModel
 from fusedgrpo.engine.rollout.sampler import SamplingParams
-from fusedgrpo.engine.rollout.warpers import warpers
+from fusedgrpo.engine.rollout.warpers import only_allowed, warpers
 from fusedgrpo.kernels.launch import DECODE_SPLIT, tiling
 from fusedgrpo.kernels.sample import best
 from fusedgrpo.kernels.sample.logits import COLUMNS, LAUNCHED, ROWS
@@ -167,7 +167,11 @@ def _choose(head: Head, states: Tensor, history: Tensor | None, params: Sampling
         return
     places = torch.zeros(M, dtype=torch.int64)
     seen = places.new_empty(M, 0) if history is None else history.index_select(0, places)
-    scores = warpers(params)(seen, logits(head, states))
+    scores = logits(head, states)
+    if params.structured_outputs is not None:
+        bits = torch.zeros((M, -(-V // 8)), dtype=torch.uint8, device=states.device)
+        scores = only_allowed(scores, bits)
+    scores = warpers(params)(seen, scores)
     # A first chunk and tile of ``sample_logits``; the others are as large or smaller.
     R = min(M, ROWS)
     z = scores[:R, : max(LAUNCHED // R, COLUMNS)].clone()

@@ -25,11 +25,13 @@ MakeSampler = Callable[..., Sampler]
 
 class ChosenSampler(NamedTuple):
     """make: the constructor. memory: see ``Sampler.memory``; None for what ours take. decodes:
-    whether ``make`` also takes ``rollout_weights``, as ``DecoderSampler`` does."""
+    whether ``make`` also takes ``rollout_weights``, as ``DecoderSampler`` does. is_ours: whether it
+    is one of ``OURS``."""
 
     make: MakeSampler
     memory: SamplerMemory | None = None
     decodes: bool = False
+    is_ours: bool = False
 
 
 WHO = "sampler"
@@ -54,9 +56,9 @@ def decoder_or_generate(
 
 
 OURS = {
-    "auto": ChosenSampler(decoder_or_generate, decodes=True),
-    "generate": ChosenSampler(GenerateSampler),
-    "decoder": ChosenSampler(DecoderSampler, decodes=True),
+    "auto": ChosenSampler(decoder_or_generate, decodes=True, is_ours=True),
+    "generate": ChosenSampler(GenerateSampler, is_ours=True),
+    "decoder": ChosenSampler(DecoderSampler, decodes=True, is_ours=True),
 }
 
 

@@ -2,6 +2,7 @@
 
 On a GPU the host stays a step behind: it launches the next step before it has read the tokens of
 the last one. A sequence that has ended by then is decoded once more, and that token is dropped.
+Where completions have to match something it is not: what may be next depends on what was said.
 
 A sequence whose turn ends with a question to somebody else waits, with its keys and values and its
 place, while the others go on; the answer is read after what it has said, and it goes on as well.
@@ -10,6 +11,8 @@ place, while the others go on; the answer is read after what it has said, and it
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +20,12 @@ from dataclasses import dataclass
 import torch
 
 from fusedgrpo.engine.rollout.scheduler import Asked, Live, Scheduler, SeedOf, pages_needed
+from fusedgrpo.engine.rollout.structured import Grammar
 from fusedgrpo.engine.rollout.turns import Place, Turns
 from fusedgrpo.models.decode_graphs import StepGraphs
 from fusedgrpo.models.decode_step import Said
 from fusedgrpo.models.policy import Policy
-from fusedgrpo.models.ragged_decode import Choose, Prompt, RaggedDecoder, Room
+from fusedgrpo.models.ragged_decode import Allowed, Choose, Prompt, RaggedDecoder, Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class _Decoding:
         allowed: Callable[[], int] | None = None,
         turns: Turns | None = None,
         first: int = 0,
+        grammar: Grammar | None = None,
     ):
         lengths = [len(group.ids) for group in asked]
         rows = min(limits.rows, sum(len(group.samples) for group in asked))
@@ -93,6 +98,7 @@ class _Decoding:
         self.ended = ended
         self.turns = turns
         self.first = first
+        self.grammar = grammar
         self.waiting: dict[Place, Live] = {}
         # With the turns of those rows when it was launched.
         self.launched: deque[tuple[list[tuple[Live, int]], Said]] = deque()
@@ -106,7 +112,9 @@ class _Decoding:
             if self.turns is not None:
                 for live in new:
                     self.turns.begin(self._place(live))
-            self._launched(new, self.decoder.first([live.row for live in new]))
+            self._begin_turns(new)
+            said = self.decoder.first([live.row for live in new], self._allowed(new))
+            self._launched(new, said)
         return bool(new)
 
     def go_on(self) -> Iterator[Live]:
@@ -129,8 +137,24 @@ class _Decoding:
         if going:
             going.sort(key=lambda each: self._place(each[0]))  # rows of one prompt side by side
             # One of the last launch may have said a word too many.
-            said = self.decoder.extend([(live.row, len(live.ids), new) for live, new in going])
-            self._launched([live for live, _ in going], said)
+            rows = [live for live, _ in going]
+            self._begin_turns(rows)
+            said = self.decoder.extend(
+                [(live.row, len(live.ids), new) for live, new in going], self._allowed(rows)
+            )
+            self._launched(rows, said)
+
+    def _begin_turns(self, rows: Sequence[Live]) -> None:
+        if self.grammar is not None:
+            for live in rows:
+                live.matcher = self.grammar.matcher()
+
+    def _allowed(self, rows: Sequence[Live]) -> Allowed | None:
+        """The tokens that each may say next, to be asked once all that they said was read."""
+        if self.grammar is None:
+            return None
+        matchers = [live.matcher for live in rows]
+        return functools.partial(self.grammar.allowed, matchers, self.decoder.device)
 
     def _launched(self, rows: Sequence[Live], said: Said) -> None:
         self.launched.append(([(live, live.turn) for live in rows], said))
@@ -139,7 +163,8 @@ class _Decoding:
         """Launch the next token of all that are not known to have ended."""
         going = [live for live in self.scheduler.live if live.row.said < self.limits.most]
         if going:
-            self._launched(going, self.decoder.next([live.row for live in going]))
+            said = self.decoder.next([live.row for live in going], self._allowed(going))
+            self._launched(going, said)
         return bool(going)
 
     def settle(self, behind: int) -> Iterator[Live]:
@@ -155,6 +180,9 @@ class _Decoding:
                 live.ids.append(token)
                 live.logp.append(logp)
                 tokens += 1
+                # What was drawn from no distribution may be any token; that is said at the end.
+                if self.grammar is not None and math.isfinite(logp):
+                    self.grammar.said(live.matcher, token)
                 if not self._has_ended(live):
                     continue
                 if self._asks(live):
@@ -198,10 +226,12 @@ def decode(
     allowed: Callable[[], int] | None = None,
     turns: Turns | None = None,
     first: int = 0,
+    grammar: Grammar | None = None,
 ) -> Iterator[Live]:
     """Yields each completion as it ends: with a token of ``ends``, ``limits.most`` tokens, or where
     ``ended`` says so of the tokens of its turn. turns: answers the policy, which then goes on;
-    first: the place of the first prompt to it.
+    first: the place of the first prompt to it. grammar: what each turn has to match, for a ``how``
+    with no step behind and no graphs.
 
     samples: for some of the ``prompts``, by their place, which completions. seed_of: the seed of a
     completion's noise. allowed: how many of ``samples`` may have begun, None for all of them; it
@@ -217,6 +247,7 @@ def decode(
             *(policy, asked, limits, choose, seed_of, ends, how, watcher, ended, allowed),
             turns=turns,
             first=first,
+            grammar=grammar,
         )
         while loop.scheduler.busy:
             watcher.check_interrupt()
@@ -238,6 +269,7 @@ def hold(
     choose: Choose,
     *,
     how: How | None = None,
+    grammar: Grammar | None = None,
 ) -> None:
     """Take, for a moment, the memory of the last token of ``limits.rows`` completions of the
     greatest length, ``n`` for each of ``prompts``, the longest first."""
@@ -246,14 +278,15 @@ def hold(
     asked = [Asked(i, ids, deque(range(n))) for i, ids in enumerate(chosen)]
     with policy.scoring(), policy.autocast(), how.weights():
         loop = _Decoding(
-            policy, asked, limits, choose, lambda i, sample: 0, frozenset(), how, Watcher()
+            *(policy, asked, limits, choose, lambda i, sample: 0, frozenset(), how, Watcher()),
+            grammar=grammar,
         )
         loop.admit()
         for live in loop.scheduler.live:
             loop.decoder.lengthen(live.row, max(limits.most - 1, 1))
         loop.step()
-        for _ in loop.settle(0):
-            pass
+        for _, said in loop.launched:
+            said.read()
 
 
 def _batches(prompts: Sequence[Prompt], most: int) -> Iterator[list[Prompt]]:

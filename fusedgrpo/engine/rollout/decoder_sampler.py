@@ -20,6 +20,7 @@ from fusedgrpo.engine.rollout.next_token import NextToken
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.scheduler import Live
 from fusedgrpo.engine.rollout.stop_texts import StopTexts
+from fusedgrpo.engine.rollout.structured import Grammar, grammars
 from fusedgrpo.engine.rollout.turns import Turns, of_turns
 from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
 from fusedgrpo.engine.seeding import derive
@@ -62,6 +63,7 @@ class DecoderSampler(Sampler):
         self.eos_ids = frozenset(eos_ids)
         self.text = CompletionText(tokenizer, eos_ids, skip_special_tokens=skip_special_tokens)
         self.execution = execution or Execution(OOMRetry(tokens=0))
+        self.grammar_of = grammars(tokenizer, eos_ids, policy)
         self.how = How.on(policy.device)
         self.weights = _weights(policy, rollout_weights)
         check_packed(policy)
@@ -139,6 +141,7 @@ class DecoderSampler(Sampler):
         in_vain: list[int] = []
         choose = NextToken(self.policy, params)
         stops = StopTexts(self.text.tokenizer, params.stop_strings)
+        grammar = self.grammar_of(params.structured_outputs)
         callers = _autocast_now(self.policy.device.type)
 
         def missing(i: int) -> list[int]:
@@ -169,12 +172,13 @@ class DecoderSampler(Sampler):
                 choose,
                 lambda i, sample: derive(seed, first + i, sample),
                 self.eos_ids,
-                how=self.how,
+                how=self._how(grammar),
                 watcher=watcher,
                 ended=stops.ended if stops else None,
                 allowed=lambda: wanted + len(in_vain) - behind,
                 turns=turns,
                 first=first,
+                grammar=grammar,
             ):
                 i = live.asked.index
                 if turns is None:
@@ -209,14 +213,22 @@ class DecoderSampler(Sampler):
     def warm_up(self, prompt_ids: Sequence[Sequence[int]], n: int, params: SamplingParams) -> bool:
         """See ``Sampler``: reads prompts and decodes the last token of the longest completions."""
         choose = NextToken(self.policy, params)
+        grammar = self.grammar_of(params.structured_outputs)
         asked = len(prompt_ids) * n
 
         def last_tokens() -> None:
             limits = self._limits(asked, params)
-            hold(self.policy, prompt_ids, n, limits, choose, how=self.how)
+            how = self._how(grammar)
+            hold(self.policy, prompt_ids, n, limits, choose, how=how, grammar=grammar)
 
         self.execution.oom_retry.sample(last_tokens, asked)
         return True
+
+    def _how(self, grammar: Grammar | None) -> How:
+        """Which tokens match is known when the host has read the last ones."""
+        if grammar is None:
+            return self.how
+        return dataclasses.replace(self.how, behind=0, graphs=None)
 
     def _limits(self, asked: int, params: SamplingParams) -> Limits:
         oom_retry = self.execution.oom_retry
@@ -283,7 +295,12 @@ class _Forced:
         self.found = torch.zeros_like(expected)
 
     def __call__(
-        self, hidden: Tensor, seeds: Tensor, at: Tensor, seen: Tensor | None
+        self,
+        hidden: Tensor,
+        seeds: Tensor,
+        at: Tensor,
+        seen: Tensor | None,
+        allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         self.found[seeds, at] = logits(self.head, hidden).log_softmax(-1)
         tokens = self.forced[seeds, at]

@@ -21,6 +21,7 @@ from fusedgrpo.engine.rollout.checks import check_finite
 from fusedgrpo.engine.rollout.completion_text import CompletionText
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.stop_texts import StopTexts
+from fusedgrpo.engine.rollout.structured import MatchingTokens, grammars
 from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
 from fusedgrpo.engine.rollout.warpers import warpers
 from fusedgrpo.engine.seeding import derive
@@ -55,6 +56,7 @@ class GenerateSampler(Sampler):
         self.eos_ids = list(eos_ids)
         self.text = CompletionText(tokenizer, eos_ids, skip_special_tokens=skip_special_tokens)
         self.execution = execution or Execution(OOMRetry(tokens=0))
+        self.grammar_of = grammars(tokenizer, eos_ids, policy)
         self.route = decoding.choose_route(policy)
 
     def sample(
@@ -158,7 +160,12 @@ class GenerateSampler(Sampler):
                 [stops.cut(ids) is not None for ids in said], device=input_ids.device
             )
 
+        def over(ids: Sequence[int]) -> bool:
+            return ids[-1] in self.eos_ids or (bool(stops) and stops.ended(ids))
+
         chain = warpers(params)
+        if (grammar := self.grammar_of(params.structured_outputs)) is not None:
+            chain.insert(0, MatchingTokens(grammar, len(seeds), over))
         chain.append(chooser)
         tokens = decoding.decode(
             self.policy,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedgrpo.engine.rollout.sampler import SamplingParams
-from fusedgrpo.engine.rollout.warpers import warpers
+from fusedgrpo.engine.rollout.warpers import only_allowed, warpers
 from fusedgrpo.kernels import linear_sample
 from fusedgrpo.kernels.sample.logits import sample_logits
 from fusedgrpo.models.head import logits
@@ -43,14 +43,21 @@ class NextToken:
         return self.params.reads_history
 
     def __call__(
-        self, hidden: Tensor, seeds: Tensor, at: Tensor, seen: Tensor | None
+        self,
+        hidden: Tensor,
+        seeds: Tensor,
+        at: Tensor,
+        seen: Tensor | None,
+        allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         greedy = self.params.greedy
         if self.whole_rows:
             if seen is None:
                 seen = at.new_empty(len(at), 0)
-            scores: Any = self.chain(seen, logits(self.head, hidden))
-            token, logp = sample_logits(scores, seeds, at, greedy=greedy)
+            scores: Any = logits(self.head, hidden)
+            if allowed is not None:
+                scores = only_allowed(scores, allowed)
+            token, logp = sample_logits(self.chain(seen, scores), seeds, at, greedy=greedy)
             return token, logp
         return linear_sample(
             hidden.to(self.head.weight.dtype),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.config.structured import StructuredOutputs
 from fusedgrpo.engine.rollout.turns import Turns, turn_by_turn
 from fusedgrpo.engine.rollout.types import Completion, Group
 from fusedgrpo.engine.seeding import derive
@@ -20,6 +21,7 @@ class SamplingParams:
 
     ``greedy`` takes the most likely token instead and ignores temperature, top_p, top_k, min_p.
     ``stop_strings`` end a completion with the token that completes one in its text.
+    ``structured_outputs`` is what each turn of it has to match: other tokens are not drawn.
     """
 
     max_new_tokens: int
@@ -30,6 +32,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     greedy: bool = False
     stop_strings: tuple[str, ...] = ()
+    structured_outputs: StructuredOutputs | None = None
 
     @classmethod
     def of(cls, config: GRPOConfig) -> SamplingParams:
@@ -42,6 +45,7 @@ class SamplingParams:
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
             stop_strings=tuple(config.stop_strings or ()),
+            structured_outputs=StructuredOutputs.of(config.structured_outputs),
         )
 
     @property
@@ -52,9 +56,9 @@ class SamplingParams:
     @property
     def filters(self) -> bool:
         """Whether an option looks at a row of logits as a whole, or at what was said before."""
-        if self.reads_history or self.greedy:
-            return self.reads_history
-        return bool(self.top_k or self.top_p < 1.0 or self.min_p)
+        if self.reads_history or self.structured_outputs is not None:
+            return True
+        return not self.greedy and bool(self.top_k or self.top_p < 1.0 or self.min_p)
 
 
 class Sampler(abc.ABC):

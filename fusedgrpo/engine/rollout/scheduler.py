@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from fusedgrpo.models.kv_cache import PagedCache, pages_of
 from fusedgrpo.models.ragged_decode import Prompt, Row
@@ -32,7 +33,8 @@ class Asked:
 class Live:
     """A completion in flight. ids: its tokens, as far as they were read; logp: of those that it
     said. stopped: by a text that it has said. given: the spans of ``ids`` that it was given. turn:
-    the number of its turn. waits: for an answer, and nothing of it is decoded."""
+    the number of its turn. waits: for an answer, and nothing of it is decoded. matcher: of its
+    turn, where one has to match something."""
 
     asked: Asked
     sample: int
@@ -44,6 +46,7 @@ class Live:
     given: list[tuple[int, int]] = field(default_factory=list)
     turn: int = 0
     waits: bool = False
+    matcher: Any = None
 
     @property
     def turn_ids(self) -> Sequence[int]:

@@ -21,7 +21,8 @@ class Completion:
     finish_reason: ``"stop"`` if an EOS id was sampled, or a stop text was said, ``"length"`` only
         if the limit cut it.
     logp: float32 ``[own_tokens]``, log-probability under the distribution that was sampled from
-        (temperature, top-k, ... applied), or None where the sampler does not know it.
+        (temperature, top-k, structured outputs, ... applied), or None where the sampler does not
+        know it.
     given: the half-open spans of ``ids`` that the policy did not write, ascending. They carry no
         loss, and are in no denominator.
     messages: the conversation that it is, where it has turns: of the assistant and of tools.

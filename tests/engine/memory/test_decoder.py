@@ -14,6 +14,7 @@ import tiny
 import transformers
 
 from fusedgrpo.config.schema import GRPOConfig
+from fusedgrpo.config.structured import StructuredOutputs
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.memory.decoder_memory import DecoderMemory, DecoderModel, Decoding
 from fusedgrpo.engine.memory.measure import Activations, SmallModel
@@ -151,10 +152,12 @@ def test_before_there_are_pages_a_layer_is_dequantised_to_be_merged(simulate: Mo
     assert found.phases["rollout"]["weights for the rollout"] == layer + rows
 
 
-@pytest.mark.parametrize("logits", [False, True])
-def test_a_token_is_chosen_without_logits_unless_they_are_filtered(logits: bool) -> None:
+@pytest.mark.parametrize(
+    "logits", [{}, {"top_k": 5}, {"structured_outputs": StructuredOutputs(regex="a")}], ids=str
+)
+def test_a_token_is_chosen_without_logits_unless_they_are_filtered(logits: dict[str, Any]) -> None:
     """64 rows of 50,000 logits, beside a tile of 16,384."""
-    params = SamplingParams(max_new_tokens=40, top_k=5 if logits else 0)
+    params = SamplingParams(max_new_tokens=40, **logits)
     case = Decoding(rows=64, prompts=8, prompt=P, reads=1, params=params)
     model = SmallModel(GRPOConfig(sampler="decoder", bf16=True), settings(), 2)
     found = DecoderModel(model, merged=False).memory(case)
