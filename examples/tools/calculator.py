@@ -1,4 +1,6 @@
-"""A calculator, and what is a right answer."""
+"""The calculator of calculator.yaml, and its reward."""
+
+from __future__ import annotations
 
 import re
 
@@ -14,10 +16,15 @@ def multiply(a: int, b: int) -> int:
 
 
 def right_product(completions, product, **columns):
-    """1 if the last number of the last message is the product, else 0."""
-    rewards = []
-    for messages, right in zip(completions, product, strict=True):
-        said = messages[-1]
-        numbers = re.findall(r"\d+", said["content"].replace(",", ""))
-        rewards.append(float(bool(numbers) and int(numbers[-1]) == right))
-    return rewards
+    """1 if the policy's last message ends with the product, else 0. Nothing for a call as such:
+    one that helps is rewarded by what it helps to."""
+    return [
+        float(last_number(messages[-1]) == right)
+        for messages, right in zip(completions, product, strict=True)
+    ]
+
+
+def last_number(message):
+    """The last number that the policy says; None for an answer of a tool, and without a number."""
+    numbers = re.findall(r"\d+", message["content"].replace(",", ""))
+    return int(numbers[-1]) if numbers and message["role"] == "assistant" else None
