@@ -197,7 +197,7 @@ def _turn(message: dict[str, Any], calls: list[ToolCall], schemas: Schemas) -> T
 
 def _check_reads(respond: Responses, written: probes.WrittenCall | str) -> None:
     """Raise ConfigError if the call that the chat template writes is not read."""
-    if isinstance(written, str):  # a policy may know how to write calls without its template knowing it
+    if isinstance(written, str):  # a policy may write calls that its template knows nothing of
         return
     try:
         _, calls = respond(written.text, written.before, [probes.SCHEMA])
