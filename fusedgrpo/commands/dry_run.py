@@ -28,6 +28,7 @@ def said(trainer: GRPOTrainer) -> str:
         "data": _data(trainer.data),
         "evaluation": "; ".join(map(_data, each_of(trainer.held_out))) or "none",
         "rewards": ", ".join(f"{name} x {weight:g}" for name, weight in rewards),
+        "tools": _tools(trainer),
         "sampler": type(trainer.sampler).__name__,
         "begins": _begins(trainer),
         "writes to": str(Path(args.output_dir).expanduser().absolute()),
@@ -45,6 +46,16 @@ def _data(data: PromptDataset) -> str:
         f"(median {lengths[len(lengths) // 2]})"
     )
     return text + (f", {len(data.skipped)} rows skipped" if data.skipped else "")
+
+
+def _tools(trainer: GRPOTrainer) -> str:
+    if trainer.asking.tools is None:
+        return "none"
+    tools = trainer.asking.tools.tools
+    if not tools.environments:
+        return ", ".join(tools.names())
+    each = {name or "the environment": tools.names(name) for name in tools.environments}
+    return "; ".join(f"{name}: {', '.join(names)}" for name, names in each.items())
 
 
 def _begins(trainer: GRPOTrainer) -> str:

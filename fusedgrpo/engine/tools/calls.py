@@ -107,10 +107,12 @@ class TurnParser:
             message["reasoning_content"] = thoughts.strip()
         return _turn(message, calls, schemas)
 
-    def _recognised(self, written: probes.WrittenCall | None, special: Iterable[str]) -> CallFormat:
+    def _recognised(self, written: probes.WrittenCall | str, special: Iterable[str]) -> CallFormat:
         """The format in which a call was written."""
-        if written is None:
-            raise ConfigError(f"tools: the chat template does not write calls of tools. {_REMEDY}")
+        if isinstance(written, str):
+            raise ConfigError(
+                f"tools: the chat template does not write calls of tools: {written}. {_REMEDY}"
+            )
         for form in FORMATS:
             text = written.text
             for token in special:
@@ -194,9 +196,9 @@ def _turn(message: dict[str, Any], calls: list[ToolCall], schemas: Schemas) -> T
     return Turn(message | {"tool_calls": written}, tuple(calls))
 
 
-def _check_reads(respond: Responses, written: probes.WrittenCall | None) -> None:
+def _check_reads(respond: Responses, written: probes.WrittenCall | str) -> None:
     """Raise ConfigError if the call that the chat template writes is not read."""
-    if written is None:  # a policy may know how to write calls without its template knowing it
+    if isinstance(written, str):  # a policy may write calls that its template knows nothing of
         return
     try:
         _, calls = respond(written.text, written.before)

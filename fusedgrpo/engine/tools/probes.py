@@ -9,6 +9,7 @@ from typing import Any
 
 from fusedgrpo.engine.data.chat import ChatTemplate
 from fusedgrpo.engine.tools.types import ToolCall
+from fusedgrpo.errors import reason
 
 QUESTION = {"role": "user", "content": "?"}
 _SEEN = "fused grpo"
@@ -42,18 +43,20 @@ class WrittenCall:
     text: str
 
 
-def written_call(chat: ChatTemplate) -> WrittenCall | None:
-    """How the template writes a call; None where it writes none."""
+def written_call(chat: ChatTemplate) -> WrittenCall | str:
+    """How the template writes a call; where it writes none, why: what it does instead."""
+    failed = "it leaves them out"
     for turn in calling_turns([_CALL]):
         try:
             begun = chat.text([QUESTION], schemas=[SCHEMA])
             text = chat.text([QUESTION, turn], generation_prompt=False, schemas=[SCHEMA])
-        except Exception:  # noqa: BLE001 - templates are other people's code
+        except Exception as error:  # noqa: BLE001 - templates are other people's code
+            failed = reason(error)
             continue
         start = common_start(begun, text)
         if _CALL.name in text[start:] and _SEEN in text[start:]:
             return WrittenCall(_CALL, text[:start], text[start:])
-    return None
+    return failed
 
 
 def calling_turns(calls: Sequence[ToolCall]) -> Iterator[dict[str, Any]]:
