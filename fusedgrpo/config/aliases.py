@@ -57,15 +57,14 @@ def _warmup_ratio(value: Any) -> Any:
     return share
 
 
-<<<<<<< HEAD
 def _max_resample_times(value: Any) -> Any:
     if type(value) is not int or value < 1:
         raise ValueError(f"expected a whole number >= 1, got {brief(value)}")
     return value + 1  # the first sampling is none of them
-=======
+
+
 def _regex(value: Any) -> Any:
     return None if value is None else {"regex": value}
->>>>>>> structured
 
 
 _ATTENTION = {
@@ -113,11 +112,8 @@ ALIASES: dict[str, Alias] = {
     "no_cuda": Alias("use_cpu"),
     "lr_scheduler": Alias("lr_scheduler_type"),
     "evaluation_strategy": Alias("eval_strategy"),
-<<<<<<< HEAD
     # ms-swift
     "dynamic_sample": Alias("dynamic_sampling"),
     "max_resample_times": Alias("max_sampling_rounds", _max_resample_times),
-=======
     "vllm_structured_outputs_regex": Alias("structured_outputs", _regex, verbatim=True),
->>>>>>> structured
 }
