@@ -259,6 +259,10 @@ class Display(Callback):
             f"entropy {get('entropy')}",
             f"length {get('completions/mean_length')}",
             f"clipped {percent(finite(row.get('completions/clipped_ratio')))}",
+            f"tool calls {get('tools/call_frequency')} "
+            f"({percent(finite(row.get('tools/failure_frequency')))} failed)"
+            if "tools/call_frequency" in row
+            else "",
             f"loss {get('loss')}",
             f"grad_norm {get('grad_norm')}",
             f"lr {get('learning_rate')}",

@@ -17,6 +17,8 @@ COLUMNS = {
     "eval_reward": "eval_reward",
     "completions/mean_length": "length",
     "completions/clipped_ratio": "clipped",
+    "tools/call_frequency": "calls",
+    "tools/failure_frequency": "errors",
     "kl": "kl",
     "entropy": "entropy",
     "loss": "loss",
@@ -40,7 +42,7 @@ def metrics_table(rows: Sequence[Row]) -> Table:
         part = steps[start:end]
         first, last = part[0]["step"], part[-1]["step"]
         mean = mean_row(part)
-        shares = {"completions/clipped_ratio"}
+        shares = {"completions/clipped_ratio", "tools/failure_frequency"}
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             *((percent if key in shares else number)(finite(mean.get(key))) for key in columns),

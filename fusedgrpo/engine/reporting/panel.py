@@ -151,6 +151,8 @@ def _numbers(view: View, names: Sequence[str], shown: int, inner: int) -> tuple[
         ("entropy", get("entropy")),
         ("kl", get("kl")),
     ]
+    if "tools/call_frequency" in row:
+        middle.insert(2, ("tool calls", get("tools/call_frequency")))
     right = [
         ("loss", get("loss")),
         ("grad_norm", get("grad_norm")),

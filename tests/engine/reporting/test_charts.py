@@ -34,6 +34,15 @@ def test_every_metric_is_in_one_chart_or_among_the_others() -> None:
     assert json.loads(json.dumps(found["reward"].to_data()))["x"] == [1, 2, 3, 4]
 
 
+def test_calls_of_tools_are_drawn_where_there_are_tools() -> None:
+    rows = [
+        {"step": i, "reward": 1.0, "tools/call_frequency": 0.5 * i, "tools/failure_frequency": 0.2}
+        for i in range(1, 4)
+    ]
+    titles = [chart.title for chart in of(rows).values()]
+    assert titles == ["Reward", "Calls of tools", "Calls that were answered with an error"]
+
+
 def test_a_reward_hides_no_other() -> None:
     rows = [
         {"step": i, "reward": 2 + 0.1 * i, "rewards/same/mean": 0.1 * i,

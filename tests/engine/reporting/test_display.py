@@ -83,7 +83,15 @@ def test_without_a_terminal_a_logged_step_is_one_line_with_everything():
     for part in ("grad_norm 0.900", "lr 1.0e-05", "321 tok/s", "memory 2.0 GB", "left 0:00"):
         assert part in line
     assert "sample 60% score 10% update 30%" in line
-    assert "\x1b" not in line
+    assert "\x1b" not in line and "tool" not in line
+
+
+def test_a_line_of_a_run_with_tools_says_how_often_they_are_called():
+    console = plain()
+    calls = {"tools/call_frequency": 0.875, "tools/failure_frequency": 0.25}
+    with Display(5, plan_line="plan", logging_steps=10, console=console) as display:
+        display.update(1, ROW | calls)
+    assert "clipped 10%  tool calls 0.875 (25% failed)  loss" in text(console)
 
 
 def test_lines_come_at_the_first_every_logging_and_the_last_step():

@@ -63,6 +63,7 @@ def run_charts(
         *_signal(columns),
         *_policy(columns, config, kl_is_sampled),
         *_lengths(columns),
+        *_tools(columns),
         *_update(columns, config),
         *_cost(columns),
     ]
@@ -83,7 +84,7 @@ _USED = (
     "completions/min_length", "completions/max_length", "completions/clipped_ratio", "grad_norm",
     "learning_rate", "loss", "time/sample", "time/score", "time/update", "tokens_per_second",
     "memory/peak", "memory/planned", "clip_ratio/low_mean", "clip_ratio/high_mean",
-    "clip_ratio/region_mean",
+    "clip_ratio/region_mean", "tools/call_frequency", "tools/failure_frequency",
 )  # fmt: skip
 
 
@@ -246,6 +247,17 @@ def _lengths(columns: Columns) -> Iterator[Chart]:
     yield from _single(
         columns, "completions/clipped_ratio", "Cut off by max_completion_length",
         "share of completions", 7, "cut off", zero=True,
+    )  # fmt: skip
+
+
+def _tools(columns: Columns) -> Iterator[Chart]:
+    yield from _single(
+        columns, "tools/call_frequency", "Calls of tools", "calls of a completion", 3, "calls",
+        zero=True,
+    )  # fmt: skip
+    yield from _single(
+        columns, "tools/failure_frequency", "Calls that were answered with an error",
+        "share of calls", 7, "errors", zero=True,
     )  # fmt: skip
 
 
