@@ -266,12 +266,12 @@ def test_a_prompt_enters_while_others_are_decoded(
     # Memory runs out while a group is judged, and while the next tokens are computed.
     plain, calls, tries = RaggedDecoder.next, [0], Counter[int]()
 
-    def failing(self: Any, rows: Any) -> Any:
+    def failing(self: Any, rows: Any, *more: Any) -> Any:
         calls[0] += 1
         assert len({row.prompt for row in rows}) <= 3
         if calls[0] in (7, 8, 12):
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return plain(self, rows)
+        return plain(self, rows, *more)
 
     def exhausted(place: int, group: Any) -> bool:
         tries[place] += 1

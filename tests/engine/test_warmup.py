@@ -77,9 +77,9 @@ def test_no_step_of_the_decoder_is_larger(tmp_path, monkeypatch):
     run = process_runs.make(tmp_path / "run", **OPTIONS)
     plain, sizes = RaggedDecoder.next, []
 
-    def noting(self, rows):
+    def noting(self, rows, *more):
         sizes.append((len(rows), max(row.said for row in rows), self.cache.pages))
-        return plain(self, rows)
+        return plain(self, rows, *more)
 
     monkeypatch.setattr(RaggedDecoder, "next", noting)
     run.warm_up()

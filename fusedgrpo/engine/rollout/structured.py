@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedgrpo import host
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.config.structured import StructuredOutputs, parsed_schema
 from fusedgrpo.engine.rollout.warpers import only_allowed
@@ -65,7 +66,7 @@ class Grammar:
         self._known = np.packbits(known, bitorder="little")
         # What ends a completion may be text to the library, and then an end in the midst of it.
         self._texts = [i for i in eos_ids if not self.tokens.is_special_token(i)]
-        self._executor = self._library.LLExecutor(num_threads=torch.get_num_threads())
+        self._executor = self._library.LLExecutor(num_threads=host.threads())
         self._start = self._compiled()
 
     def _compiled(self) -> Any:

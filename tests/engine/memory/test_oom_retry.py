@@ -177,10 +177,10 @@ def test_what_fails_twice_is_halved_and_gives_the_same_run(tmp_path, caplog, mon
         if sampler == "decoder":
             advance = RaggedDecoder.advance
 
-            def limited_advance(decoder, step):
+            def limited_advance(decoder, step, *more):
                 if len(step) > 3:
                     raise torch.OutOfMemoryError("CUDA out of memory.")
-                return advance(decoder, step)
+                return advance(decoder, step, *more)
 
             monkeypatch.setattr(RaggedDecoder, "advance", limited_advance)
             return run

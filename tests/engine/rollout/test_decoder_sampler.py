@@ -215,11 +215,11 @@ def test_memory_that_runs_out_costs_no_finished_completion(monkeypatch: pytest.M
     sampler = decoder(on)
     plain, calls, finished = decode_loop.RaggedDecoder.next, [0], []
 
-    def failing(self: Any, rows: Any) -> Any:
+    def failing(self: Any, rows: Any, *more: Any) -> Any:
         calls[0] += 1
         if calls[0] in (12, 13, 25):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
-        return plain(self, rows)
+        return plain(self, rows, *more)
 
     complete = sampler._completion
 
@@ -291,9 +291,9 @@ def test_warm_up_runs_the_longest_token_and_leaves_nothing(monkeypatch: pytest.M
     sampler = decoder(on, in_flight=5)
     plain, seen = decode_loop.RaggedDecoder.next, []
 
-    def noting(self: Any, rows: Any) -> Any:
+    def noting(self: Any, rows: Any, *more: Any) -> Any:
         seen.append([row.said for row in rows])
-        return plain(self, rows)
+        return plain(self, rows, *more)
 
     monkeypatch.setattr(decode_loop.RaggedDecoder, "next", noting)
     assert sampler.warm_up(PROMPTS, 3, SamplingParams(max_new_tokens=50))
@@ -316,9 +316,11 @@ def test_steps_a_step_behind_drop_what_was_said_after_the_end() -> None:
         counted = [0]
         plain = decode_loop.RaggedDecoder.next
 
-        def counting(self: Any, rows: Any, counted: list[int] = counted, plain: Any = plain) -> Any:
+        def counting(
+            self: Any, rows: Any, *more: Any, counted: list[int] = counted, plain: Any = plain
+        ) -> Any:
             counted[0] += len(rows)
-            return plain(self, rows)
+            return plain(self, rows, *more)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode_loop.RaggedDecoder, "next", counting)

@@ -179,11 +179,11 @@ def test_memory_that_runs_out_begins_conversations_again(monkeypatch: pytest.Mon
     alone = ids(sampled(decoder(on), params))
     plain, calls = decode_loop.RaggedDecoder.extend, [0]
 
-    def failing(self: Any, rows: Any) -> Any:
+    def failing(self: Any, rows: Any, *more: Any) -> Any:
         calls[0] += 1
         if calls[0] in (2, 5):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
-        return plain(self, rows)
+        return plain(self, rows, *more)
 
     monkeypatch.setattr(decode_loop.RaggedDecoder, "extend", failing)
     sampler = decoder(on)
