@@ -12,22 +12,12 @@ from typing import Any, Protocol
 
 from fusedgrpo.engine.rollout.turns import Answer, Finished, Place
 from fusedgrpo.engine.seeding import derive
+from fusedgrpo.engine.tools.calls import Turn
 from fusedgrpo.engine.tools.types import ToolCall, ToolResult
 from fusedgrpo.errors import ToolError, brief
 
 # An answer to what looks like a call and cannot be read names no tool.
 UNREADABLE = "unknown"
-
-
-class Turn(Protocol):
-    """One turn of a policy's; see ``TurnParser``."""
-
-    @property
-    def message(self) -> dict[str, Any]: ...
-    @property
-    def calls(self) -> Sequence[ToolCall]: ...
-    @property
-    def problem(self) -> str | None: ...
 
 
 class Running(Protocol):
