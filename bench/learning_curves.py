@@ -115,7 +115,8 @@ def of_groups(runs: list[list[list[Any]]]) -> str:
     if any(end[5] is None for end in ends):
         return said
     signal = statistics.fmean(end[5] for end in ends)
-    return f"{said}, {signal / groups:.0%} with signal, {seconds / signal:.1f} s for each of these"
+    each = f", {seconds / signal:.1f} s for each of these" if signal else ""
+    return f"{said}, {signal / groups:.0%} with signal{each}"
 
 
 def draw(curves: Curves, file: Path) -> None:

@@ -111,6 +111,7 @@ def simulate(
             own = "weights for rollouts"
             with tracker.labelled(own):
                 sampler = _decoder(run, config, rows)
+            gc.collect()
             # These alone: in a first pass bitsandbytes casts biases of 4-bit layers.
             if (size := tracker.alive().get(own)) is not None:
                 result.resident[own] = size

@@ -57,7 +57,8 @@ class NextToken:
             scores: Any = logits(self.head, hidden)
             if allowed is not None:
                 scores = only_allowed(scores, allowed)
-            token, logp = sample_logits(self.chain(seen, scores), seeds, at, greedy=greedy)
+            scores = self.chain(seen, scores)  # by this name, so that each goes before the next
+            token, logp = sample_logits(scores, seeds, at, greedy=greedy)
             return token, logp
         return linear_sample(
             hidden.to(self.head.weight.dtype),
