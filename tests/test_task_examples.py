@@ -28,6 +28,7 @@ SIZES = {
 # What a prompt of theirs looks like.
 ON_CPU = {
     "smollm2-sums-cpu": r"12 \+ 25 = 37\n\d [+-] \d =",
+    "smollm2-arithmetic-cpu": r"12 \+ 25 = 37\n\d\d [+-] \d\d =|12 \* 3 = 36\n\d \* \d =",
 }
 
 
@@ -94,7 +95,10 @@ def test_it_runs_on_a_cpu_and_judges_answers(name: str, tmp_path: Path) -> None:
     assert all(re.fullmatch(ON_CPU[name], one["prompt"]) for one in said)
 
 
-@pytest.mark.parametrize(("name", "task"), [("sums", "chain_sum")])
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("sums", "chain_sum"), ("arithmetic", "products"), ("arithmetic", "chain_sum")],
+)
 def test_a_short_prompt_keeps_its_verifier(
     name: str, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,16 @@ def sums(row):
     return plain(row, "12 + 25 = 37\n{}")
 
 
+def products(row):
+    """``Solve the following multiplication: 3 * 4. Give only the result as your final answer.``"""
+    return plain(row, "12 * 3 = 36\n{} =")
+
+
+def arithmetic(row):
+    """Rows of both tasks."""
+    return products(row) if row["task"] == "products" else sums(row)
+
+
 def plain(row, prompt):
     """The row, so that its verifier still finds the question, with what it asks about in prompt."""
     asked = row["prompt"][0]["content"].partition(": ")[2].partition(". ")[0]

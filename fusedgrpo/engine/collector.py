@@ -20,15 +20,23 @@ from fusedgrpo.engine.data.dataset import Example, PromptDataset
 from fusedgrpo.engine.data.stream import PromptStream
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
+from fusedgrpo.engine.group_scoring import GroupScoring
 from fusedgrpo.engine.group_signal import GroupSignal
 from fusedgrpo.engine.reporting.completions_log import completion_records
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
+from fusedgrpo.engine.rewards.scorers import Scoring
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.metrics import completion_metrics, filter_metrics, reward_metrics
 from fusedgrpo.engine.rollout.sampler import Sampler, SamplingParams
 from fusedgrpo.engine.rollout.types import Group, Rollout
-from fusedgrpo.engine.scoring import make_buffer, per_completion, score_rollout
-from fusedgrpo.engine.seeding import derive
+from fusedgrpo.engine.scoring import (
+    begin_scoring,
+    group_seed,
+    make_buffer,
+    per_completion,
+    score_rollout,
+)
+from fusedgrpo.engine.seeding import derive, seeded
 from fusedgrpo.models.policy import Policy
 
 
@@ -146,14 +154,21 @@ class Collector:
             yield questions
 
     def _stream(self, candidates: list[Example], phase: Phase) -> list[Tried]:
-        """Each group is scored when it is whole, and the next prompt takes its place if it has no
-        signal, while the others are decoded."""
+        """Each group is scored from when it is whole, and the next prompt takes its place if it has
+        no signal, while the others are decoded."""
         trainer, found = self.trainer, dict[int, Tried]()
         with self._asked(candidates, phase) as questions:
 
-            def teaches(place: int, group: Group) -> bool:
+            def begin(place: int, group: Group) -> Scoring[RewardBatch]:
+                rollout, given = Rollout((group,)), self._scored_with()
                 with phase("score"):
-                    (rewards,) = self.score(Rollout((group,)), questions.only(place), alone=True)
+                    return begin_scoring(
+                        trainer.reward_funcs, rollout, questions, range(place, place + 1), **given
+                    )
+
+            def teaches(place: int, group: Group, scoring: Scoring[RewardBatch]) -> bool:
+                with phase("score"), seeded(group_seed(self._score_seed, place)):
+                    rewards = scoring.finish()
                 found[place] = self._tried(group, rewards, questions.examples[place])
                 return found[place].teaches
 
@@ -164,7 +179,7 @@ class Collector:
                     trainer.sampling,
                     questions.seed,
                     wanted=self._wanted,
-                    teaches=teaches,
+                    teaches=GroupScoring(begin, teaches),
                     rows=[example.row for example in questions.examples],
                     **questions.turns,
                 )
@@ -218,13 +233,23 @@ class Collector:
             trainer.reward_funcs,
             rollout,
             questions,
-            conversational=trainer.data.conversational,
-            column_names=trainer.data.column_names,
-            state=self.reward_state(),
-            seed=derive(trainer.args.seed, "score", trainer.progress.rollouts),
+            seed=self._score_seed,
             processes=trainer.processes,
             alone=alone,
+            **self._scored_with(),
         )
+
+    @property
+    def _score_seed(self) -> int:
+        return derive(self.trainer.args.seed, "score", self.trainer.progress.rollouts)
+
+    def _scored_with(self) -> dict[str, Any]:
+        """Arguments of scoring that are the run's own."""
+        return {
+            "conversational": self.trainer.data.conversational,
+            "column_names": self.trainer.data.column_names,
+            "state": self.reward_state(),
+        }
 
     def buffer(self, collected: Collected) -> RolloutBuffer:
         """The groups that are used, with advantages and the log-probs that their loss compares

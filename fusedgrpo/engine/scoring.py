@@ -18,6 +18,7 @@ from fusedgrpo.engine.data.dataset import Example
 from fusedgrpo.engine.distributed import Processes
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.rewards import RewardBatch, RewardFunctions
+from fusedgrpo.engine.rewards.scorers import Scoring
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer, sampler_logp
 from fusedgrpo.engine.rollout.metrics import (
     completion_metrics,
@@ -65,7 +66,7 @@ def score_rollout(
 
     def score_some(some: range, own_seed: int) -> RewardBatch:
         with seeded(own_seed):
-            return _score(
+            return begin_scoring(
                 rewards,
                 Rollout(rollout.groups[some.start : some.stop]),
                 questions,
@@ -73,12 +74,12 @@ def score_rollout(
                 conversational=conversational,
                 column_names=column_names,
                 state=state,
-            )
+            ).finish()
 
     def score() -> list[RewardBatch]:
         if alone:
             first = questions.first
-            return [score_some(range(i, i + 1), derive(seed, "group", first + i)) for i in own]
+            return [score_some(range(i, i + 1), group_seed(seed, first + i)) for i in own]
         if own or not rollout.groups:
             return [score_some(own, processes.derive(seed))]
         width = len(rewards.names)
@@ -87,7 +88,12 @@ def score_rollout(
     return [batch for batches in processes.run_everywhere(score) for batch in batches]
 
 
-def _score(
+def group_seed(seed: int, place: int) -> int:
+    """For a group that is scored by itself, by its place in the rollout."""
+    return derive(seed, "group", place)
+
+
+def begin_scoring(
     rewards: RewardFunctions,
     rollout: Rollout,
     questions: Questions,
@@ -96,8 +102,8 @@ def _score(
     conversational: bool,
     column_names: Sequence[str],
     state: SimpleNamespace,
-) -> RewardBatch:
-    """The rewards of ``rollout``, the groups that are the answers to ``some`` of the questions."""
+) -> Scoring[RewardBatch]:
+    """Have ``rollout`` scored, the groups that are the answers to ``some`` of the questions."""
     asked = per_completion(rollout, questions.examples[some.start : some.stop])
     texts: list[Any] = [
         completion.text
@@ -110,7 +116,7 @@ def _score(
         for g, group in enumerate(rollout.groups)
         for k in range(len(group.completions))
     ]
-    return rewards.score(
+    return rewards.begin(
         prompts=[example.prompt for example in asked],
         completions=texts,
         completion_ids=[list(completion.ids) for completion in rollout.completions()],

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from patience import HUNG
 
 from fusedgrpo import Callback, GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.advantages import find_estimator
@@ -22,6 +23,7 @@ from fusedgrpo.engine.reporting.drift_log import read_drift
 from fusedgrpo.engine.reporting.metrics_log import read_jsonl, read_metrics
 from fusedgrpo.engine.rewards import RewardBatch
 from fusedgrpo.engine.rollout.decoder_sampler import DecoderSampler
+from fusedgrpo.engine.rollout.types import Verdict
 from fusedgrpo.errors import RewardError
 from fusedgrpo.models.ragged_decode import RaggedDecoder
 
@@ -42,7 +44,7 @@ def by_prompt(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> 
 
 def make(
     path: Path,
-    reward: Callable[..., Any] = by_prompt,
+    reward: Callable[..., Any] | str = by_prompt,
     callbacks: list[Callback] | None = None,
     **options: Any,
 ) -> GRPOTrainer:
@@ -235,6 +237,84 @@ def test_streaming_and_rounds_are_the_same_run(
         assert [r["advantage"] for r in ours] == [r["advantage"] for r in theirs]
 
 
+FILE = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOLVED, FAILED = {solved!r}, {failed!r}
+
+def by_prompt(prompts, completion_ids, **columns):
+    (HERE / "asked").touch()
+    deadline = time.monotonic() + {hung}
+    while not (HERE / "went_on").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = []
+    for i, (prompt, ids) in enumerate(zip(prompts, completion_ids)):
+        signal = 0.1 + 0.01 * sum(ids) / len(ids)
+        found.append(2.0 + 1e-7 * i if prompt in SOLVED else 0.0 if prompt in FAILED else signal)
+    return found
+"""
+
+
+def test_the_decoder_goes_on_while_a_worker_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function answers when tokens came after it was called; the run is the same one."""
+    file = tmp_path / "slow.py"
+    file.write_text(FILE.format(solved=SOLVED, failed=FAILED, hung=HUNG))
+    make(tmp_path / "here", max_in_flight=4).train()
+
+    plain, after = RaggedDecoder.next, []
+
+    def next_tokens(self: RaggedDecoder, *args: Any) -> Any:
+        if (tmp_path / "asked").exists():
+            after.append(self)
+            (tmp_path / "went_on").touch()
+        return plain(self, *args)
+
+    monkeypatch.setattr(RaggedDecoder, "next", next_tokens)
+    make(tmp_path / "beside", f"{file}:by_prompt", max_in_flight=4).train()
+    assert after
+    for step in range(1, 5):
+        ours, theirs = (logged(tmp_path / name, step) for name in ("here", "beside"))
+        for mine, other in zip(ours, theirs, strict=True):
+            for name in ("prompt", "completion", "reward", "advantage"):
+                assert mine[name] == other[name]
+
+
+def at_once(teaches: Callable[[int, Any], bool]) -> Callable[[int, Any], Verdict]:
+    return lambda place, group: lambda wait: teaches(place, group)
+
+
+def test_verdicts_that_come_late_change_nothing(tmp_path: Path) -> None:
+    """The decoder goes on meanwhile, and waits where it has nothing else to do."""
+    trainer = make(tmp_path)
+    sampler = trainer.sampler
+    assert isinstance(sampler, DecoderSampler)
+    prompts = [example.prompt_ids for example in trainer.stream.peek(12)]
+    asked, waited = Counter[int](), []
+
+    def late(place: int, group: Any) -> Verdict:
+        def verdict(wait: bool) -> bool | None:
+            asked[place] += 1
+            if wait:
+                waited.append(place)
+            return place not in {0, 1, 4} if wait or asked[place] > place else None
+
+        return verdict
+
+    def said(groups: list[Any]) -> list[Any]:
+        return [(g.row, [c.ids for c in g.completions]) for g in groups]
+
+    expected = sampler.sample(prompts, 3, trainer.sampling, 5)
+    for every in (late, lambda place, group: lambda wait: waited.append(place) if not wait else (
+            place not in {0, 1, 4})):  # fmt: skip
+        groups = sampler.sample_until(prompts, 3, trainer.sampling, 5, wanted=3, teaches=every)
+        assert said(groups) == said(expected[:6])
+    assert asked[1] >= 2 and waited
+
+
 def test_a_prompt_enters_while_others_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,10 +336,12 @@ def test_a_prompt_enters_while_others_are_decoded(
 
     prompts = [example.prompt_ids for example in examples]
     expected = sampler.sample(prompts, 3, trainer.sampling, 5)
-    groups = sampler.sample_until(prompts, 3, trainer.sampling, 5, wanted=3, teaches=teaches)
+    groups = sampler.sample_until(
+        prompts, 3, trainer.sampling, 5, wanted=3, teaches=at_once(teaches)
+    )
     assert said(groups) == said(expected[:6]) and sorted(asked) == list(range(6))
     everything = sampler.sample_until(
-        prompts, 3, trainer.sampling, 5, wanted=3, teaches=lambda i, group: False
+        prompts, 3, trainer.sampling, 5, wanted=3, teaches=at_once(lambda i, group: False)
     )
     assert said(everything) == said(expected)
 
@@ -281,7 +363,9 @@ def test_a_prompt_enters_while_others_are_decoded(
 
     asked.clear()
     monkeypatch.setattr(RaggedDecoder, "next", failing)
-    groups = sampler.sample_until(prompts, 3, trainer.sampling, 5, wanted=3, teaches=exhausted)
+    groups = sampler.sample_until(
+        prompts, 3, trainer.sampling, 5, wanted=3, teaches=at_once(exhausted)
+    )
     assert said(groups) == said(expected[:6]) and sorted(asked) == list(range(6))
     assert tries == dict.fromkeys(range(6), 1) | {1: 2}
     assert trainer.execution.oom_retry.retries == 4
@@ -299,7 +383,9 @@ def test_rewards_are_not_computed_in_the_decoders_precision(tmp_path: Path) -> N
     prompts = [example.prompt_ids for example in trainer.stream.peek(3)]
     for outer in (False, True):
         with torch.autocast("cpu", enabled=outer):
-            trainer.sampler.sample_until(prompts, 2, trainer.sampling, 5, wanted=3, teaches=teaches)
+            trainer.sampler.sample_until(
+                prompts, 2, trainer.sampling, 5, wanted=3, teaches=at_once(teaches)
+            )
     assert seen == [False] * 3 + [True] * 3
 
 

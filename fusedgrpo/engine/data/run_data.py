@@ -24,13 +24,17 @@ def all_examples(train: PromptDataset, held_out: HeldOut | None) -> list[Example
 
 def unseen(held_out: PromptDataset, trained: PromptDataset) -> PromptDataset | None:
     """``held_out`` without the prompts that are trained on, which a task of few different questions
-    makes again; None if there are no others."""
+    makes again, and each other one once, for a second answer to it says little that is new; None if
+    there are no others."""
     known = {repr(example.prompt) for example in trained.examples}
-    left = [example for example in held_out.examples if repr(example.prompt) not in known]
+    new = [example for example in held_out.examples if repr(example.prompt) not in known]
+    left = list({repr(example.prompt): example for example in reversed(new)}.values())[::-1]
     if len(left) < len(held_out):
         log.warning(
-            "%s: %d of %d held-out questions are trained on, too, and are left out.",
-            *(held_out.source, len(held_out) - len(left), len(held_out)),
+            "%s: of %d held-out questions %d are left out: %d are trained on, too, and %d come "
+            "again.",
+            *(held_out.source, len(held_out), len(held_out) - len(left)),
+            *(len(held_out) - len(new), len(new) - len(left)),
         )
     return dataclasses.replace(held_out, examples=left) if left else None
 

@@ -21,6 +21,7 @@ from fusedgrpo.errors import ConfigError, DataError, brief
 from fusedgrpo.named_code import load_code, locate_code
 
 FLOOR = 0.1  # of the weight of the most promising prompt, which every prompt has
+PRIOR = 2.0  # groups of the typical spread that every prompt begins with
 NEW = 0.3  # weight of the last group in a prompt's running means
 STARVED = 4  # passes' worth of draws that a prompt waits at most
 EASY = 0.2  # share of the prompts that a curriculum begins with; it has all from half of the run on
@@ -76,10 +77,22 @@ class Known:
 
 
 def informative(known: Known, share: float) -> np.ndarray:
-    """The spread of a prompt's rewards against the greatest one; a prompt that was not tried yet
-    promises as much as the best, one that nothing could judge promises nothing."""
-    top = known.spread.max(initial=0.0)
-    promise = known.spread / top if top > 0 else np.zeros(len(known.spread))
+    """The spread that is expected of a prompt's next group, against the greatest one; a prompt that
+    was not tried yet promises as much as the best, one that nothing could judge promises nothing.
+
+    One group says little: expected is the mean of what its groups had and of ``PRIOR`` typical
+    ones. So where most prompts teach, none is asked much more often than others, which would bend
+    the policy to their answers; where few do, those are.
+    """
+    seen = known.seen > 0
+    promise = np.zeros(len(seen))
+    if seen.any():
+        groups = np.minimum(known.seen[seen], (2 - NEW) / NEW)  # as sure as the mean of so many
+        spread = known.spread[seen]
+        promise[seen] = (PRIOR * spread.mean() + groups * spread) / (PRIOR + groups)
+    top = promise.max(initial=0.0)
+    if top > 0:
+        promise /= top
     promise[known.last < 0] = 1.0
     return FLOOR + (1 - FLOOR) * promise
 

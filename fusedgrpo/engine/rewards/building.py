@@ -16,7 +16,8 @@ from fusedgrpo.engine.rewards.call import RewardCall
 from fusedgrpo.engine.rewards.in_process import Concurrent, EventLoop, Inline
 from fusedgrpo.engine.rewards.labels import unique_labels
 from fusedgrpo.engine.rewards.reward_model import RewardModel, is_reward_model, load_reward_model
-from fusedgrpo.engine.rewards.runner import RewardFunctions, Scorer
+from fusedgrpo.engine.rewards.runner import RewardFunctions
+from fusedgrpo.engine.rewards.scorers import Scorer
 from fusedgrpo.engine.rewards.spec import Source, locate
 from fusedgrpo.engine.rewards.worker import Worker
 from fusedgrpo.engine.run_clock import RunClock

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,6 +17,7 @@ from fusedgrpo.engine.columns import NOT_COLUMNS
 from fusedgrpo.engine.metric_names import USER_METRIC, is_own_metric
 from fusedgrpo.engine.rewards.call import Batch, CallFailed, Reply
 from fusedgrpo.engine.rewards.labels import unique_labels
+from fusedgrpo.engine.rewards.scorers import Scorer, Scoring, finished, started
 from fusedgrpo.errors import RewardError, ToolError, brief
 
 logger = logging.getLogger("fusedgrpo")
@@ -24,16 +25,6 @@ logger = logging.getLogger("fusedgrpo")
 FAILED_BATCHES_IN_A_ROW = 3
 SECONDS_TO_FIND_THE_CULPRIT = 30.0
 _REMEDY = "Fix the function, or set on_reward_error: drop to leave such completions out"
-
-
-class Scorer(Protocol):
-    """A reward function, wherever it runs. All are started before any is waited for."""
-
-    name: str
-
-    def start(self, batch: Batch) -> None: ...
-    def finish(self) -> Reply: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +110,7 @@ class RewardFunctions:
         """How many there are: F."""
         return len(self.names)
 
-    def score(
+    def begin(
         self,
         *,
         prompts: list[Any],
@@ -129,13 +120,12 @@ class RewardFunctions:
         trainer_state: Any = None,
         rows: list[int],
         environments: Sequence[Hashable] | None = None,
-    ) -> RewardBatch:
-        """Rewards of B completions, all arguments of length B and in the same order.
+    ) -> Scoring[RewardBatch]:
+        """Have B completions scored, all arguments of length B and in the same order; to be
+        finished before others begin.
 
         columns: the data's columns. rows: data row of each completion, for messages. environments:
         by which those that the completions acted in go, where there are any.
-        Raises :class:`RewardError` if a function returns something else than B rewards and, with
-        ``on_error="halt"``, if it raises, hangs, dies or returns NaN or infinity.
         """
         columns = {name: values for name, values in columns.items() if name not in NOT_COLUMNS}
         if environments is not None:
@@ -149,9 +139,20 @@ class RewardFunctions:
         batch = Batch(
             prompts, completions, completion_ids, columns, trainer_state, rows, environments
         )
+        return Scoring(self._scorers, batch, self._replied)
+
+    def score(self, **batch: Any) -> RewardBatch:
+        """Rewards of completions, given as to :meth:`begin`.
+
+        Raises :class:`RewardError` if a function returns something else than B rewards and, with
+        ``on_error="halt"``, if it raises, hangs, dies or returns NaN or infinity.
+        """
+        return self.begin(**batch).finish()
+
+    def _replied(self, batch: Batch, outcomes: Sequence[Reply | CallFailed]) -> RewardBatch:
         dropped = 0
         replies = []
-        for index, outcome in enumerate(_run(self._scorers, batch)):
+        for index, outcome in enumerate(outcomes):
             if isinstance(outcome, CallFailed):
                 outcome = self._settle(index, batch, outcome)
             self._take_failures(index, batch, outcome)
@@ -198,7 +199,7 @@ class RewardFunctions:
         for i in range(count):
             if not failure.repeatable or time.monotonic() > end:
                 break
-            (outcome,) = _run([scorer], batch.only(i))
+            (outcome,) = finished([scorer], started([scorer], batch.only(i)))
             if isinstance(outcome, CallFailed):
                 failure = outcome
                 reply.failures[i] = str(failure)
@@ -299,31 +300,3 @@ def _why_none(batch: Batch, index: int, replies: Sequence[Reply]) -> str:
 def _mean_of(metric: str, parts: Sequence[RewardBatch]) -> float:
     own = [(part.metrics[metric], len(part.total)) for part in parts if metric in part.metrics]
     return sum(value * count for value, count in own) / max(sum(count for _, count in own), 1)
-
-
-def _run(scorers: Sequence[Scorer], batch: Batch) -> list[Reply | CallFailed]:
-    """Score ``batch`` with all ``scorers``, at the same time where they can.
-
-    Every one that was started is waited for before a RewardError is raised, so that no reply
-    is left over for the next batch.
-    """
-    outcomes: list[Reply | CallFailed | RewardError | None] = []
-    for scorer in scorers:
-        try:
-            scorer.start(batch)
-            outcomes.append(None)
-        except (CallFailed, RewardError) as failure:
-            outcomes.append(failure)
-    for index, scorer in enumerate(scorers):
-        if outcomes[index] is None:
-            try:
-                outcomes[index] = scorer.finish()
-            except (CallFailed, RewardError) as failure:
-                outcomes[index] = failure
-    done: list[Reply | CallFailed] = []
-    for outcome in outcomes:
-        if isinstance(outcome, RewardError):
-            raise outcome
-        assert outcome is not None
-        done.append(outcome)
-    return done

@@ -90,6 +90,11 @@ class Worker:
             raise
         self._send(message)
 
+    def over(self) -> bool:
+        """Whether ``finish`` has nothing to wait for."""
+        child = self._child
+        return child.is_gone or child.connection.poll(0) or time.monotonic() >= self._deadline
+
     def finish(self) -> Reply:
         """Raises :class:`CallFailed` if the function raised, hung or took its process down."""
         return self._receive("scoring a batch")

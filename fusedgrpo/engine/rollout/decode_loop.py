@@ -224,6 +224,7 @@ def decode(
     watcher: Watcher | None = None,
     ended: Callable[[Sequence[int]], bool] | None = None,
     allowed: Callable[[], int] | None = None,
+    more: Callable[[], bool] = lambda: False,
     turns: Turns | None = None,
     first: int = 0,
     grammar: Grammar | None = None,
@@ -235,7 +236,8 @@ def decode(
 
     samples: for some of the ``prompts``, by their place, which completions. seed_of: the seed of a
     completion's noise. allowed: how many of ``samples`` may have begun, None for all of them; it
-    may grow with the completions that end.
+    may grow with the completions that end. more: asked where nothing else is left to do, whether it
+    may have grown; it waits for that.
     """
     how = how or How.on(policy.device)
     watcher = watcher or Watcher()
@@ -249,7 +251,7 @@ def decode(
             first=first,
             grammar=grammar,
         )
-        while loop.scheduler.busy:
+        while loop.scheduler.busy or more():
             watcher.check_interrupt()
             launched = loop.admit()
             before = len(loop.launched)

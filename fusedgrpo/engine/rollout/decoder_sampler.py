@@ -22,7 +22,7 @@ from fusedgrpo.engine.rollout.scheduler import Live
 from fusedgrpo.engine.rollout.stop_texts import StopTexts
 from fusedgrpo.engine.rollout.structured import Grammar, grammars
 from fusedgrpo.engine.rollout.turns import Turns, of_turns
-from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group
+from fusedgrpo.engine.rollout.types import Completion, FinishReason, Group, Verdict
 from fusedgrpo.engine.seeding import derive
 from fusedgrpo.errors import ConfigError, ModelError
 from fusedgrpo.models.adapters.merged_weights import MergedWeights
@@ -114,11 +114,11 @@ class DecoderSampler(Sampler):
         seed: int,
         *,
         wanted: int,
-        teaches: Callable[[int, Group], bool],
+        teaches: Callable[[int, Group], Verdict],
         rows: Sequence[int] | None = None,
         turns: Turns | None = None,
     ) -> list[Group]:
-        """See ``Sampler``. When a group is whole and teaches nothing, the next prompt enters beside
+        """See ``Sampler``. When a group is known to teach nothing, the next prompt enters beside
         the completions that are in flight then."""
         return self._sample(prompt_ids, n, params, seed, rows, 0, wanted, teaches, turns)
 
@@ -131,13 +131,14 @@ class DecoderSampler(Sampler):
         rows: Sequence[int] | None,
         first: int,
         wanted: int,
-        teaches: Callable[[int, Group], bool],
+        teaches: Callable[[int, Group], Verdict],
         turns: Turns | None = None,
     ) -> list[Group]:
         """``sample_until``, where the first prompt has the position ``first``."""
         rows = range(len(prompt_ids)) if rows is None else rows
         done: dict[tuple[int, int], Completion] = {}
         groups: dict[int, Group] = {}
+        verdicts: dict[int, Verdict] = {}  # those that are open
         in_vain: list[int] = []
         choose = NextToken(self.policy, params)
         stops = StopTexts(self.text.tokenizer, params.stop_strings)
@@ -149,21 +150,30 @@ class DecoderSampler(Sampler):
 
         def judge(i: int) -> None:
             own = tuple(done[i, sample] for sample in range(n))
-            group = Group(rows[i], tuple(prompt_ids[i]), own)
-            with callers:  # rewards are no part of the forward passes that go on around them
-                vain = not teaches(i, group)
-            if vain:
-                in_vain.append(i)
-            groups[i] = group
+            groups[i] = Group(rows[i], tuple(prompt_ids[i]), own)
+            verdicts[i] = teaches(i, groups[i])
+
+        def ask(wait: bool = False) -> bool:
+            """Ask of the groups whose verdicts are open, and wait for the first; was there any?"""
+            asked = list(verdicts)
+            for i in asked:
+                with callers:  # rewards are no part of the forward passes that go on around them
+                    verdict = verdicts[i](wait)
+                wait = False
+                if verdict is not None:
+                    del verdicts[i]
+                    if not verdict:
+                        in_vain.append(i)
+            return bool(asked)
 
         def decode_rest() -> None:  # once more after running out of memory: what is done stays
-            left: dict[int, list[int]] = {}
-            for i in range(len(prompt_ids)):
-                if samples := missing(i):
-                    left[i] = samples
-                elif i not in groups:  # memory ran out while it was judged
-                    judge(i)
+            left = {i: samples for i in range(len(prompt_ids)) if (samples := missing(i))}
             behind = len(groups)
+
+            def allowed() -> int:
+                ask()
+                return wanted + len(in_vain) - behind
+
             for live in decode(
                 self.policy,
                 prompt_ids,
@@ -175,7 +185,8 @@ class DecoderSampler(Sampler):
                 how=self._how(grammar),
                 watcher=watcher,
                 ended=stops.ended if stops else None,
-                allowed=lambda: wanted + len(in_vain) - behind,
+                allowed=allowed,
+                more=lambda: ask(wait=True),
                 turns=turns,
                 first=first,
                 grammar=grammar,
@@ -190,6 +201,8 @@ class DecoderSampler(Sampler):
                 done[i, live.sample] = completion
                 if not missing(i):
                     judge(i)
+            while ask(wait=True):  # after running out of memory there may be nothing else left
+                pass
 
         with self.execution.progress() as report:
             watcher = Watcher(self.execution.check_interrupt, report)
@@ -246,9 +259,9 @@ def _spoken(live: Live, ends: Collection[int]) -> Completion:
     return Completion(tuple(live.ids), "", reason, torch.tensor(live.logp))
 
 
-def _teaches(i: int, group: Group) -> bool:
+def _teaches(i: int, group: Group) -> Verdict:
     """Where nobody asks."""
-    return True
+    return lambda wait: True
 
 
 def _autocast_now(device_type: str) -> torch.autocast:

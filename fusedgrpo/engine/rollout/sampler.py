@@ -11,7 +11,7 @@ from typing import ClassVar
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.config.structured import StructuredOutputs
 from fusedgrpo.engine.rollout.turns import Turns, turn_by_turn
-from fusedgrpo.engine.rollout.types import Completion, Group
+from fusedgrpo.engine.rollout.types import Completion, Group, Verdict
 from fusedgrpo.engine.seeding import derive
 
 
@@ -134,14 +134,14 @@ class Sampler(abc.ABC):
         seed: int,
         *,
         wanted: int,
-        teaches: Callable[[int, Group], bool],
+        teaches: Callable[[int, Group], Verdict],
         rows: Sequence[int] | None = None,
         turns: Turns | None = None,
     ) -> list[Group]:
         """The groups of the first prompts, as many as it takes for ``wanted`` of them to teach
         something, or of all. teaches: asked once of each group, by its place, when it is whole; in
-        any order, and again where memory ran out in it. What a group says is what ``sample``
-        says."""
+        any order. What it finds may come later; where memory runs out while that is asked for, it
+        is again. What a group says is what ``sample`` says."""
         raise NotImplementedError
 
     def weights_changed(self) -> None:  # noqa: B027  most of them keep nothing

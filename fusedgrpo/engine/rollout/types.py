@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 FinishReason = Literal["stop", "length"]
+# Whether a group teaches anything; asked with False, None while that is not known, with True it
+# waits for it.
+Verdict = Callable[[bool], bool | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def test_what_teaches_comes_often_and_nothing_is_left_out() -> None:
     count = Counter(row for rollout in rollouts[20:] for row in rollout)
     often = min(count[row] for row in teaches)
     seldom = [count[row] for row in range(COUNT) if row not in teaches]
-    assert often > 3 * max(seldom) and min(seldom) > 0
+    assert often > 3 * sum(seldom) / len(seldom) and min(seldom) > 0
     waits = {
         row: [i for i, rollout in enumerate(rollouts) if row in rollout] for row in range(COUNT)
     }
@@ -72,7 +72,7 @@ def test_weights_have_a_floor() -> None:
     of = stream()
     drawn(of, 8, lambda row: [0, 1] if row == 3 else [1, 1])
     weights = informative(of.known, 0.0)
-    assert weights[3] == 1 and set(weights[:3]) == {FLOOR}
+    assert weights[3] == 1 and all(weights[:3] > FLOOR) and all(weights[:3] < 1.6 * FLOOR)
     of = stream()
     drawn(of, 2, lambda row: [np.nan, np.nan])
     tried = of.known.last >= 0
@@ -80,6 +80,21 @@ def test_weights_have_a_floor() -> None:
     of = stream()
     drawn(of, 8, lambda row: [1, 1])
     assert set(informative(of.known, 0.0)) == {FLOOR}  # nobody promises anything
+
+
+def test_one_group_says_little() -> None:
+    """Where most teach, what once did not comes less often; where few do, it comes seldom."""
+    shares = {}
+    for teaching in (3, 15):
+        of = stream()
+        for place in range(COUNT):
+            of.known.add(place, 0, np.asarray([0, 1] if place < teaching else [1, 1], dtype=float))
+        weights = informative(of.known, 0.0)
+        assert (weights[:teaching] == 1).all()
+        shares[teaching] = weights[-1]
+    # Of 20 spreads of 0.5, 15 or 3: (2 x 0.375) / (2 x 0.375 + 0.5) and (2 x 0.075) / (...).
+    assert shares[15] == pytest.approx(FLOOR + (1 - FLOOR) * 0.6)
+    assert shares[3] == pytest.approx(FLOOR + (1 - FLOOR) * 0.15 / 0.65)
 
 
 def test_a_prompt_that_waits_comes_first() -> None:

@@ -166,6 +166,31 @@ def gone(pid: int) -> bool:
     return False
 
 
+def over_in_the_end(worker: Worker) -> bool:
+    end = time.monotonic() + HUNG
+    while not worker.over() and time.monotonic() < end:
+        time.sleep(0.01)
+    return worker.over()
+
+
+def test_over_says_that_nobody_waits(make: Make) -> None:
+    worker = make("hang")
+    worker.start(batch("fine"))
+    assert over_in_the_end(worker) and worker.finish().values == [1.0]
+    worker.start(batch("hang"))
+    assert not worker.over()
+    worker._deadline = 0.0  # the time is up
+    assert worker.over()
+    with pytest.raises(CallFailed, match="reward_timeout"):
+        worker.finish()
+    dead = make("exits")
+    dead.start(batch("kill"))
+    assert over_in_the_end(dead)
+    with pytest.raises(CallFailed, match="its process died"):
+        dead.finish()
+    assert dead.over()
+
+
 def test_scores_in_another_process_without_torch(make: Make) -> None:
     worker = make("length")
     assert worker.name == "length"
