@@ -32,6 +32,7 @@ def plan(
     with opening(), stage("importing torch and transformers"):
         from fusedgrpo.engine.memory.plan import plan_table
         from fusedgrpo.engine.memory.planner import card_bytes, plan_memory
+        from fusedgrpo.engine.rewards.building import planned_bytes
         from fusedgrpo.engine.rollout.choice import choose_sampler
         from fusedgrpo.models.adapters.files import planned_options
         from fusedgrpo.models.settings import model_settings
@@ -46,7 +47,9 @@ def plan(
             f"{options.model_name_or_path}: a GGUF file has no config.json to plan from. Plan with "
             "the name of the model it was made of."
         )
-    sampler = choose_sampler(options.sampler, None, code_folders(given.search_paths))
+    folders = code_folders(given.search_paths)
+    sampler = choose_sampler(options.sampler, None, folders)
+    kwargs = {"trust_remote_code": options.trust_remote_code}
     with opening():
         found = plan_memory(
             planned_options(options),
@@ -55,6 +58,7 @@ def plan(
             activation_offloading=options.activation_offloading,
             sampler_memory=sampler.memory,
             decoder=sampler.decodes,
+            reward_models=planned_bytes(options.reward_funcs, folders, kwargs),
         )
     typer.echo(plan_table(found))
     if not found.fits:

@@ -57,9 +57,10 @@ def memory_plan_of(
     examples: Sequence[Example],
     world_size: int,
     sampler: ChosenSampler,
+    reward_models: int = 0,
 ) -> MemoryPlan | None:
     """The memory that the run will need of its card; None where there is none and none was named,
-    and for models that cannot be planned."""
+    and for models that cannot be planned. reward_models: bytes of their weights."""
     card = card_bytes(args)
     if card is None:
         return None
@@ -73,6 +74,7 @@ def memory_plan_of(
             world_size=world_size,
             sampler_memory=sampler.memory,
             decoder=sampler.decodes,
+            reward_models=reward_models,
         )
     except PlanError as error:
         log.warning("%s The run goes on without a plan.", error)

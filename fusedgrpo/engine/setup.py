@@ -195,6 +195,7 @@ def build_parts(
                 examples=all_examples(train, held_out),
                 world_size=processes.size,
                 sampler=chosen_sampler,
+                reward_models=rewards.bytes,
             )
             memory_plan = plan_for(args)
         policy = policy or Policy.load(args, model, peft_config)

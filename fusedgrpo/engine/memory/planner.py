@@ -38,17 +38,18 @@ def plan_memory(
     world_size: int = 1,
     sampler_memory: SamplerMemory | None = None,
     decoder: bool = True,
+    reward_models: int = 0,
 ) -> MemoryPlan:
     """The plan of a run on one GPU of ``gpu_bytes`` (each of ``world_size``).
 
     settings: the model's transformers configuration. prompt_tokens: of the longest prompt; None for
     ``max_prompt_length``, or what ``max_length`` leaves, or 512. activation_offloading: None to
-    choose. sampler_memory, decoder: see ``Sizes``. A plan that does not fit has ``advice``: the
-    nearest change that does. Raises PlanError for a model that cannot be run on tensors without
-    storage.
+    choose. sampler_memory, decoder, reward_models: see ``Sizes``. A plan that does not fit has
+    ``advice``: the nearest change that does. Raises PlanError for a model that cannot be run on
+    tensors without storage.
     """
     with stages.stage("planning memory"):
-        return MemoryPlanner(settings, world_size, sampler_memory, decoder).plan(
+        return MemoryPlanner(settings, world_size, sampler_memory, decoder, reward_models).plan(
             config,
             gpu_bytes=gpu_bytes,
             prompt_tokens=prompt_tokens,
@@ -74,8 +75,9 @@ class MemoryPlanner:
         world_size: int = 1,
         sampler_memory: SamplerMemory | None = None,
         decoder: bool = True,
+        reward_models: int = 0,
     ):
-        self.sizes = Sizes(settings, world_size, sampler_memory, decoder)
+        self.sizes = Sizes(settings, world_size, sampler_memory, decoder, reward_models)
         self.gpu_bytes = 0
 
     def plan(

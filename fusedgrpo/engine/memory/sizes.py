@@ -38,7 +38,8 @@ class Sizes:
     settings: the model's transformers configuration. world_size: processes, a GPU each.
     sampler_memory: of a sampler that is not ours, which knows what it takes; None for all others.
     decoder: False where completions do not come from our decoder, whatever the option ``sampler``:
-    an object that was passed to the trainer. generate's memory is planned for it.
+    an object that was passed to the trainer. generate's memory is planned for it. reward_models:
+    bytes of their weights; what a forward pass of theirs takes is not known.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Sizes:
         world_size: int = 1,
         sampler_memory: SamplerMemory | None = None,
         decoder: bool = True,
+        reward_models: int = 0,
     ):
         self.decoder = decoder
+        self.reward_models = reward_models
         self.settings = settings
         self.world_size = world_size
         self.sampler_memory = sampler_memory
@@ -64,6 +67,7 @@ class Sizes:
             "other weights": weights.other,
             "LoRA adapter": weights.adapter,
             "optimizer state": 0 if paged(config) else optimizer_state(config, weights.trained),
+            "reward models": self.reward_models,
         }
         if config.finetuning_type == "full" and config.beta:
             rows["reference model"] = trained * weights.trained_itemsize

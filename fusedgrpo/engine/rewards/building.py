@@ -15,7 +15,12 @@ from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.rewards.call import RewardCall
 from fusedgrpo.engine.rewards.in_process import Concurrent, EventLoop, Inline
 from fusedgrpo.engine.rewards.labels import unique_labels
-from fusedgrpo.engine.rewards.reward_model import RewardModel, is_reward_model, load_reward_model
+from fusedgrpo.engine.rewards.reward_model import (
+    RewardModel,
+    is_reward_model,
+    load_reward_model,
+    weights_bytes,
+)
 from fusedgrpo.engine.rewards.runner import RewardFunctions
 from fusedgrpo.engine.rewards.scorers import Scorer
 from fusedgrpo.engine.rewards.spec import Source, locate
@@ -121,6 +126,16 @@ def build_rewards(
             ", ".join(renamed),
         )
     return functions_of_run
+
+
+def planned_bytes(
+    reward_funcs: Any, folders: Sequence[Path], model_kwargs: Mapping[str, Any] | None = None
+) -> int:
+    """The bytes of the weights of the reward models among the names ``reward_funcs``, of which none
+    is loaded. Raises :class:`RewardError` for a name that can be nothing."""
+    sources = [locate(name, folders) for name in _listed(reward_funcs, needs_one=False)]
+    models = [source.target for source in sources if source.kind == "model"]
+    return sum(weights_bytes(target, model_kwargs) for target in models)
 
 
 def _listed(reward_funcs: Any, *, needs_one: bool) -> list[Any]:

@@ -42,6 +42,27 @@ def load_reward_model(target: str, model_kwargs: Mapping[str, Any] | None = None
     return model
 
 
+def weights_bytes(target: str, model_kwargs: Mapping[str, Any] | None = None) -> int:
+    """The bytes of a reward model's weights as they will be loaded, none of which is.
+
+    Raises :class:`RewardError` if there is no model of that name.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    given = dict(model_kwargs or {})
+    try:
+        settings = AutoConfig.from_pretrained(target, num_labels=1, **given)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(settings, **given)
+    except Exception as error:  # as for loading it
+        raise RewardError(f"cannot plan the reward model {target!r}: {reason(error)}") from error
+    return _bytes(model)
+
+
+def _bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+
+
 def is_reward_model(candidate: object) -> bool:
     """Whether it is a transformers model, compiled or not, rather than a function."""
     return isinstance(candidate, torch.nn.Module) and hasattr(candidate, "config")
@@ -87,6 +108,7 @@ class RewardModel:
         if not (getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)):
             model.to(device)  # the others were placed when they were loaded
         self._model = model.eval().requires_grad_(False)
+        self.bytes = _bytes(model)
         self._batch: Batch | None = None
         self.check_interrupt: Callable[[], None] = lambda: None  # called before each forward pass
 

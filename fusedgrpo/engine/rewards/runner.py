@@ -110,6 +110,11 @@ class RewardFunctions:
         """How many there are: F."""
         return len(self.names)
 
+    @property
+    def bytes(self) -> int:
+        """Weights of reward models, which are on the run's device."""
+        return sum(getattr(scorer, "bytes", 0) for scorer in self._scorers)
+
     def begin(
         self,
         *,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import process_runs
 import pytest
 import tiny
 import yaml
+from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 from fusedgrpo.cli import app
@@ -50,6 +52,16 @@ def test_plan_needs_no_weights_and_says_that_it_fits(recipe):
     assert "It fits" in done.output
     for phase in ("rollout", "scoring", "update forward", "update backward", "optimizer step"):
         assert phase in done.output
+
+
+def test_plan_knows_of_a_reward_model(recipe, tmp_path):
+    (tmp_path / "judge").mkdir()
+    judge = QWEN_7B | {"num_hidden_layers": 1, "architectures": ["Qwen2ForSequenceClassification"]}
+    (tmp_path / "judge" / "config.json").write_text(json.dumps(judge))
+    done = invoke(recipe, "--gpu", "24GB", "--reward_funcs", f"accuracy,{tmp_path / 'judge'}")
+    assert done.exit_code == 0, done.output
+    # Embeddings and a layer: 152,064 x 3,584 + 233,057,792 parameters of 2 bytes are 1.45 GiB.
+    assert re.search(r"reward models +1\.4[0-9]", done.output), done.output
 
 
 @pytest.mark.slow
@@ -95,6 +107,21 @@ def test_a_run_for_a_named_card_prints_its_plan_and_keeps_to_it(tmp_path, capsys
     assert run.execution.oom_retry.in_flight == run.memory_plan.max_in_flight == 8
     for got, want in zip(planned, plain, strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_run_has_its_reward_models(tmp_path):
+    judge = tiny.model("Llama")
+    of = LlamaConfig(**judge.config.to_dict() | {"num_labels": 1})
+    reward = LlamaForSequenceClassification(of)
+    reward.save_pretrained(tmp_path / "judge")
+    tiny.tokenizer().save_pretrained(tmp_path / "judge")
+    trainer = process_runs.make(
+        tmp_path / "run", model=str(tiny.save(tmp_path / "model", judge)), gpu_memory="8GB",
+        reward_funcs=[str(tmp_path / "judge")],
+    )  # fmt: skip
+    planned = trainer.memory_plan.resident["reward models"]
+    assert planned == sum(p.nbytes for p in (*reward.parameters(), *reward.buffers()))
 
 
 def test_offloading_without_checkpointing_is_refused():

@@ -13,6 +13,7 @@ from fusedgrpo.engine.rewards.reward_model import (
     RewardModel,
     is_reward_model,
     load_reward_model,
+    weights_bytes,
 )
 from fusedgrpo.errors import RewardError
 
@@ -150,3 +151,17 @@ def test_texts_that_do_not_fit_are_refused_and_broken_scores_are_failures(
         model.score.weight.fill_(torch.nan)
     reward.start(batch(["p"], ["a"]))
     assert "gave nan" in reward.finish().failures[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_bytes_are_known_before_it_is_loaded(
+    dtype: torch.dtype, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    model.to(dtype).save_pretrained(tmp_path / "judge")
+    loaded = load_reward_model(str(tmp_path / "judge"))
+    expected = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    planned = weights_bytes(str(tmp_path / "judge"))
+    assert planned == RewardModel(loaded, tokenizer).bytes
+    assert expected <= planned <= expected + 64  # and a table of the positions' frequencies
+    with pytest.raises(RewardError, match="cannot plan the reward model"):
+        weights_bytes(str(tmp_path / "nothing"))
