@@ -6,6 +6,7 @@
 # make gpu    on a machine with a GPU: its tests, and the comparisons of the kernels to bench/results
 #             (gpu-test and gpu-bench apart); PY=python takes the packages that are there.
 #             Whole steps and rollouts at 7B shapes: docs/gpu-session.md
+# make compat what a CPU can run of the versions in constraints-compat.txt: a GPU machine's, 6 GB
 # VENV=... uses another environment than .venv; PYTHON=... another interpreter to make it with.
 
 PYTHON ?= python3
@@ -21,7 +22,10 @@ PEERS ?= trl,liger_kernel,cut_cross_entropy
 GPU_JOBS ?= 8
 RESULTS := bench/results/$(shell date +%F)
 
-.PHONY: demo test test-slow test-all check format options bench gpu gpu-test gpu-bench clean
+# Of an environment with older versions.
+COMPAT := $(VENV)-compat
+
+.PHONY: demo test test-slow test-all check format options bench gpu gpu-test gpu-bench compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/grpo_demo.py
@@ -63,6 +67,19 @@ gpu-bench:
 	$(PY) bench/bench_policy_loss.py --peers $(PEERS) --json $(RESULTS)-policy-loss-gpu.jsonl
 	$(PY) bench/bench_accuracy.py --device cuda --peers $(PEERS) --json $(RESULTS)-accuracy-gpu.jsonl
 
+compat: $(COMPAT)/.done
+	$(COMPAT)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests/kernels tests/models \
+		tests/integrations tests/engine/test_trainer.py
+
+# The versions of constraints-compat.txt in place of ours.
+$(COMPAT)/.done: pyproject.toml constraints.txt constraints-compat.txt
+	$(PYTHON) -m venv $(COMPAT)
+	sed -n 's/==.*/==/p' constraints-compat.txt > $(COMPAT)/replaced.txt
+	grep -vFf $(COMPAT)/replaced.txt constraints.txt | cat - constraints-compat.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,trl]" \
+		-c $(COMPAT)/constraints.txt
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -80,4 +97,4 @@ $(VENV)/.peers: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
