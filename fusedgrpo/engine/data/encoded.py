@@ -26,6 +26,7 @@ from fusedgrpo.errors import reason
 logger = logging.getLogger("fusedgrpo")
 
 LARGE = 2000  # rows from which on it is worth a file
+MOST = 32  # files that stay, those that were used last
 _CALLED = ("transformers", "tokenizers", "jinja2")
 _OPTIONS = (
     "system_prompt",
@@ -52,6 +53,7 @@ class EncodedRows:
         if path is not None and path.exists():
             try:
                 self._kept = _read(path, count)
+                os.utime(path)  # it was used
             except Exception as error:  # noqa: BLE001 - a damaged file, whatever its reader says
                 logger.info("%s is not used: %s", path, reason(error))
 
@@ -78,8 +80,17 @@ class EncodedRows:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _write(self._path, self._kept | self._added, self._count)
+            _leave_the_last(self._path.parent)
         except Exception as error:  # noqa: BLE001 - a full disk, in whatever words
             logger.info("%s cannot be written: %s", self._path, reason(error))
+
+
+def _leave_the_last(folder: Path) -> None:
+    """All but ``MOST`` go: a file is of no use any more once its rows, or this code, have changed.
+    A run that reads one of them at this moment keeps what it has opened."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    for file in files[:-MOST]:
+        file.unlink(missing_ok=True)
 
 
 def _folder() -> Path | None:

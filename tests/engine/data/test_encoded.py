@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import datasets
 import pytest
 import tiny
@@ -54,6 +56,31 @@ def test_the_second_run_makes_nothing_and_has_the_same(made, tmp_path):
     assert second.ids_fingerprint == first.ids_fingerprint
     assert len(load(bad, max_prompt_length=50)) == len(first) + 1, "ids are checked each time"
     assert not made
+
+
+def test_files_that_were_not_used_for_long_go(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded, "MOST", 2)
+    folder = tmp_path / "cache" / "fusedgrpo"
+
+    def at(system, seconds):
+        """Load, and say when that was."""
+        known = set(folder.glob("*"))
+        load(system_prompt=system)
+        for file in folder.glob("*"):
+            if file not in known:
+                os.utime(file, (seconds, seconds))
+
+    at("w4", 1)
+    at("w5", 2)
+    at("w4", 3)  # used again, now
+    at("w6", 4)
+    assert len(list(folder.glob("*"))) == 2
+    made.clear()
+    load(system_prompt="w4")
+    load(system_prompt="w6")
+    assert not made
+    load(system_prompt="w5")
+    assert made
 
 
 def test_what_is_said_of_one_data_set_is_not_said_again_of_the_next(caplog):
