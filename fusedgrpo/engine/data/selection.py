@@ -81,8 +81,8 @@ def informative(known: Known, share: float) -> np.ndarray:
     was not tried yet promises as much as the best, one that nothing could judge promises nothing.
 
     One group says little: expected is the mean of what its groups had and of ``PRIOR`` typical
-    ones. So where most prompts teach, none is asked much more often than others, which would bend
-    the policy to their answers; where few do, those are.
+    ones. So where most prompts teach, none is asked much more often than others, which would narrow
+    the policy to their answers (docs/measured.md); where few do, those are.
     """
     seen = known.seen > 0
     promise = np.zeros(len(seen))
