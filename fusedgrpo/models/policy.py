@@ -61,8 +61,8 @@ class Policy:
     the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
     ``layout``, for ``PackedBatch.build``. router: the load-balancing loss of a mixture of experts.
     disable_dropout, trains_as_it_samples: what ``training`` switches off. fused_lora: layers with
-    plain LoRA compute in one node of autograd for all that share an input, and not as peft has them;
-    ``lora`` is who does it, None where nobody does.
+    plain LoRA compute in one node of autograd for all that share an input, not as peft has them;
+    ``lora`` is who sees to it, None where nobody does.
     """
 
     def __init__(
@@ -189,7 +189,8 @@ class Policy:
         """Log-probs ``[N]`` float32 (and entropies) of the scored tokens of ``packed``.
 
         Carries gradients unless under ``torch.no_grad``: policy, old and reference log-probs are
-        the same route. Temperature is applied, top-k and top-p are not. routed: a list that takes
+        the same route. With gradient checkpointing the backward pass belongs inside ``training``.
+        Temperature is applied, top-k and top-p are not. routed: a list that takes
         what the router did with all tokens of ``packed``.
         """
         with self.autocast():
@@ -277,8 +278,9 @@ class Policy:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """To be entered around a forward pass that trains, and its backward pass: what the model
-        would compute otherwise than while it samples is off, unless that was asked for. With gradient
-        checkpointing the backward pass computes layers anew, and has to find them as they were."""
+        would compute otherwise than while it samples is off, unless that was asked for. Where the
+        backward pass computes layers anew, for gradient checkpointing, it finds them as they were.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lora())
             if self.disable_dropout:

@@ -1,5 +1,5 @@
-"""The LoRA layers of a model as ``lora_linears`` computes them: in the update, and wherever log-probs
-are compared with those of the update.
+"""The LoRA layers of a model as ``lora_linears`` computes them: in the update, and in every pass
+whose log-probs are compared with those of the update.
 
 Layers that share an input compute together. Which ones do is learned once, in a pass with the
 adapters switched off: it must not depend on what was trained so far, or a run that is resumed would
@@ -151,8 +151,9 @@ class _Group:
 
     def _compute(self, x: Tensor, dtype: torch.dtype) -> None:
         self._forget()  # what nobody came for
-        members = {i: l for i, l in enumerate(self.layers) if computes_in(l, x) == dtype}
-        found = lora_linears(x, [_parts(layer) for layer in members.values()], dtype)
+        indices = range(len(self.layers))
+        members = [i for i in indices if computes_in(self.layers[i], x) == dtype]
+        found = lora_linears(x, [_parts(self.layers[i]) for i in members], dtype)
         self._x, self._asked = x, _asked(x, dtype)
         self._waiting = dict(zip(members, found, strict=True))
 
