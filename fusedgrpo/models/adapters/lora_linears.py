@@ -2,11 +2,11 @@
 
     y_i = W_i x + b_i + sum_j s_ij B_ij A_ij x
 
-with all A in one product, of which z_i are the columns of layer i. For the backward pass x and z
-are kept, once for all layers; gradients are those of x, A and B:
+with all s A in one product, z = (s A) x, of which z_ij are the columns of an adapter. For the
+backward pass x and z are kept, once for all layers; gradients are those of x, A and B:
 
-    dz = [dy_1 (s B)_1, dy_2 (s B)_2, ...]      dA = dz^T x      dB_ij = s_ij dy_i^T z_ij
-    dx = dz A + sum_i dy_i W_i
+    dz = [dy_1 B_1, dy_2 B_2, ...]      dA = s dz^T x      dB_ij = dy_i^T z_ij
+    dx = dz (s A) + sum_i dy_i W_i
 
 Products are added up where they are made. A weight in 4 bits is dequantised for the forward and for
 the backward pass, one layer after the other, and is nowhere in between.
@@ -47,8 +47,8 @@ class LoraLinear(NamedTuple):
         return sum(factors.rank for factors in self.adapters)
 
     def up(self, dtype: torch.dtype) -> Tensor:
-        """``[out, rank]``: all s B, side by side."""
-        return torch.cat([(B * scaling).to(dtype) for _, B, scaling in self.adapters], 1)
+        """``[out, rank]``: all B side by side."""
+        return _joined([factors.B for factors in self.adapters], 1).to(dtype)
 
 
 def lora_linears(x: Tensor, layers: Sequence[LoraLinear], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -74,7 +74,7 @@ class _LoraLinears(torch.autograd.Function):
         # Called as they are, with the caller's autocast: the same bits as without adapters.
         outputs = [_called(layer.base, given, x.dtype) for layer in layers]
         with torch.autocast(x.device.type, enabled=False):
-            down = torch.cat(factors[::2]).to(dtype)
+            down = _joined(_scaled(factors[::2], layers), 0).to(dtype)
             ups = [layer.up(dtype) for layer in layers]
             inner = given.flatten(0, -2) @ down.T
             for out, z, up in zip(outputs, _columns(inner, layers), ups, strict=True):
@@ -95,7 +95,7 @@ class _LoraLinears(torch.autograd.Function):
         ups = others[: len(layers)]
         with torch.autocast(given.device.type, enabled=False):
             flat = [grad.flatten(0, -2).to(dtype) for grad in grads]
-            d_inner = torch.cat([g @ up for g, up in zip(flat, ups, strict=True)], 1)
+            d_inner = _joined([g @ up for g, up in zip(flat, ups, strict=True)], 1)
             d_x = None
             if needs_x:
                 d_x = d_inner @ down
@@ -130,16 +130,23 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _d_down(total: Tensor, layers: Sequence[LoraLinear]) -> list[Tensor]:
-    """The gradient of each A, of that of all of them ``[R, in]``."""
+    """The gradient of each A, of that of all s A ``[R, in]``."""
     adapters = [factors for layer in layers for factors in layer.adapters]
     parts = total.split([factors.rank for factors in adapters])
-    return [part.to(factors.A.dtype) for part, factors in zip(parts, adapters, strict=True)]
+    return _scaled([d.to(f.A.dtype) for d, f in zip(parts, adapters, strict=True)], layers)
 
 
 def _d_up(total: Tensor, layer: LoraLinear) -> list[Tensor]:
-    """The gradient of each B of ``layer``, of that of all of them ``[out, rank]``, without s."""
+    """The gradient of each B of ``layer``, of that of all of them ``[out, rank]``."""
     parts = total.split([factors.rank for factors in layer.adapters], 1)
-    return [
-        part.to(factors.B.dtype) * factors.scaling
-        for part, factors in zip(parts, layer.adapters, strict=True)
-    ]
+    return [d.to(f.B.dtype) for d, f in zip(parts, layer.adapters, strict=True)]
+
+
+def _scaled(tensors: Sequence[Tensor], layers: Sequence[LoraLinear]) -> list[Tensor]:
+    """One tensor of each adapter, times its scaling."""
+    scalings = [factors.scaling for layer in layers for factors in layer.adapters]
+    return list(torch._foreach_mul(tensors, scalings))  # in one launch on a GPU
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

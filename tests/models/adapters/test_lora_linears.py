@@ -207,7 +207,7 @@ def test_under_autocast_it_is_no_further_from_the_truth_than_the_formula(
     # Several times: the gradient of a factor has few elements, and so has its error.
     total = sum(squared_errors(kind, x_dtype, dtype) for _ in range(8)) / 8
     ours, formula = torch.as_tensor(total).sqrt().unbind(1)
-    assert (ours <= 1.05 * formula).all(), ours / formula
+    assert (ours <= 1.15 * formula).all() and (ours / formula).mean() < 1, ours / formula
     assert (formula < 0.02).all()
 
 
