@@ -170,9 +170,6 @@ class SmallModel:
         with self.fake, self.tracker:
             fill(model)
         self.lora = FusedLora(model)
-        if self.adapted:
-            with self.fake, torch.no_grad(), self.autocast(), self.lora.learn():
-                self.forward(1)
 
     def trainable(self) -> list[tuple[str, Tensor]]:
         """Nothing, since nothing changes between two measurements."""
@@ -226,6 +223,9 @@ class SmallModel:
         """Layers as the policy has them, their tensors fake and counted."""
         with contextlib.ExitStack() as stack:
             if self.adapted:
+                if not self.lora.has_learned:
+                    with self.fake, torch.no_grad(), self.autocast(), self.lora.learn():
+                        self.forward(1)
                 stack.enter_context(self.lora.active())
                 if not self.lora.left_to_peft:
                     stack.enter_context(called_by_us(self.model))

@@ -132,7 +132,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 def _d_down(total: Tensor, layers: Sequence[LoraLinear]) -> list[Tensor]:
     """The gradient of each A, of that of all s A ``[R, in]``."""
     adapters = [factors for layer in layers for factors in layer.adapters]
-    parts = total.split([factors.rank for factors in adapters])
+    parts = total.to(adapters[0].A.dtype).split([factors.rank for factors in adapters])
     return _scaled([d.to(f.A.dtype) for d, f in zip(parts, adapters, strict=True)], layers)
 
 
