@@ -94,8 +94,8 @@ LORA_MUTANTS = (
     mutant(
         "adapters that are off act",
         GROUPS,
-        "if not acts(layer) or x.dim() < 2:",
-        "if x.dim() < 2:",
+        "if not acts(layer):\n        return None",
+        "if False:\n        return None",
         OFF,
     ),
     mutant(

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,16 +30,20 @@ log = logging.getLogger("fusedgrpo")
 class FusedLora:
     """The forward passes of ``model``'s layers with plain LoRA while ``active``.
 
-    left_to_peft: how many layers with LoRA kept peft's own forward pass the last time, by the
-    reason. It is also said, once.
+    What keeps peft's own is in ``left_to_peft``, and said once.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.left_to_peft: dict[str, int] = {}
         self._families: list[list[Any]] | None = None
         self._on = False
+        self._left: dict[str, set[Any]] = {}
         self._said: set[str] = set()
+
+    @property
+    def left_to_peft(self) -> dict[str, int]:
+        """How many layers with LoRA computed as peft has them the last time, by the reason."""
+        return {reason: len(layers) for reason, layers in self._left.items()}
 
     @property
     def has_learned(self) -> bool:
@@ -63,11 +66,15 @@ class FusedLora:
             yield
             return
         assert self._families is not None, "learn comes first"
-        reasons = {layer: not_fused(layer) for layer in self._layers()}
-        self._say(Counter(reason for reason in reasons.values() if reason is not None))
-        chosen = {layer for layer, reason in reasons.items() if reason is None}
+        self._left = {}
+        chosen = set()
+        for layer in self._layers():
+            if (reason := not_fused(layer)) is None:
+                chosen.add(layer)
+            else:
+                self._leave(layer, reason)
         families = [[layer for layer in family if layer in chosen] for family in self._families]
-        groups = [_Group(layers) for layers in families if layers]
+        groups = [_Group(layers, self._leave) for layers in families if layers]
         each = [forward for group in groups for forward in group.forwards()]
         self._on = True
         try:
@@ -75,10 +82,13 @@ class FusedLora:
                 yield
         finally:
             self._on = False
+            self._say()
 
-    def _say(self, left: Counter[str]) -> None:
-        self.left_to_peft = dict(left)
-        for reason, count in left.items():
+    def _leave(self, layer: Any, reason: str) -> None:
+        self._left.setdefault(reason, set()).add(layer)
+
+    def _say(self) -> None:
+        for reason, count in self.left_to_peft.items():
             if reason not in self._said:
                 self._said.add(reason)
                 log.info("%d layers with LoRA compute as peft has them: %s.", count, reason)
@@ -122,10 +132,12 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 class _Group:
-    """Layers that are given one input."""
+    """Layers that are given one input. leave: is told which of them computed as peft has it after
+    all, and why."""
 
-    def __init__(self, layers: list[Any]):
+    def __init__(self, layers: list[Any], leave: Callable[[Any, str], None]):
         self.layers = layers
+        self.leave = leave
         self._forget()
 
     def forwards(self) -> list[Forward]:
@@ -138,6 +150,8 @@ class _Group:
         def forward(x: Tensor, *args: Any, **options: Any) -> Tensor:
             dtype = None if args or options else computes_in(layer, x)
             if dtype is None:
+                if acts(layer):
+                    self.leave(layer, "dtypes or arguments that peft has rules for")
                 peft: Tensor = own(x, *args, **options)
                 return peft
             if index not in self._waiting or x is not self._x or self._asked != _asked(x, dtype):
@@ -164,7 +178,7 @@ class _Group:
 
 
 def _asked(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What a result for ``x`` depends on besides: its values, the precision, and whether it is to
+    """All else that a result for ``x`` depends on: its values, the precision, and whether it is to
     have a gradient."""
     version = None if x.is_inference() else x._version
     return version, dtype, torch.is_grad_enabled()
@@ -179,9 +193,9 @@ def _parts(layer: Any) -> LoraLinear:
 
 
 def computes_in(layer: Any, x: Tensor) -> torch.dtype | None:
-    """The one dtype in which ``layer`` multiplies ``x``; None where no adapter acts, or where there
-    are several, which peft has rules for."""
-    if not acts(layer) or x.dim() < 2:
+    """The one dtype in which ``layer`` multiplies ``x``; None where there are several, or no
+    adapter acts."""
+    if not acts(layer):
         return None
     base = layer.get_base_layer()
     weights = [part[name].weight for name in active(layer) for part in (layer.lora_A, layer.lora_B)]

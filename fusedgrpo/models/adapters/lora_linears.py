@@ -76,7 +76,7 @@ class _LoraLinears(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             down = _joined(_scaled(factors[::2], layers), 0).to(dtype)
             ups = [layer.up(dtype) for layer in layers]
-            inner = given.flatten(0, -2) @ down.T
+            inner = _rows(given) @ down.T
             for out, z, up in zip(outputs, _columns(inner, layers), ups, strict=True):
                 _add_product(out.view(-1, out.shape[-1]), z, up.T)
         ctx.layers, ctx.shape, ctx.dtypes = layers, x.shape, (x.dtype, dtype)
@@ -94,7 +94,7 @@ class _LoraLinears(torch.autograd.Function):
         given, inner, down, *others = ctx.saved_tensors
         ups = others[: len(layers)]
         with torch.autocast(given.device.type, enabled=False):
-            flat = [grad.flatten(0, -2).to(dtype) for grad in grads]
+            flat = [_rows(grad).to(dtype) for grad in grads]
             d_inner = _joined([g @ up for g, up in zip(flat, ups, strict=True)], 1)
             d_x = None
             if needs_x:
@@ -104,7 +104,7 @@ class _LoraLinears(torch.autograd.Function):
                 d_x = d_x.view(ctx.shape).to(own_dtype)
             d_factors: list[Tensor | None] = [None] * len(needs_factors)
             if any(needs_factors[::2]):
-                d_factors[::2] = _d_down(d_inner.T @ given.flatten(0, -2), layers)
+                d_factors[::2] = _d_down(d_inner.T @ _rows(given), layers)
             if any(needs_factors[1::2]):
                 columns = zip(flat, _columns(inner, layers), layers, strict=True)
                 d_factors[1::2] = [d for g, z, layer in columns for d in _d_up(g.T @ z, layer)]
@@ -116,6 +116,10 @@ def _called(base: nn.Module, given: Tensor, dtype: torch.dtype) -> Tensor:
     dtype that it gets, and any other one that of autocast."""
     out: Tensor = base(given)
     return out if type(base) is nn.Linear else out.to(dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _columns(inner: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:

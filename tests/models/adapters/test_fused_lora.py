@@ -301,10 +301,10 @@ def test_adapters_in_another_dtype_than_their_layer_are_pefts(nodes: list[int]) 
     expected = states(model)
     with lora.active():
         assert torch.equal(states(model), expected)
-    assert not nodes
+    assert not nodes and lora.left_to_peft == {"dtypes or arguments that peft has rules for": 14}
     with lora.active(), torch.autocast("cpu", torch.bfloat16):
         states(model)
-    assert nodes == [3, 1, 2, 1] * 2
+    assert nodes == [3, 1, 2, 1] * 2 and lora.left_to_peft == {}
 
 
 # --- handing out --------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     assert torch.autograd.gradcheck(of, trained(x, layers))
 
 
-@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 1, 3), (1, 0)])
+@pytest.mark.parametrize("shape", [(), (5,), (1, 5), (2, 1, 3), (1, 0)])
 def test_rows_in_any_shape(shape: tuple[int, ...]) -> None:
     layers = layers_of("q k v", torch.float64)
     x = torch.randn(*shape, WIDTH, dtype=torch.float64, requires_grad=True)
