@@ -237,7 +237,7 @@ def measure(
     targets: dict[str, tuple[Any, ...]] = {
         name: (run_ours, case, "off" if name == OFF else "auto", True) for name in ours
     }
-    known = {
+    known: dict[str, tuple[Any, ...]] = {
         "trl": (run_trl, case, str(folder / "trl")),
         "peft": (run_ours, case, "auto", False),
     }
