@@ -58,8 +58,8 @@ LORA_MUTANTS = (
     mutant(
         "scalings of adapters are swapped",
         FUNCTION,
-        "torch._foreach_mul(tensors, scalings)",
-        "torch._foreach_mul(tensors, scalings[::-1])",
+        "torch._foreach_mul(list(tensors), scalings)",
+        "torch._foreach_mul(list(tensors), scalings[::-1])",
         SEVERAL,
     ),
     mutant(

@@ -138,7 +138,9 @@ class _Group:
     def __init__(self, layers: list[Any], leave: Callable[[Any, str], None]):
         self.layers = layers
         self.leave = leave
-        self._forget()
+        self._x: Tensor | None = None
+        self._asked: tuple[Any, ...] = ()
+        self._waiting: dict[int, Tensor] = {}
 
     def forwards(self) -> list[Forward]:
         return [self._forward(index) for index in range(len(self.layers))]
@@ -172,9 +174,7 @@ class _Group:
         self._waiting = dict(zip(members, found, strict=True))
 
     def _forget(self) -> None:
-        self._x: Tensor | None = None
-        self._asked: Any = None
-        self._waiting: dict[int, Tensor] = {}
+        self._x, self._asked, self._waiting = None, (), {}
 
 
 def _asked(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:

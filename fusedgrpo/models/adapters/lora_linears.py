@@ -149,7 +149,7 @@ def _d_up(total: Tensor, layer: LoraLinear) -> list[Tensor]:
 def _scaled(tensors: Sequence[Tensor], layers: Sequence[LoraLinear]) -> list[Tensor]:
     """One tensor of each adapter, times its scaling."""
     scalings = [factors.scaling for layer in layers for factors in layer.adapters]
-    return list(torch._foreach_mul(tensors, scalings))  # in one launch on a GPU
+    return list(torch._foreach_mul(list(tensors), scalings))  # in one launch on a GPU
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
