@@ -1,13 +1,15 @@
 """Policy forward, loss and backward on given rollouts, against ``trl.GRPOTrainer._compute_loss``.
 
     python bench/bench_update.py --peers trl --threads 1 --json update.jsonl
+    python bench/bench_update.py --peers peft --threads 1 --no-off --json lora.jsonl
 
 Everybody gets the same weights, the same float32 LoRA adapter, the same rollouts and advantages, in
 a process of their own, and takes its turn: the engine's ``Learner`` up to where the optimizer would
 step, ``_compute_loss`` and ``backward`` of the peer over all its micro-batches. No gradient
 checkpointing, no dropout. Ours packs what it is given (that is timed); the peer's padded tensors
 are made before (that is not). A second variant of ours, ``shared_prompt=off``, is reported as a
-case of its own, against the same rounds of the peer.
+case of its own, against the same rounds of the peer. The peer ``peft`` is ours with peft's own
+forward passes of LoRA layers in place of ``models/adapters/lora_linears.py``.
 
 Shapes are (P, longest C, G): G completions of each prompt of P tokens, lengths lognormal with sigma
 0.5 and half of the longest as their median, cut at the longest, which one has. "1/4 without signal"
@@ -56,6 +58,7 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 TOKENS_PER_MICROBATCH = {"cpu": 4096, "cuda": 2048}
 SIGMA = 0.5
 OFF = f"{harness.OURS}, shared_prompt=off"
+PEFT_BAR = 1.2  # processor time with peft's LoRA in that of ours
 
 
 class Shape(NamedTuple):
@@ -153,7 +156,7 @@ def arguments() -> argparse.Namespace:
     def indices(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    parser = harness.parser(__doc__, ["trl"])
+    parser = harness.parser(__doc__, ["trl", "peft"])
     parser.add_argument("--shapes", type=indices, metavar="0,1,...", help="which (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="that count (default: 3)")
     parser.add_argument("--no-off", action="store_true", help="without shared_prompt=off")
@@ -232,9 +235,13 @@ def measure(
 ) -> harness.Samples:
     """Gate, and then all contenders in turn. ``[contender][metric]``, time in seconds."""
     targets: dict[str, tuple[Any, ...]] = {
-        name: (run_ours, case, "off" if name == OFF else "auto") for name in ours
+        name: (run_ours, case, "off" if name == OFF else "auto", True) for name in ours
     }
-    targets |= {name: (run_trl, case, str(folder / name)) for name in peers}
+    known: dict[str, tuple[Any, ...]] = {
+        "trl": (run_trl, case, str(folder / "trl")),
+        "peft": (run_ours, case, "auto", False),
+    }
+    targets |= {name: known[name] for name in peers}
     with contextlib.ExitStack() as end:
         workers = []
         for name, (target, *args) in targets.items():
@@ -294,6 +301,7 @@ def verdicts(case: Case, samples: harness.Samples, peers: list[str]) -> list[str
     signal = ", 1/4 without signal" * case.without_signal
     lines = []
     for peer in peers:
+        lines.append(f"  ({P}, {C}, {G}) x {case.groups}{signal}, against {peer}")
 
         def ratio(metric: str, peer: str = peer) -> float:
             median = statistics.median
@@ -302,6 +310,12 @@ def verdicts(case: Case, samples: harness.Samples, peers: list[str]) -> list[str
         def step_memory(name: str) -> float:
             return samples[name]["memory/peak"][0] - samples[name]["memory/resting"][0]
 
+        if peer == "peft":
+            cpu = ratio("cpu")
+            lines.append(
+                _verdict(f"at least {PEFT_BAR} x in processor time: {cpu:.3f} x", cpu >= PEFT_BAR)
+            )
+            continue
         pairs = zip(samples[peer]["time"], samples[harness.OURS]["time"], strict=True)
         slowest = min(theirs / ours for theirs, ours in pairs)
         time, tokens, memory = ratio("time"), ratio("tokens/forwarded"), ratio("memory/peak")
@@ -317,9 +331,12 @@ def verdicts(case: Case, samples: harness.Samples, peers: list[str]) -> list[str
         # The bar for a shape was measured where everything has a signal.
         if case.shape.bar is not None and not case.without_signal:
             bars.insert(0, (f"at least {case.shape.bar} x: {time:.2f} x", time >= case.shape.bar))
-        lines.append(f"  ({P}, {C}, {G}) x {case.groups}{signal}, against {peer}")
-        lines += [f"    {'met   ' if met else 'MISSED'}  {what}" for what, met in bars]
+        lines += [_verdict(what, met) for what, met in bars]
     return lines
+
+
+def _verdict(what: str, met: bool) -> str:
+    return f"    {'met   ' if met else 'MISSED'}  {what}"
 
 
 def load(case: Case) -> Any:
@@ -385,13 +402,18 @@ def start_memory(cuda: bool) -> int:
     return harness.PeakMemory.bytes()
 
 
-def run_ours(turns: harness.Turns, case: Case, shared_prompt: Any) -> None:
+def run_ours(turns: harness.Turns, case: Case, shared_prompt: Any, fused_lora: bool) -> None:
     from fusedgrpo.engine.rollout.training_sample import TrainingSample
     from fusedgrpo.models.policy import Policy
 
     model = load(case)
     low = case.dtype != torch.float32
-    policy = Policy(model, compute_dtype=case.dtype if low else None, shared_prompt=shared_prompt)
+    policy = Policy(
+        model,
+        compute_dtype=case.dtype if low else None,
+        shared_prompt=shared_prompt,
+        fused_lora=fused_lora,
+    )
     learner = models.learner_of(policy, case.max_tokens)
     samples = [TrainingSample(*rollout) for rollout in rollouts(case, policy.vocabulary_size)]
     serve(turns, model, case.device, lambda: learner._accumulate(samples, 0)[0])

@@ -1,10 +1,12 @@
-"""4-bit layers of bitsandbytes, kept in the layout that has a backward pass."""
+"""4-bit layers of bitsandbytes, kept in the layout that has a backward pass; and their weights."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fusedgrpo.errors import ModelError
 
@@ -31,3 +33,39 @@ def keep_differentiable(model: nn.Module) -> None:
                     "anew, and hand it over before it generates or scores anything."
                 )
         layer.support_avx512bf16_for_cpu = False
+
+
+def is_dense(layer: nn.Module) -> bool:
+    """Whether ``dense_weight`` knows the weight that ``layer`` multiplies with."""
+    if type(layer) is nn.Linear or hasattr(layer, "dequantised"):
+        return True
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or not _is_four_bit(layer):
+        return False
+    return tuple(state.shape) == (layer.out_features, layer.in_features)
+
+
+def dense_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    """``[out, in]`` in ``dtype``: what ``layer``, a linear one, multiplies with; of 4 bits a copy,
+    as bitsandbytes' own backward pass makes it."""
+    if hasattr(layer, "dequantised"):  # a stand-in (engine/memory/fake_layers.py)
+        stood_for: Tensor = layer.dequantised(dtype)
+        return stood_for
+    weight = layer.weight.detach()
+    state = getattr(layer.weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.view(-1, 1), state)
+    return weight.to(dtype)
+
+
+def compute_dtype(layer: Any) -> torch.dtype | None:
+    """The dtype that ``layer``, in 4 bits, casts its input to; None: it leaves it as it is."""
+    found: torch.dtype | None = getattr(layer, "compute_dtype", None)
+    return found
+
+
+def _is_four_bit(layer: nn.Module) -> bool:
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and type(layer) is bitsandbytes.nn.Linear4bit

@@ -17,6 +17,7 @@ from fusedgrpo import stages
 from fusedgrpo.kernels import LogProbs, linear_logprob
 from fusedgrpo.models import packed_attention as attention
 from fusedgrpo.models.adapters.attached import Adapters, has_adapters, unwrapped
+from fusedgrpo.models.adapters.fused_lora import FusedLora
 from fusedgrpo.models.adapters.lora import does_nothing
 from fusedgrpo.models.dropout import as_it_samples, own_dropout, switched_off
 from fusedgrpo.models.four_bit import keep_differentiable
@@ -59,7 +60,9 @@ class Policy:
     shared_prompt: ``"auto"`` forwards each prompt once for all its completions if the model gives
     the same numbers that way, ``"on"`` insists, ``"off"`` packs whole sequences. What came of it is
     ``layout``, for ``PackedBatch.build``. router: the load-balancing loss of a mixture of experts.
-    disable_dropout, trains_as_it_samples: what ``training`` switches off.
+    disable_dropout, trains_as_it_samples: what ``training`` switches off. fused_lora: layers with
+    plain LoRA compute in one node of autograd for all that share an input, not as peft has them;
+    ``lora`` is who sees to it, None where nobody does.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Policy:
         router: RouterLoss | None = None,
         disable_dropout: bool = False,
         trains_as_it_samples: bool = False,
+        fused_lora: bool = True,
     ):
         keep_differentiable(model)
         keep_softcap(model)
@@ -87,6 +91,11 @@ class Policy:
         self.trains_as_it_samples = trains_as_it_samples
         self._said_positions = False
         self.adapters = Adapters(model) if has_adapters(model) else None
+        self.lora: FusedLora | None = None
+        # Of a trainer that is not ours: it wraps weights in ways of its own, and goes backward
+        # where we do not see it.
+        if fused_lora and self.adapters is not None and compute_dtype != "inherit":
+            self.lora = FusedLora(model)
         with stages.stage("trying the model on packed sequences"):
             self.layout: Layout = choose_layout(self, shared_prompt)
         self._reference_model: nn.Module | None = None
@@ -180,7 +189,8 @@ class Policy:
         """Log-probs ``[N]`` float32 (and entropies) of the scored tokens of ``packed``.
 
         Carries gradients unless under ``torch.no_grad``: policy, old and reference log-probs are
-        the same route. Temperature is applied, top-k and top-p are not. routed: a list that takes
+        the same route. With gradient checkpointing the backward pass belongs inside ``training``.
+        Temperature is applied, top-k and top-p are not. routed: a list that takes
         what the router did with all tokens of ``packed``.
         """
         with self.autocast():
@@ -206,8 +216,17 @@ class Policy:
         routed: list[RouterSums] | None = None,
     ) -> Tensor:
         """``[N, H]``: the hidden states that predict the scored tokens. routed: as ``logprobs``."""
-        decoder = self.causal_lm.get_decoder()
         self._check_positions(packed)
+        with self._lora():
+            return self._hidden(packed, plan, routed)
+
+    def _hidden(
+        self,
+        packed: PackedBatch,
+        plan: attention.Plan | None,
+        routed: list[RouterSums] | None,
+    ) -> Tensor:
+        decoder = self.causal_lm.get_decoder()
         asked = {} if routed is None else {"output_router_logits": True}
         if packed.layout == "rows":
             ids, mask = packed.padded_rows()
@@ -259,13 +278,32 @@ class Policy:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """To be entered around a forward pass that trains, and its backward pass: what the model
-        would compute otherwise than while it samples is off, unless that was asked for."""
+        would compute otherwise than while it samples is off, unless that was asked for. Where the
+        backward pass computes layers anew, for gradient checkpointing, it finds them as they were.
+        """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lora())
             if self.disable_dropout:
                 stack.enter_context(switched_off(own_dropout(self.model)))
             if self.trains_as_it_samples:
                 stack.enter_context(as_it_samples(self.model))
             yield
+
+    @contextlib.contextmanager
+    def _lora(self) -> Iterator[None]:
+        if self.lora is None:
+            yield
+            return
+        if not self.lora.has_learned:
+            self._learn_shared_inputs(self.lora)
+        with self.lora.active():
+            yield
+
+    def _learn_shared_inputs(self, lora: FusedLora) -> None:
+        assert self.adapters is not None
+        ids = torch.arange(1, 9, device=self.device)[None] % self.vocabulary_size
+        with self.scoring(), self.autocast(), self.adapters.off(), lora.learn():
+            self.causal_lm.get_decoder()(input_ids=ids, use_cache=False)
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:

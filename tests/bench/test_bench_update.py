@@ -99,6 +99,16 @@ def test_bars_are_met_or_missed_one_by_one(bench: ModuleType) -> None:
     assert said(time=float("nan")) == ["MISSED", "MISSED", "MISSED", "met"]
 
 
+def test_pefts_layers_have_a_bar_in_processor_time(bench: ModuleType) -> None:
+    def said(cpu: float) -> list[str]:
+        samples = {"fusedgrpo": figures(1, 1, 1, 1), "peft": figures(1, 1, 1, 1) | {"cpu": [cpu]}}
+        return bench.verdicts(case(bench, bench.CPU[0]), samples, ["peft"])
+
+    head, bar = said(1.21)
+    assert head.endswith("against peft") and bar.split()[0] == "met" and "1.210 x" in bar
+    assert said(1.19)[1].split()[0] == said(float("nan"))[1].split()[0] == "MISSED"
+
+
 def test_never_slower_is_meant_of_every_round(bench: ModuleType) -> None:
     theirs = figures(5.0, 100, 11, 1) | {"time": [9.0, 9.0, 0.9]}
     ours = figures(1.0, 100, 10, 1) | {"time": [1.0, 1.0, 1.0]}
@@ -211,7 +221,8 @@ def test_alone_there_is_nothing_to_compare_with(
 @pytest.mark.peer
 def test_bench_update_compares_equal_work_with_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    shown, found = check(tmp_path, "--peers", "trl")
+    shown, found = check(tmp_path, "--peers", "trl,peft")
+    assert shown.count("in processor time") == 2
     assert shown.count("gate: relative error") == 4
     assert shown.count("never slower") == 2
     names = {name for name, _, _ in found}

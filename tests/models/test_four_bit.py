@@ -71,7 +71,8 @@ def test_gradients_are_those_of_finite_differences(repacks: bool, saved: Path, m
     packed = PackedBatch.build(PAIRS, policy.device, policy.layout)
     with policy.scoring():
         before = policy.logprobs(packed).logp
-    policy.logprobs(packed).logp.sum().backward()
+    with policy.training():
+        policy.logprobs(packed).logp.sum().backward()
     first = [p for n, p in policy.trainable() if "layers.0." in n and "lora_A" in n]
     assert first
     direction = [torch.randn_like(p) for p in first]

@@ -234,8 +234,9 @@ def test_lora_learns_over_four_bit_weights(four_bit: Policy) -> None:
     losses = []
     for _ in range(4):
         optimizer.zero_grad()
-        loss = -four_bit.logprobs(PACKED).logp.mean()
-        loss.backward()
+        with four_bit.training():
+            loss = -four_bit.logprobs(PACKED).logp.mean()
+            loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
         optimizer.step()
         losses.append(float(loss.detach()))

@@ -1,16 +1,19 @@
-"""Broken variants of the kernels, each with the tests that have to notice it.
+"""Broken variants of kernels and of LoRA's layers, with the tests that have to notice them.
 
-A mutant is one line, or two, of one file of ``fusedgrpo/kernels``, changed the way people get it
-wrong. ``python tests/mutants/trial.py`` prints which test kills which.
+A mutant is one line, or two, of one file, changed the way people get it wrong.
+``python tests/mutants/trial.py`` prints which test kills which.
 """
 
 from __future__ import annotations
 
 from decode_mutants import DECODE_MUTANTS
-from mutant import ROOT, Mutant
+from lora_mutants import LORA_MUTANTS
+from mutant import KERNEL_IDS, ROOT, Mutant
 from norm_mutants import NORM_MUTANTS
 
-__all__ = ["MUTANTS", "ROOT", "Mutant"]
+__all__ = ["BACKENDS", "MUTANTS", "ROOT", "Mutant"]
+
+BACKENDS = tuple(KERNEL_IDS)
 
 SCORING = "logprob/test_linear_logprob.py::"
 FUSED = "fused_loss/test_linear_policy_loss.py::"
@@ -410,5 +413,6 @@ MUTANTS = (
         (ADVANTAGES + "test_unscorable_rows_get_zero_and_do_not_move_the_others[group]",),
     ),
     *DECODE_MUTANTS,
+    *LORA_MUTANTS,
     *NORM_MUTANTS,
 )

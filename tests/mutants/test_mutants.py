@@ -1,4 +1,4 @@
-"""Every mutant is noticed by the tests of the kernels, which pass without it."""
+"""Every mutant is noticed by its tests, which pass without it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_line_of_each_mutant_is_still_there():
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [pytest.param(k, marks=v) for k, v in NEEDS.items()])
 def test_without_a_mutant_their_tests_pass(server, backend):
-    tests = {test: None for mutant in MUTANTS if mutant.backend == backend for test in mutant.tests}
+    tests = {node: None for mutant in MUTANTS if mutant.backend == backend for node in mutant.nodes}
     outcome = server(backend).run(list(tests))
     assert outcome.code == pytest.ExitCode.OK, outcome.output
     assert len(outcome.passed) == len(tests)
@@ -51,6 +51,6 @@ def test_without_a_mutant_their_tests_pass(server, backend):
     [pytest.param(m, id=m.name.replace(" ", "-"), marks=NEEDS[m.backend]) for m in MUTANTS],
 )
 def test_a_broken_line_is_noticed(server, mutant: Mutant):
-    outcome = server(mutant.backend).run(mutant.tests, mutant)
+    outcome = server(mutant.backend).run(mutant.nodes, mutant)
     assert outcome.code == pytest.ExitCode.TESTS_FAILED, outcome.output
     assert outcome.killers, f"no assertion failed, but: {outcome.failed}\n{outcome.output}"

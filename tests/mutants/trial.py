@@ -1,4 +1,4 @@
-"""Runs tests of the kernels against a mutant, quickly: ``Server``, and a script with a table.
+"""Runs tests against a mutant, quickly: ``Server``, and a script with a table.
 
 A server process per backend imports torch, triton and pytest once and forks a child per trial, in
 which the broken source takes the place of the file before anything of fusedgrpo is imported: a
@@ -23,9 +23,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import pytest
-from mutants import MUTANTS, ROOT, Mutant
-
-KERNEL_IDS = {"torch": "torch-cpu", "triton": "triton-interpreted"}
+from mutants import BACKENDS, MUTANTS, ROOT, Mutant
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,6 @@ class Outcome:
             for name, phase, error in self.failed
             if phase == "call" and error == "AssertionError"
         ]
-
-
-def node_id(test: str, backend: str) -> str:
-    """The path and name of ``test`` for the implementation ``backend``."""
-    name, bracket, parameters = test.partition("[")
-    ids = f"{KERNEL_IDS[backend]}-{parameters}" if bracket else f"{KERNEL_IDS[backend]}]"
-    return f"{ROOT / 'tests' / 'kernels'}{os.sep}{name}[{ids}"
 
 
 class Server:
@@ -90,9 +81,10 @@ class Server:
         self._process.communicate()
         self._scratch.cleanup()
 
-    def run(self, tests: Sequence[str], mutant: Mutant | None = None) -> Outcome:
-        """Runs ``tests`` up to the first failure. RuntimeError if the child or the server died."""
-        request: dict[str, Any] = {"nodes": [node_id(test, self.backend) for test in tests]}
+    def run(self, nodes: Sequence[str], mutant: Mutant | None = None) -> Outcome:
+        """Runs the tests ``nodes`` up to the first failure. RuntimeError if the child or the server
+        died."""
+        request: dict[str, Any] = {"nodes": list(nodes)}
         if mutant is not None:
             request |= {"module": mutant.module, "source": mutant.source()}
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -112,7 +104,7 @@ def serve(scratch: Path) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # The first custom operator that runs imports torch._dynamo; the first session pytest's plugins.
-    for name in ("torch._dynamo", "hypothesis.strategies", "triton"):
+    for name in ("torch._dynamo", "hypothesis.strategies", "triton", "peft"):
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
     pytest.main(["--collect-only", "-p", "no:cacheprovider", f"--rootdir={scratch}", str(scratch)])
@@ -200,13 +192,13 @@ class _Seen:
 def main() -> int:
     """Prints ``mutant | killed by``; 1 if one survived."""
     survivors = 0
-    for backend in KERNEL_IDS:
+    for backend in BACKENDS:
         with Server(backend) as server:
             for mutant in MUTANTS:
                 if mutant.backend != backend:
                     continue
                 start = time.perf_counter()
-                outcome = server.run(mutant.tests, mutant)
+                outcome = server.run(mutant.nodes, mutant)
                 seconds = time.perf_counter() - start
                 survivors += not outcome.killers
                 by = outcome.killers[0].rpartition("/")[2] if outcome.killers else "SURVIVED"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedgrpo.engine.memory.fake_layers import FourBitLinear, PagesStandIn, rounded
+from fusedgrpo.engine.memory.fake_layers import PagesStandIn, called_by_us, rounded
 from fusedgrpo.engine.memory.measure import SmallModel
 from fusedgrpo.engine.rollout.sampler import SamplingParams
 from fusedgrpo.engine.rollout.warpers import only_allowed, warpers
@@ -135,15 +135,14 @@ class DecoderModel:
         """In one context of autocast, as there: its 16-bit copies of float32 weights stay."""
         small = self.small
         small.model.eval()
-        four_bit = [m for m in small.model.modules() if isinstance(m, FourBitLinear)]
-        for module in four_bit:
-            module.in_peft = False
-        try:
-            with small.fake, small.tracker, torch.no_grad(), small.autocast():
-                yield
-        finally:
-            for module in four_bit:
-                module.in_peft = True
+        with (
+            called_by_us(small.model),
+            small.fake,
+            small.tracker,
+            torch.no_grad(),
+            small.autocast(),
+        ):
+            yield
 
     def _head(self) -> Head:
         """As ``NextToken`` takes it, once for a rollout."""

@@ -6,8 +6,10 @@ rows; FlashAttention over keys whose prompts are repeated; the tiles of the head
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,6 +54,24 @@ class FourBitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         out = _FourBitProduct.apply(x, self.out_features, self.bias)
         return out.clone() if self.in_peft else out
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """``[out, in]``, as ``four_bit.dense_weight`` has it."""
+        like = self.weight.new_empty(0, dtype=dtype)
+        return _dequantised(like, (self.out_features, self.in_features))
+
+
+@contextlib.contextmanager
+def called_by_us(model: nn.Module) -> Iterator[None]:
+    """Inside, nobody clones what 4-bit layers of ``model`` return."""
+    layers = [module for module in model.modules() if isinstance(module, FourBitLinear)]
+    for layer in layers:
+        layer.in_peft = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.in_peft = True
 
 
 class _FourBitProduct(torch.autograd.Function):

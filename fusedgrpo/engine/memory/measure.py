@@ -10,7 +10,8 @@ does not exist without a GPU has a stand-in (``fake_layers.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,7 @@ from fusedgrpo.engine.memory.fake_layers import (
     FourBitLinear,
     HeadMemory,
     HeadStandIn,
+    called_by_us,
     four_bit_bytes,
     register_attention,
     rounded,
@@ -38,6 +40,7 @@ from fusedgrpo.engine.memory.fake_layers import (
 )
 from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
+from fusedgrpo.models.adapters.fused_lora import FusedLora
 from fusedgrpo.models.loading import enable_checkpointing
 from fusedgrpo.models.router import planned_router
 
@@ -166,6 +169,7 @@ class SmallModel:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake, self.tracker:
             fill(model)
+        self.lora = FusedLora(model)
 
     def trainable(self) -> list[tuple[str, Tensor]]:
         """Nothing, since nothing changes between two measurements."""
@@ -189,7 +193,7 @@ class SmallModel:
             tracker, peaks, tiling(H, V, self.dtype.itemsize, "cuda"), V, self.dtype, gradients,
             gradients and self.head_weight.requires_grad,
         )  # fmt: skip
-        with self.fake, tracker, torch.set_grad_enabled(gradients):
+        with self._computing(), torch.set_grad_enabled(gradients):
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
             before = tracker.live
@@ -213,6 +217,21 @@ class SmallModel:
         for parameter in trained:
             parameter.grad = None
         return Activations(**{name: size - before for name, size in peaks.items()})
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Layers as the policy has them, their tensors fake and counted."""
+        with contextlib.ExitStack() as stack:
+            if self.adapted:
+                if not self.lora.has_learned:
+                    with self.fake, torch.no_grad(), self.autocast(), self.lora.learn():
+                        self.forward(1)
+                stack.enter_context(self.lora.active())
+                if not self.lora.left_to_peft:
+                    stack.enter_context(called_by_us(self.model))
+            stack.enter_context(self.fake)
+            stack.enter_context(self.tracker)
+            yield
 
     def forward(self, tokens: int, **options: Any) -> Any:
         """The outputs of the decoder for one row of ``tokens`` without padding; ``options`` reach

@@ -1,4 +1,4 @@
-"""Plain LoRA on linear layers: what sampling computes in ways of its own.
+"""Plain LoRA on linear layers: what sampling and the update compute in ways of their own.
 
 Layers that are no plain LoRA (DoRA and other variants, a trained bias, conv) keep peft's forward.
 """
@@ -41,30 +41,53 @@ def all_plain(policy: Adapted) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
+    return is_lora(layer) and acts(layer) and not_plain(layer) is None
+
+
+def is_lora(layer: Any) -> bool:
+    """Whether it is a layer with LoRA of whatever kind."""
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(layer, LoraLayer)
+
+
+def acts(layer: Any) -> bool:
+    """Whether an adapter of ``layer`` takes part in its forward pass, beside the base's weight."""
+    return bool(active(layer)) and not (layer.disable_adapters or layer.merged)
+
+
+def active(layer: Any) -> list[str]:
+    """Names of the adapters that are switched on and that ``layer`` has, in the order of peft."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def not_plain(layer: Any) -> str | None:
+    """Why ``layer``, one with LoRA, is not ``W x + b + s B A x``; None if it is."""
     from peft.tuners import lora
 
     kinds: tuple[type, ...] = (lora.Linear,)
     if hasattr(lora, "Linear4bit"):  # with bitsandbytes alone
         kinds += (lora.Linear4bit,)
-    if type(layer) not in kinds or "forward" in vars(layer):  # not what wraps or replaced it
-        return False
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if type(layer) not in kinds:
+        return f"LoRA of the kind {type(layer).__module__}.{type(layer).__name__}"
     base = layer.get_base_layer()
-    return (
-        bool(active)
-        and not (layer.disable_adapters or layer.merged or layer.fan_in_fan_out)
-        and not any(name in layer.lora_variant or layer.lora_bias[name] for name in active)
-        and isinstance(base, nn.Linear)
-        and layer.base_layer is base
-    )
+    if not isinstance(base, nn.Linear) or layer.base_layer is not base:
+        return f"LoRA on a layer of the kind {type(layer.base_layer).__name__}"
+    if "forward" in vars(layer):
+        return "a forward pass that somebody has put in its place"
+    names = active(layer)
+    if variants := {type(layer.lora_variant[n]).__name__ for n in names if n in layer.lora_variant}:
+        return f"a variant of LoRA ({', '.join(sorted(variants))})"
+    if any(layer.lora_bias[name] for name in names):
+        return "a bias in the adapter (lora_bias)"
+    return "weights that lie transposed (fan_in_fan_out)" if layer.fan_in_fan_out else None
 
 
 def factors(layer: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
     """A, B and the scaling of each active adapter."""
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            yield (
-                layer.lora_A[name].weight.detach(),
-                layer.lora_B[name].weight.detach(),
-                layer.scaling[name],
-            )
+    for name in active(layer):
+        yield (
+            layer.lora_A[name].weight.detach(),
+            layer.lora_B[name].weight.detach(),
+            layer.scaling[name],
+        )

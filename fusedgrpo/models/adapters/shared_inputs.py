@@ -18,14 +18,19 @@ Forward = Callable[[Tensor], Tensor]
 
 @contextlib.contextmanager
 def forwards(layers: Sequence[nn.Module], each: Sequence[Forward]) -> Iterator[None]:
-    """Inside, ``layers`` have these forwards. Hooks on the layers run as ever."""
+    """Inside, ``layers`` have these forwards, and afterwards what they had before. Hooks on the
+    layers run as ever."""
+    before = [vars(layer).get("forward") for layer in layers]
     for layer, forward in zip(layers, each, strict=True):
         layer.forward = forward  # on the instance: the class keeps its own
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
 
 
 class Watch:

@@ -14,6 +14,7 @@ from fusedgrpo.engine.memory.plan import GIB
 from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.engine.memory.rollout_memory import generate_memory
 from fusedgrpo.engine.memory.sizes import DEPTHS
+from fusedgrpo.models.adapters import fused_lora
 
 LAYERS = 7
 
@@ -39,6 +40,30 @@ def test_two_depths_tell_all_others(models: Any, gradients: bool) -> None:
         return models[layers].activations(batch, gradients=gradients)
 
     assert straight_line(at, *DEPTHS, LAYERS) == pytest.approx(at(LAYERS), rel=0.001)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_layers_with_lora_compute_as_they_do_in_an_update(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.model("Llama").config
+    settings.dtype = "bfloat16"
+    model = SmallModel(GRPOConfig(load_in_4bit=True, bf16=True, lora_dropout=dropout), settings, 2)
+    sizes: list[int] = []
+    original = fused_lora.lora_linears
+
+    def noting(x: Any, layers: Any, dtype: Any) -> Any:
+        sizes.append(len(layers))
+        return original(x, layers, dtype)
+
+    monkeypatch.setattr(fused_lora, "lora_linears", noting)
+    batch = Batch(tokens=50, keys=60, scored=40)
+    once = [3, 1, 2, 1] * 2
+    model.activations(batch, gradients=False)
+    assert sizes == once
+    model.activations(batch, gradients=True)
+    # Forward, and again behind the checkpoints; peft's own where each layer draws a mask.
+    assert sizes == (once if dropout else 3 * once)
 
 
 @pytest.mark.slow
