@@ -42,6 +42,17 @@ class Counts:
         return {kind: _named(counter) for kind, counter in vars(self).items()}
 
 
+def marginal(more: Counts, fewer: Counts, units: int) -> dict[str, dict[str, float]]:
+    """What each of the ``units`` costs that ``more`` had and ``fewer`` had not."""
+    found = {}
+    for kind, counter in more.plain().items():
+        before = fewer.plain()[kind]
+        names = dict.fromkeys([*counter, *before])
+        each = {name: (counter.get(name, 0) - before.get(name, 0)) / units for name in names}
+        found[kind] = {name: cost for name, cost in each.items() if cost}
+    return found
+
+
 class Counting:
     """Counts into all ``Counts`` that are open."""
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from cuda_twin import products, varlen
 from cuda_twin.counts import Counting
-from cuda_twin.placement import Placement
+from cuda_twin.placement import Placement, Storages
 
 # Nothing runs on the device for these, views aside.
 NO_KERNEL = {
@@ -30,23 +30,23 @@ INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_ind
 
 
 class Dispatch(TorchDispatchMode):
-    """casts_of: storages whose casts are told apart, with the word for them."""
+    """One for each thread. frozen: storages of weights that do not train, whose casts are told
+    apart."""
 
-    def __init__(self, placement: Placement, counting: Counting):
+    def __init__(self, placement: Placement, counting: Counting, frozen: Storages):
         super().__init__()
         self.placement = placement
         self.counting = counting
-        self.casts_of: list[tuple[str, Any]] = []
+        self.frozen = frozen
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        asked = kwargs.get("device")
-        if not all(map(self.placement.is_of_twin, tensors)) or (
-            asked is not None and torch.device(asked).type not in ("cpu", "cuda")
-        ):
+        asked = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
+        ours = all(map(self.placement.is_of_twin, tensors))
+        if asked not in (None, "cpu", "cuda") or not (ours or asked == "cuda"):
             return func(*args, **kwargs)
         if func.namespace == "fusedgrpo":
             with self:  # what our operators are made of is looked at as well
@@ -57,7 +57,7 @@ class Dispatch(TorchDispatchMode):
         if asked is not None:
             kwargs["device"] = torch.device("cpu")
             # Inside torch the device of results is that of the tensors they come from.
-            on_cuda |= torch.device(asked).type == "cuda"
+            on_cuda |= asked == "cuda"
         if any(places):
             self._check_one_device(func, op, args, tensors, places)
         pinned = bool(kwargs.pop("pin_memory", False)) and not on_cuda
@@ -132,9 +132,9 @@ class Dispatch(TorchDispatchMode):
         if not (func.is_view or op in NO_KERNEL or nothing):
             self.counting.note("launches", func._schema.name)
         if op == "_to_copy" and results[0].dtype != tensors[0].dtype:
-            word = next((word for word, some in self.casts_of if tensors[0] in some), "")
-            of = f"{tensors[0].dtype} to {results[0].dtype}".replace("torch.", "")
-            self.counting.note("casts", f"{word}{of}")
+            what = "frozen " if tensors[0] in self.frozen else ""
+            dtypes = f"{tensors[0].dtype} to {results[0].dtype}".replace("torch.", "")
+            self.counting.note("casts", what + dtypes)
 
 
 def note_copy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ class Placement:
     def __init__(self) -> None:
         self.cuda = Storages()
         self.pinned = Storages()
-        self._hidden = False
+        self._of_thread = threading.local()
 
     def is_of_twin(self, tensor: Tensor) -> bool:
         """Whether it is a real tensor of the CPU or of the device that is not there; others, such
@@ -52,7 +53,8 @@ class Placement:
         return true_device(tensor).type == "cpu" and tensor.layout is torch.strided
 
     def on_cuda(self, tensor: Tensor) -> bool:
-        return not self._hidden and self.is_of_twin(tensor) and tensor in self.cuda
+        shown = not getattr(self._of_thread, "hidden", False)
+        return shown and self.is_of_twin(tensor) and tensor in self.cuda
 
     def device_of(self, tensor: Tensor) -> torch.device:
         return CUDA if self.on_cuda(tensor) else true_device(tensor)
@@ -60,8 +62,9 @@ class Placement:
     @contextlib.contextmanager
     def hidden(self) -> Iterator[None]:
         """Inside, all tensors are of the CPU: for code that computes there in the device's name."""
-        before, self._hidden = self._hidden, True
+        before = getattr(self._of_thread, "hidden", False)
+        self._of_thread.hidden = True
         try:
             yield
         finally:
-            self._hidden = before
+            self._of_thread.hidden = before

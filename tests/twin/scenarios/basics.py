@@ -163,7 +163,9 @@ def varlen() -> Any:
         expected.backward(grad.float())
         out.backward(grad.cuda())
         pairs = [(out, expected), *((t.grad, h.grad) for t, h in zip(there, here, strict=True))]
-        off[str(window)] = [float((t.detach().cpu().float() - h).abs().max()) for t, h in pairs]
+        off[str(window)] = [
+            float((t.detach().cpu().float() - h.detach()).abs().max()) for t, h in pairs
+        ]
     short = refused(lambda: varlen_attn(*(x.cuda() for x in inputs), *cu, 4, 7, enable_gqa=True))
     wide = refused(
         lambda: varlen_attn(*(x.cuda().float() for x in inputs), *cu, 5, 7, enable_gqa=True)
@@ -188,7 +190,7 @@ def policy() -> Any:
     ]
     return {
         "layout": there.layout,
-        "logp": float((found.cpu() - expected).abs().max()),
+        "logp": float((found - expected.cuda()).detach().abs().max()),
         "grad": float((grads[0] - grads[1]).norm() / grads[1].norm()),
         "counts": counts.plain(),
     }
