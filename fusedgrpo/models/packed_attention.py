@@ -31,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fusedgrpo import host
 from fusedgrpo.models.packed_batch import Segment
+from fusedgrpo.models.sending import send_numbers
 
 NAME = "fusedgrpo"
 
@@ -92,8 +93,8 @@ class Plan:
             cu_k.append(len(keys))
         return (
             self._index(keys),
-            self._index(cu_q).int(),
-            self._index(cu_k).int(),
+            self._index(cu_q, torch.int32),
+            self._index(cu_k, torch.int32),
             max(s.length for s in segments),
             max(s.length + s.prefix_length for s in segments),
         )
@@ -114,8 +115,8 @@ class Plan:
             self._masks[key] = seen
         return self._masks[key]
 
-    def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _index(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return send_numbers(values, self.device, dtype)
 
 
 def _bucketed(segments: Sequence[Segment]) -> list[list[Segment]]:
