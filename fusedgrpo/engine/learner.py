@@ -248,7 +248,7 @@ class Learner:
             names = list(metrics)
             numbers = [loss.detach(), *metrics.values()]
             del loss  # and its graph, before the next forward pass
-            measured.append(torch.stack([number.double() for number in numbers]))
+            measured.append(torch.stack([number.to(numbers[0].dtype) for number in numbers]))
             parts.append(
                 MicroBatch(
                     tokens=sum(sample.loss_tokens for sample in batch),

@@ -14,9 +14,11 @@ from cuda_twin import products, varlen
 from cuda_twin.counts import Counting
 from cuda_twin.placement import Placement, Storages
 
+# Memory that nobody has written yet. It is NaN here, so that reading it shows.
+UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # Nothing runs on the device for these, views aside.
-NO_KERNEL = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_",
+NO_KERNEL = UNWRITTEN | {
+    "set_", "resize_",
     "lift_fresh", "_unsafe_view", "is_pinned", "is_same_size", "result_type", "_local_scalar_dense",
     "split_with_sizes", "unbind", "split", "detach_", "_has_compatible_shallow_copy_type",
     "_reshape_alias",
@@ -71,6 +73,8 @@ class Dispatch(TorchDispatchMode):
         for x in results:
             if on_cuda:
                 self.placement.cuda.add(x)
+                if op in UNWRITTEN and x.is_floating_point():
+                    x.fill_(torch.nan)
             elif pinned:
                 self.placement.pinned.add(x)
         if on_cuda:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def leave(scenarios: Mapping[str, Callable[[], Any]]) -> None:
     file, *named = sys.argv[1:]
     results = {}
     for name in named or scenarios:
-        print("scenario", name, flush=True)
+        began = time.process_time()
         results[name] = scenarios[name]()
+        print(f"scenario {name}: {time.process_time() - began:.1f} s", flush=True)
     Path(file).write_text(json.dumps(results))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _device
 from torch.utils._mode_utils import no_dispatch
 
 from cuda_twin.counts import Counting
@@ -24,6 +25,8 @@ class Transfers:
 
     def install(self) -> None:
         """Put these in the place of torch's own."""
+        # Which functions torch.device("meta") acts on is looked up once and kept: torch's own.
+        _device._device_constructors()
         tensor: Any = Tensor
         place = self.placement
         tensor.device = property(place.device_of)
@@ -35,7 +38,7 @@ class Transfers:
             CUDA, non_blocking=non_blocking
         )
         tensor.cpu = lambda x, **more: x.to("cpu")
-        tensor.pin_memory = self._pinned
+        tensor.pin_memory = lambda x, device=None: self._pinned(x)
         tensor.is_pinned = lambda x, device=None: x in place.pinned
         tensor.tolist = self._read(BASE.tolist)
         tensor.numpy = self._refuse_numpy(BASE.numpy)
@@ -82,7 +85,7 @@ class Transfers:
 
         return to
 
-    def _pinned(self, x: Tensor, device: Any = None) -> Tensor:
+    def _pinned(self, x: Tensor) -> Tensor:
         if x in self.placement.pinned:
             return x
         pinned = x.clone()
