@@ -222,7 +222,8 @@ def _bucket_attention(
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """``x[rows]`` for rows that may repeat. On a GPU the gradient of a repeated row is summed in
-    float32 and in a fixed order, where ``index_select`` adds in x's dtype as threads come."""
+    float32 at least and in a fixed order, where ``index_select`` adds in x's dtype as threads come.
+    """
     return _GatherRows.apply(x, rows) if x.is_cuda else x.index_select(0, rows)
 
 
@@ -236,8 +237,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        total = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
-        total.index_put_((rows,), grad.float(), accumulate=True)  # sorts: no atomics
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        total.index_put_((rows,), grad.to(wide), accumulate=True)  # sorts: no atomics
         return total.to(grad.dtype), None
 
 

@@ -43,15 +43,17 @@ def test_a_run_trains_there(runs, kind):
 
 @pytest.mark.parametrize("kind", PRECISION)
 def test_the_sampler_is_the_policy(runs, kind):
-    gaps = [row["sampling/sampling_logp_difference/max"] for row in runs[kind]["rows"] if "loss" in row]
+    gaps = [
+        row["sampling/sampling_logp_difference/max"] for row in runs[kind]["rows"] if "loss" in row
+    ]
     assert gaps and max(gaps) <= CLOSE[PRECISION[kind]]
 
 
 def test_a_window_ends_the_same_from_a_checkpoint_inside_it(runs):
     told = runs["windows with correction"]
     assert told["ends the same"]
-    assert [row["step"] for row in told["rows"] if "loss" in row] == [1, 2, 3, 4]
-    assert [row["step"] for row in told["rows"] if "eval_reward" in row] == [4]
+    assert [row["step"] for row in told["rows"] if "loss" in row] == [1, 2]
+    assert [row["step"] for row in told["rows"] if "eval_reward" in row] == [2]
 
 
 @pytest.mark.parametrize("fused_rollouts", [False, True])
@@ -64,7 +66,11 @@ def test_trl_trains_there_on_our_loss(runs, fused_rollouts):
 
 
 @pytest.mark.parametrize("fused_rollouts", [False, True])
-def test_a_loss_in_trl_waits_no_more_than_it_has_to(runs, fused_rollouts):
-    """For the tokens, which TRL has on the device in padded rows."""
+def test_what_of_a_loss_in_trl_is_ours_waits_twice(runs, fused_rollouts):
+    """For the tokens, which TRL has on the device in padded rows, and for the rows without a
+    gradient. TRL itself reads a dozen numbers for its metrics."""
     for costs in runs[f"trl, {fused_rollouts}"]["losses"]:
-        assert sum(costs["waits"].values()) <= 2, costs["waits"]
+        ours = {name: n for name, n in costs["waits"].items() if " @ fusedgrpo/" in name}
+        assert sum(ours.values()) <= 2, costs["waits"]
+        pageable = [name for name in costs["copies"] if name.startswith("pageable to the device")]
+        assert not pageable and not any(name.startswith("frozen") for name in costs["casts"])

@@ -39,14 +39,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "windows with correction": {
         "prompts_per_step": 1,
         "num_iterations": 2,
-        "steps_per_generation": 2,
         "sampler_correction": True,
         "beta": 0.1,
-        "max_steps": 4,
-        "save_steps": 3,
+        "max_steps": 2,
+        "save_steps": 1,
         "save_strategy": "steps",
         "eval_strategy": "steps",
-        "eval_steps": 4,
+        "eval_steps": 2,
     },
     "capability 7.5": {},
     "capability 7.5 in float32": {"bf16": False, "sampler": "generate"},
@@ -82,7 +81,7 @@ def make(directory: Path, model: Path, **changes: Any) -> GRPOTrainer:
         reward_funcs=by_turns,
         args=GRPOConfig(**values),
         train_dataset=PROMPTS,
-        eval_dataset=PROMPTS[:2] if "eval_strategy" in changes else None,
+        eval_dataset=PROMPTS[:1] if "eval_strategy" in changes else None,
         processing_class=tiny.tokenizer(),
     )
 
@@ -102,7 +101,7 @@ def trained(directory: Path, **changes: Any) -> Any:
         "finite": all(bool(p.isfinite().all()) for p in after),
         "rows": read_metrics(directory / "run" / "metrics.jsonl"),
     }
-    checkpoint = directory / "run/checkpoints/step-000003"
+    checkpoint = directory / "run/checkpoints/step-000001"
     if checkpoint.exists():
         again = make(directory / "again", model, **changes)
         again.train(resume_from_checkpoint=str(checkpoint))
@@ -142,7 +141,8 @@ def of_trl(fused_rollouts: bool) -> Any:
                 output_dir=directory, per_device_train_batch_size=2, num_generations=2,
                 gradient_accumulation_steps=2, max_completion_length=4, max_steps=1, bf16=True,
                 learning_rate=1e-2, report_to="none", logging_steps=1, save_strategy="no",
-                gradient_checkpointing=False, model_init_kwargs={"dtype": "bfloat16", "device_map": None},
+                gradient_checkpointing=False,
+                model_init_kwargs={"dtype": "bfloat16", "device_map": None},
             ),
             train_dataset=Dataset.from_list(PROMPTS),
             processing_class=tiny.tokenizer(),
