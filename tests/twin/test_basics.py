@@ -72,6 +72,18 @@ def test_gradients_go_back_to_where_their_tensors_are(basics):
     assert told == {"host": "cpu", "device": "cuda:0", "grad": [2, 2, 2]}
 
 
+def test_memory_that_nobody_wrote_is_not_a_number(basics):
+    assert basics["unwritten"] is True
+
+
+def test_casts_of_weights_that_do_not_train_are_told_apart(basics):
+    assert basics["frozen_casts"] == ["float32 to bfloat16", "frozen float32 to bfloat16"]
+
+
+def test_gradients_of_a_row_that_is_taken_twice_are_summed_in_float64(basics):
+    assert basics["gathered"] == [[1 + 1e-12] * 2, [1.0] * 2]
+
+
 def test_products_of_16_bit_operands_are_float32(basics):
     told = basics["products"]
     for name in ("wide", "added"):

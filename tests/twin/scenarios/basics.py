@@ -15,6 +15,7 @@ from torch import Tensor, nn
 twin = install()
 
 from fusedgrpo.kernels import linear_sample  # noqa: E402
+from fusedgrpo.models.packed_attention import gather_rows  # noqa: E402
 from fusedgrpo.models.policy import Policy  # noqa: E402
 
 
@@ -196,4 +197,30 @@ def policy() -> Any:
     }
 
 
-leave({f.__name__: f for f in (devices, counted, gradients_cross, products, varlen, policy)})
+def gathered() -> Any:
+    """Gradients of a row that is taken twice, where float32 would round them away."""
+    x = torch.ones(2, 2, dtype=torch.float64, device="cuda", requires_grad=True)
+    grad = torch.tensor([[1.0], [1e-12], [1.0]], dtype=torch.float64, device="cuda").expand(3, 2)
+    gather_rows(x, torch.tensor([0, 0, 1], device="cuda")).backward(grad)
+    assert x.grad is not None
+    return x.grad.tolist()
+
+
+def frozen_casts() -> Any:
+    layer = nn.Linear(4, 4, bias=False).cuda()
+    layer.weight.requires_grad_(False)
+    twin.watch(layer)
+    x = torch.randn(2, 4, device="cuda")
+    with twin.counted() as counts, torch.autocast("cuda", torch.bfloat16):
+        layer(x)
+    return sorted(name.split(" @ ")[0] for name in counts.plain()["casts"])
+
+
+def unwritten() -> Any:
+    return bool(torch.empty(3, device="cuda").isnan().all())
+
+
+SCENARIOS = (
+    devices, counted, gradients_cross, products, varlen, policy, gathered, frozen_casts, unwritten,
+)  # fmt: skip
+leave({scenario.__name__: scenario for scenario in SCENARIOS})
