@@ -93,6 +93,13 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+def _let_segments_grow() -> None:
+    """Before CUDA is: memory that micro-batches of one length leave then serves those of another,
+    where segments of a fixed size would be kept beside it. What the user has set stays."""
+    if not any(f"PYTORCH_{kind}ALLOC_CONF" in os.environ for kind in ("", "CUDA_", "HIP_")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def main() -> None:
     """Run the command line; errors raised on purpose are one message, not a traceback."""
     from fusedgrpo.engine.interrupts import Interrupted, StopSignals
@@ -107,6 +114,7 @@ def main() -> None:
     # Before torch is imported: its CPU threads spin only shortly before they sleep. On a machine
     # with other work that is many times faster (docs/measured.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    _let_segments_grow()
     # Warnings reach the terminal; everything from INFO up goes to run.log, once there is one.
     logging.basicConfig(handlers=[terminal_handler()])
     logging.captureWarnings(True)

@@ -144,6 +144,30 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "given,expected",
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"},) * 2,
+        ({"PYTORCH_ALLOC_CONF": ""},) * 2,
+    ],
+    ids=["nothing", "older", "newer"],
+)
+def test_memory_of_the_gpu_grows_unless_the_user_has_set_how(
+    given: dict[str, str], expected: dict[str, str]
+) -> None:
+    said = (
+        "import json, os; from fusedgrpo import cli; "
+        "cli.app = lambda **_: print(json.dumps({n: v for n, v in os.environ.items() "
+        "if 'ALLOC_CONF' in n})); cli.main()"
+    )
+    without = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    run = subprocess.run(
+        [sys.executable, "-c", said], env=without | given, capture_output=True, text=True
+    )
+    assert json.loads(run.stdout) == expected, run.stderr
+
+
 def test_a_dry_run_says_what_would_run_and_trains_nothing(place: Path) -> None:
     said = call("train", *OPTIONS, "--max_steps", 3, "--output_dir=dry", "--dry_run")
     assert "2 prompts x 2 completions per step; 3 steps" in said

@@ -32,6 +32,7 @@ from fusedgrpo.models.finite import largest
 from fusedgrpo.models.micro_batches import forwarded_tokens, shares
 from fusedgrpo.models.policy import Policy, ReferenceSync
 from fusedgrpo.models.router import RouterSums
+from fusedgrpo.models.sending import send_numbers
 
 
 @dataclass(slots=True)
@@ -229,7 +230,6 @@ class Learner:
         if self.policy.router is not None and load is None and len(cut) > 1:
             load = self.passes.router_load(samples)
         parts: list[MicroBatch] = []
-        losses: list[Tensor] = []
         measured: list[Tensor] = []
         names: list[str] = []
         for index, members in enumerate(cut):
@@ -245,10 +245,10 @@ class Learner:
                 )
                 with missing_backward.refused():
                     self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
-            del loss  # and its graph, before the next forward pass
             names = list(metrics)
-            measured.append(torch.stack([metrics[name].float() for name in names]))
+            numbers = [loss.detach(), *metrics.values()]
+            del loss  # and its graph, before the next forward pass
+            measured.append(torch.stack([number.to(numbers[0].dtype) for number in numbers]))
             parts.append(
                 MicroBatch(
                     tokens=sum(sample.loss_tokens for sample in batch),
@@ -256,10 +256,11 @@ class Learner:
                     forwarded=forwarded_tokens([s.pair for s in batch], layout, whole=whole),
                 )
             )
-        # Only now, when nothing is left to start, wait for the device.
-        for part, loss, row in zip(parts, losses, measured, strict=True):
-            part.loss = loss.item()
-            part.metrics = dict(zip(names, row.tolist(), strict=True))
+        # Only now, when nothing is left to start, wait for the device, once.
+        rows = torch.stack(measured).tolist() if measured else []
+        for part, (part_loss, *values) in zip(parts, rows, strict=True):
+            part.loss = part_loss
+            part.metrics = dict(zip(names, values, strict=True))
             part.aux_loss = part.metrics.pop("aux_loss", 0.0)
             part.entropy_sum = part.metrics.pop("entropy_sum", 0.0)
         return parts
@@ -294,7 +295,7 @@ class Learner:
         mask = loss_mask(batch, device)
         weight = concatenated(batch, "sampler_weight", device)
         old_logp = concatenated(batch, "old_logp", device)
-        advantages = torch.tensor([s.advantage for s in batch], device=device)
+        advantages = send_numbers([s.advantage for s in batch], device, torch.float32)
         loss, metrics = self.policy_loss(
             logp,
             advantages,

@@ -149,13 +149,15 @@ def rollout_logprobs(
     logp = torch.full((sum(c.own_tokens for c in buffer.rollout.completions()),), torch.nan)
 
     def score(pairs: Sequence[Pair], places: Sequence[slice]) -> None:
-        for members in micro_batches(
-            pairs, execution.oom_retry.tokens, policy.layout, whole=policy.whole
-        ):
+        cut = micro_batches(pairs, execution.oom_retry.tokens, policy.layout, whole=policy.whole)
+        found: list[Tensor] = []
+        for members in cut:
             execution.check_interrupt()
-            batch = policy.logprobs(policy.pack([pairs[k] for k in members])).logp.cpu()
+            found.append(policy.logprobs(policy.pack([pairs[k] for k in members])).logp)
+        # Only now, when nothing is left to start, wait for the device.
+        for members, batch in zip(cut, found, strict=True):
             sizes = [places[k].stop - places[k].start for k in members]
-            for k, values in zip(members, batch.split(sizes), strict=True):
+            for k, values in zip(members, batch.cpu().split(sizes), strict=True):
                 logp[places[k]] = values
 
     def score_own() -> Tensor:

@@ -52,15 +52,19 @@ class StepPasses:
         return [entropy for of_process in found for entropy in of_process]
 
     def _entropies(self, samples: Sequence[TrainingSample]) -> list[Tensor]:
-        entropies: dict[int, Tensor] = {}
+        cut = self.cut(samples)
+        found: list[Tensor] = []
         with self.policy.scoring():
-            for members in self.cut(samples):
+            for members in cut:
                 self.execution.check_interrupt()
                 packed = self.packed([samples[i] for i in members])
                 entropy = self.policy.logprobs(packed, entropy="detached").entropy
                 assert entropy is not None
-                sizes = [samples[i].own_tokens for i in members]
-                entropies |= zip(members, entropy.cpu().split(sizes), strict=True)
+                found.append(entropy)
+        entropies: dict[int, Tensor] = {}
+        for members, entropy in zip(cut, found, strict=True):
+            sizes = [samples[i].own_tokens for i in members]
+            entropies |= zip(members, entropy.cpu().split(sizes), strict=True)
         return [entropies[i] for i in range(len(samples))]
 
     def router_load_of_all(self, own: Sequence[TrainingSample]) -> RouterSums:

@@ -100,6 +100,7 @@ class PackedForward:
             hidden, weight = hidden.float(), weight.float()
         elif not torch.is_autocast_enabled(device_type):
             hidden = hidden.to(weight.dtype)
+        packed.check_targets(len(weight))
         inherited = torch.is_autocast_enabled(device_type) and not self._head_in_float32
         with torch.autocast(device_type, enabled=inherited):
             logp, entropies = linear_logprob(
@@ -111,6 +112,7 @@ class PackedForward:
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 return_entropy=entropy,
+                targets_checked=True,
             )
         # Complex: under mixed precision FSDP2 rounds what modules return to 16 bit if it is real.
         return torch.complex(logp, torch.zeros_like(logp) if entropies is None else entropies)

@@ -39,7 +39,9 @@ def unpadded(
     """Prompt and completion of each padded row, without the padding."""
     pairs = []
     split = input_ids.shape[1] - logits_to_keep
-    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+    # Read together: the host waits for the device once.
+    read = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).tolist()
+    for ids, mask in zip(*read, strict=True):
         prompt = tuple(t for t, m in zip(ids[:split], mask[:split], strict=True) if m)
         completion = tuple(t for t, m in zip(ids[split:], mask[split:], strict=True) if m)
         if not prompt:

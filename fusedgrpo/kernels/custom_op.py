@@ -78,9 +78,13 @@ def check_operands(
 
 def check_targets(target: Tensor, vocab: int) -> None:
     """One comparison for the whole batch: an id outside the vocabulary would read another row."""
-    if len(target) == 0:
-        return
-    low, high = torch.stack(target.aminmax()).tolist()
+    if len(target):
+        low, high = torch.stack(target.aminmax()).tolist()
+        check_target_range(low, high, vocab)
+
+
+def check_target_range(low: int, high: int, vocab: int) -> None:
+    """IndexError where the least or the greatest target is not of the vocabulary."""
     if low < 0 or high >= vocab:
         bad = low if low < 0 else high
         raise IndexError(

@@ -31,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fusedgrpo import host
 from fusedgrpo.models.packed_batch import Segment
+from fusedgrpo.models.sending import send_numbers
 
 NAME = "fusedgrpo"
 
@@ -92,8 +93,8 @@ class Plan:
             cu_k.append(len(keys))
         return (
             self._index(keys),
-            self._index(cu_q).int(),
-            self._index(cu_k).int(),
+            self._index(cu_q, torch.int32),
+            self._index(cu_k, torch.int32),
             max(s.length for s in segments),
             max(s.length + s.prefix_length for s in segments),
         )
@@ -114,8 +115,8 @@ class Plan:
             self._masks[key] = seen
         return self._masks[key]
 
-    def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _index(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return send_numbers(values, self.device, dtype)
 
 
 def _bucketed(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -221,7 +222,8 @@ def _bucket_attention(
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """``x[rows]`` for rows that may repeat. On a GPU the gradient of a repeated row is summed in
-    float32 and in a fixed order, where ``index_select`` adds in x's dtype as threads come."""
+    float32 at least and in a fixed order, where ``index_select`` adds in x's dtype as threads come.
+    """
     return _GatherRows.apply(x, rows) if x.is_cuda else x.index_select(0, rows)
 
 
@@ -235,8 +237,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        total = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
-        total.index_put_((rows,), grad.float(), accumulate=True)  # sorts: no atomics
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        total.index_put_((rows,), grad.to(wide), accumulate=True)  # sorts: no atomics
         return total.to(grad.dtype), None
 
 

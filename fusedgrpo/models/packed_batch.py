@@ -12,6 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedgrpo.kernels.custom_op import check_target_range
+from fusedgrpo.models.sending import send_numbers
+
 Ids = Sequence[int]
 # Half-open ranges of a completion's tokens.
 Spans = Sequence[tuple[int, int]]
@@ -63,6 +66,8 @@ class PackedBatch:
     targets: ``[N]`` int64, the scored tokens, completion after completion in the order given.
     predictors: ``[N]`` int64, where in T the hidden state sits that predicts each of them.
     cu_completions: ``[B+1]`` int64, completion i is ``targets[cu_completions[i]:...[i+1]]``.
+    target_range: the least and the greatest of the targets, which the host can look at; None where
+    there are none.
     copies: ``[T]`` int64 in a whole batch, in how many of the B sequences a token is.
     """
 
@@ -73,6 +78,7 @@ class PackedBatch:
     cu_completions: Tensor
     segments: tuple[Segment, ...]
     layout: Layout
+    target_range: tuple[int, int] | None
     copies: Tensor | None = None
 
     @classmethod
@@ -128,29 +134,37 @@ class PackedBatch:
             targets.extend(completion[place] for place in own)
             ends.append(len(targets))
 
-        def on_device(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
         return cls(
-            input_ids=on_device(ids),
-            position_ids=on_device(positions),
-            targets=on_device(targets),
-            predictors=on_device(predictors),
-            cu_completions=on_device(ends),
+            input_ids=send_numbers(ids, device),
+            position_ids=send_numbers(positions, device),
+            targets=send_numbers(targets, device),
+            predictors=send_numbers(predictors, device),
+            cu_completions=send_numbers(ends, device),
             segments=tuple(segments),
             layout=layout,
-            copies=on_device(copies) if whole else None,
+            target_range=(min(targets), max(targets)) if targets else None,
+            copies=send_numbers(copies, device) if whole else None,
         )
 
-    def padded_rows(self) -> tuple[Tensor, Tensor]:
-        """Segments as rows, padded on the right: ids and mask, ``[segments, longest]``; the mask
-        picks the T tokens in order. For layout ``"rows"``."""
-        lengths = torch.tensor([s.length for s in self.segments], device=self.input_ids.device)
+    def padded_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Segments as rows, padded on the right: ids and mask, ``[segments, longest]``, and where
+        in the rows end to end each of the T tokens is, ``[T]``. For layout ``"rows"``."""
         longest = max((s.length for s in self.segments), default=0)
-        mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
-        ids = torch.zeros(mask.shape, dtype=torch.int64, device=lengths.device)
-        ids[mask] = self.input_ids
-        return ids, mask
+        starts = range(0, longest * len(self.segments), longest or 1)
+        places = send_numbers(
+            [at + i for at, s in zip(starts, self.segments, strict=True) for i in range(s.length)],
+            self.input_ids.device,
+        )
+        ids = self.input_ids.new_zeros(longest * len(self.segments))
+        mask = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, places, True)
+        ids.index_copy_(0, places, self.input_ids)
+        shape = len(self.segments), longest
+        return ids.view(shape), mask.view(shape), places
+
+    def check_targets(self, vocabulary: int) -> None:
+        """IndexError for a target that is not of the vocabulary; the host knows them."""
+        if self.target_range is not None:
+            check_target_range(*self.target_range, vocabulary)
 
     @property
     def num_tokens(self) -> int:

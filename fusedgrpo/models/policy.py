@@ -196,6 +196,7 @@ class Policy:
         with self.autocast():
             hidden = self.hidden(packed, routed=routed)
             head = self.head
+            packed.check_targets(len(head.weight))
             if self.compute_dtype is None:
                 hidden = hidden.to(head.weight.dtype)
             return linear_logprob(
@@ -207,6 +208,7 @@ class Policy:
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 return_entropy=entropy,
+                targets_checked=True,
             )
 
     def hidden(
@@ -229,11 +231,10 @@ class Policy:
         decoder = self.causal_lm.get_decoder()
         asked = {} if routed is None else {"output_router_logits": True}
         if packed.layout == "rows":
-            ids, mask = packed.padded_rows()
+            ids, mask, kept = packed.padded_rows()
             outputs = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False, **asked)
             # With causal attention no token sees the padding to its right.
-            kept = mask.flatten()
-            states = outputs.last_hidden_state.flatten(0, 1)[kept]
+            states = outputs.last_hidden_state.flatten(0, 1).index_select(0, kept)
         else:
             kept = None
             outputs = decoder(
@@ -249,7 +250,8 @@ class Policy:
         if routed is not None:
             assert self.router is not None and packed.copies is not None
             logits = outputs.router_logits
-            logits = logits if kept is None else [layer[kept] for layer in logits]
+            if kept is not None:
+                logits = [layer.index_select(0, kept) for layer in logits]
             routed.append(self.router.sums(logits, packed.copies))
         return attention.gather_rows(states, packed.predictors)
 

@@ -20,6 +20,7 @@ from fusedgrpo.models.decode_step import DecodeStep, Said
 from fusedgrpo.models.kv_cache import PAGE, PagedCache, pages_of, slots_of
 from fusedgrpo.models.packed_batch import Segment
 from fusedgrpo.models.policy import Policy
+from fusedgrpo.models.sending import send_numbers
 
 # Tokens that are read at once after what their rows have.
 READ_TOGETHER = 128
@@ -357,6 +358,4 @@ class RaggedDecoder:
         return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def _index(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        on_gpu = self.device.type == "cuda"
-        found = torch.tensor(values, dtype=torch.int64, pin_memory=on_gpu)
-        return found.to(self.device, non_blocking=True)
+        return send_numbers(values, self.device)

@@ -39,7 +39,8 @@ def logprob_arguments(trainable, mask, entropy):
     hidden, weight, bias, targets = make(trainable)
     mask = torch.arange(N) % 3 != 0 if mask else None
     return (
-        hidden, weight, bias, targets, mask, 0.7, 1.0, 5.0, entropy, entropy, True, "torch",
+        hidden, weight, bias, targets, mask, 0.7, 1.0, 5.0, entropy, entropy, True, False,
+        "torch",
     )  # fmt: skip
 
 

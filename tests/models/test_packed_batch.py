@@ -87,9 +87,22 @@ def test_two_completions_of_one_prompt() -> None:
 
 
 def test_rows_are_padded_on_the_right() -> None:
-    ids, mask = PackedBatch.build([([5, 6], [7, 8]), ([4], [3])], "cpu", "rows").padded_rows()
+    packed = PackedBatch.build([([5, 6], [7, 8]), ([4], [3])], "cpu", "rows")
+    ids, mask, places = packed.padded_rows()
     assert ids.tolist() == [[5, 6, 7], [4, 0, 0]]
     assert torch.equal(mask, torch.tensor([[True, True, True], [True, False, False]]))
+    assert places.tolist() == [0, 1, 2, 3]
+    empty = PackedBatch.build([], "cpu", "rows").padded_rows()
+    assert [part.numel() for part in empty] == [0, 0, 0]
+
+
+def test_targets_are_looked_at_on_the_host() -> None:
+    packed = PackedBatch.build([([5, 6], [7, 2]), ([4], [9])], "cpu")
+    assert packed.target_range == (2, 9)
+    packed.check_targets(10)
+    with pytest.raises(IndexError, match="target id 9 is outside the vocabulary of 9"):
+        packed.check_targets(9)
+    PackedBatch.build([([5], [])], "cpu").check_targets(1)
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedgrpo.kernels import LossOptions
 from fusedgrpo.models.packed_batch import Pair
+from fusedgrpo.models.sending import send
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +76,10 @@ def concatenated(
     parts = [getattr(sample, field) for sample in samples]
     if any(part is None for part in parts):
         return None
-    return torch.cat(parts).to(device)
+    return send(torch.cat(parts), device)
 
 
 def loss_mask(samples: Sequence[TrainingSample], device: torch.device) -> Tensor:
     """``[N]`` bool."""
     lengths = torch.tensor([s.own_tokens for s in samples])
-    return torch.tensor([s.in_loss for s in samples]).repeat_interleave(lengths).to(device)
+    return send(torch.tensor([s.in_loss for s in samples]).repeat_interleave(lengths), device)

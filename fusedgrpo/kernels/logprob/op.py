@@ -61,6 +61,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool | Literal["detached"] = False,
+    targets_checked: bool = False,
     backend: Backend = "auto",
 ) -> LogProbs:
     """``log_softmax(logits)[targets]`` without the logits; formula in the module's docstring.
@@ -70,6 +71,8 @@ def linear_logprob(
     int64. bias: ``[V]``. mask: ``[...]`` bool; where False nothing is computed, and output and
     gradient are exactly 0. ``return_entropy=True`` gives a differentiable entropy, at the price of
     one more GEMM when hidden needs a gradient; ``"detached"`` gives its value only.
+    targets_checked: the caller knows that they are of the vocabulary. Else they are looked at here,
+    for which the host waits for the device.
 
     Returns float32 (float64 for float64 inputs) of the shape of ``targets``. Gradients flow to
     hidden, weight and bias; a second derivative is refused.
@@ -92,6 +95,7 @@ def linear_logprob(
         return_entropy is not False,
         return_entropy is True,
         with_grad,
+        targets_checked,
         backend,
     )
     shape = targets.shape
@@ -111,6 +115,7 @@ def _linear_logprob(
     want_entropy: bool,
     grad_entropy: bool,
     want_dlogp: bool,
+    targets_checked: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``logp``, ``z_target``, ``entropy``, ``unit``, each ``[N]``, and the gradients ``[N, H]`` of
@@ -121,7 +126,8 @@ def _linear_logprob(
     keep = None if mask is None else mask.nonzero().flatten()
     kept_target = target.contiguous() if keep is None else target[keep]
     bias = None if bias is None else bias.contiguous()
-    check_targets(kept_target, len(weight))
+    if not targets_checked:
+        check_targets(kept_target, len(weight))
 
     outputs = _outputs(hidden, want_entropy, want_dlogp, want_dlogp and grad_entropy, torch.zeros)
     R = tiling_for(weight).rows
@@ -169,14 +175,14 @@ def _outputs(
 
 @_linear_logprob.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, want_entropy, grad_entropy, want_dlogp, _ = rest
+    *_, want_entropy, grad_entropy, want_dlogp, _, _ = rest
     return _outputs(hidden, want_entropy, want_dlogp, want_dlogp and grad_entropy, torch.empty)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, *_ = inputs
     logp, z_target, entropy, unit, dlogp, dentropy = output
-    _, _, _, _, _, *ctx.head, want_entropy, grad_entropy, ctx.has_dlogp, ctx.backend = inputs
+    _, _, _, _, _, *ctx.head, want_entropy, grad_entropy, ctx.has_dlogp, _, ctx.backend = inputs
     ctx.grad_entropy = want_entropy and grad_entropy
     ctx.weight_grad = ctx.needs_input_grad[1]
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[2]
@@ -226,7 +232,7 @@ def _backward(
         grad_hidden,
         grad_weight if ctx.weight_grad else None,
         grad_bias if ctx.bias_grad else None,
-        *[None] * 9,
+        *[None] * 10,
     )
 
 
