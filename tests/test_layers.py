@@ -28,7 +28,7 @@ LAYERS = [
     ["engine.rollout.sampler"],
     ["engine.rollout.warpers"],
     ["engine.memory", "engine.data", "engine.rewards"],
-    ["engine.tools"],
+    ["engine.tools", "engine.roofline"],
     ["engine.execution"],
     ["engine.rollout"],
     ["engine.reporting"],
