@@ -141,8 +141,9 @@ def planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     parts["scoring"] = roofline_rows.scoring(shape, batches, "shared")
     parts["update"] = roofline_rows.updates(shape, batches, "shared", checkpointing=again)
     case = (
-        f"{Path(args.model).name}, {args.prompts} prompts of {args.prompt} tokens x {n} completions of "
-        f"{args.completion}, weights in {'NF4' if args.four_bit else 'bfloat16'}, "
+        f"{Path(args.model).name}, {args.prompts} prompts of {args.prompt} tokens x {n} "
+        f"completions of {args.completion}, "
+        f"weights in {'NF4' if args.four_bit else 'bfloat16'}, "
         + ("all of them train, " if args.full else f"LoRA r={args.rank} all-linear, ")
         + ("gradient checkpointing, " if again else "")
         + f"{len(batches)} micro-batches; {said(card)}, {args.launch:g} us a launch"

@@ -1,4 +1,4 @@
-"""What the cases of other benches had to do, made once more from the words in their rows.
+"""The work of the cases of other benches, made once more from the words in their rows.
 
 A reader gets a case and its rows, ``[contender][metric]``, and says for each contender how long
 what took and the work that this cannot do without; None for a case that it does not know. It exits

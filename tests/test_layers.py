@@ -42,7 +42,7 @@ LAYERS = [
     ["engine.collector", "engine.held_out_check", "engine.drift_check", "engine.nonfinite",
      "engine.run_sampler", "engine.callback_events"],
     ["engine.checkpointer", "engine.own_options", "engine.planned_work", "engine.trl_surface",
-     "engine.run_description"],
+     "engine.run_description", "engine.step_bounds"],
     ["engine.setup", "engine.run_session", "engine.evaluating", "engine.publishing",
      "engine.resuming"],
     ["engine.step_records"],

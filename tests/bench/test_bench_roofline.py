@@ -1,4 +1,4 @@
-"""bench/roofline.py bounds a step of a config.json, and finds the cases in rows of other benches."""
+"""bench/roofline.py bounds a step of a config.json, and knows the rows of other benches."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,8 +49,8 @@ class Product(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Of one layer. queries: heads x head dimension. entries: elements of a token's keys and
-    values. window: how many keys a query sees at most, None for all before it."""
+    """The attention of a layer. queries: heads x head dimension. entries: elements of a token's
+    keys and values. window: how many keys a query sees at most, None for all before it."""
 
     queries: int
     entries: int
@@ -82,9 +82,9 @@ class Shape:
 
     @classmethod
     def of(cls, model: Any, itemsize: int) -> Shape:
-        """Of a causal LM, peft's adapters in it or not; it may be on the meta device. itemsize: of
-        the dtype that it computes in. Raises UnknownShapeError, and ModelError for its head.
-        """
+        """The shape of a causal LM, peft's adapters in it or not; it may be on the meta device.
+        itemsize: of the dtype that it computes in. Raises UnknownShapeError, and ModelError for
+        its head."""
         decoder, head = model.get_decoder(), find_head(model)
         ranks = _ranks(model)
         modules = dict(decoder.named_modules())
@@ -137,22 +137,29 @@ class Shape:
     def merged(self) -> Shape:
         """With a copy of each adapted weight in the dtype that is computed in, the factors in it:
         what ``rollout_weights: merged`` samples from."""
-        return self._changed(
-            lambda p: p._replace(nbytes=p.weights * self.itemsize, rank=0, factor_bytes=0)
-        )
+
+        def merged(p: Product) -> Product:
+            nbytes = p.weights * self.itemsize if p.rank else p.nbytes
+            return p._replace(nbytes=nbytes, rank=0, factor_bytes=0)
+
+        return self.beside()._changed(merged)
 
     def beside(self) -> Shape:
-        """With the factors in the dtype that is computed in, as ``rollout_weights: adapter`` takes
-        them."""
-        return self._changed(lambda p: p._replace(factor_bytes=p.factors * self.itemsize))
+        """With the factors, and weights of more bytes, in the dtype that is computed in: what
+        ``rollout_weights: adapter`` samples from."""
+
+        def beside(p: Product) -> Product:
+            nbytes = min(p.nbytes, p.weights * self.itemsize)
+            return p._replace(nbytes=nbytes, factor_bytes=p.factors * self.itemsize)
+
+        return self._changed(beside)
 
     def without_adapter(self) -> Shape:
         """The model with its adapters switched off: the reference."""
         return self._changed(lambda p: p._replace(rank=0, factor_bytes=0))
 
-    def _changed(self, change: Any) -> Shape:
-        products = tuple(change(p) if p.rank else p for p in self.products)
-        return dataclasses.replace(self, products=products)
+    def _changed(self, change: Callable[[Product], Product]) -> Shape:
+        return dataclasses.replace(self, products=tuple(map(change, self.products)))
 
 
 def _is_attention(module: nn.Module) -> bool:
