@@ -75,6 +75,7 @@ class Case:
     kind: str
     dtype: str
     device: torch.device
+    rank: int
 
     @property
     def longest(self) -> int:
@@ -92,7 +93,8 @@ class Case:
         return (
             f"{self.model}, {len(self.prompts)} prompts of {len(self.prompts[0])} tokens x "
             f"{self.n} completions of {self.kind} lengths up to {self.longest}, "
-            f"LoRA r=16 all-linear, {self.dtype}, {self.device.type}, threads={self.threads}"
+            f"LoRA r={self.rank} all-linear, {self.dtype}, {self.device.type}, "
+            f"threads={self.threads}"
         )
 
 
@@ -114,7 +116,7 @@ def draw(args: Any, vocabulary: int, model: str) -> Case:
     dtype = "bfloat16" if args.bf16 else "float32"
     dtype += ", base in 4 bit" if args.four_bit else ""
     device = torch.device(args.device)
-    return Case(model, prompts, lengths, args.threads, args.lengths, dtype, device)
+    return Case(model, prompts, lengths, args.threads, args.lengths, dtype, device, args.rank)
 
 
 END = 0  # the token that ends a completion

@@ -14,6 +14,7 @@ OWN_METRICS = frozenset({
 OWN_PREFIXES = (
     "rewards/", "completions/", "time/", "memory/", "sampling/", "clip_ratio/", "cispo_", "vespo/",
     "log_ratio_", "sapo/", "router", "eval_", "log_metric/", "dynamic_sampling/", "selection/",
+    "roofline/",
 )  # fmt: skip
 USER_METRIC = "log_metric/"
 

@@ -30,6 +30,7 @@ def described(trainer: Any) -> dict[str, Any]:
         "rollout_weights": trainer.run_sampler.weights,
         "kernels": chosen_backend(policy.device, policy.dtype),
         "memory": {"plan": _plan(trainer.memory_plan), "measured": measured(trainer)},
+        "roofline": trainer.bounds.described(),
     }
 
 

@@ -25,6 +25,7 @@ from fusedgrpo.engine.reporting.unwritten import Unwritten
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.run_control import RunControl
+from fusedgrpo.engine.step_bounds import StepBounds
 
 
 class StepRecords(Evaluating):
@@ -42,6 +43,7 @@ class StepRecords(Evaluating):
     checkpointer: Checkpointer
     held_out_check: HeldOutCheck
     drift_check: DriftCheck
+    bounds: StepBounds
 
     @property
     def finished(self) -> bool:
@@ -224,6 +226,7 @@ class StepRecords(Evaluating):
                 **({} if result.applied else {"skipped_update": 1}),
                 **timer.metrics(tokens),
             }
+            row |= self.bounds.reached(row, samples)
             self.unwritten.rows.append(merged(row, self.buffer.metrics))
             self.unwritten.evaluation_due = self.run_control.evaluates(self.progress.step)
             self.events.follow()

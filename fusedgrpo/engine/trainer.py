@@ -31,6 +31,7 @@ from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.run_control import RunControl
 from fusedgrpo.engine.run_session import recorded_session
 from fusedgrpo.engine.setup import build_parts, describe
+from fusedgrpo.engine.step_bounds import StepBounds, card_name
 from fusedgrpo.engine.step_records import StepRecords
 from fusedgrpo.engine.train_summary import TrainSummary
 from fusedgrpo.engine.trl_surface import METHODS
@@ -136,6 +137,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
         self.unwritten = Unwritten()
         self.buffer: RolloutBuffer | None = None
         self.memory_peaks: dict[str, float] = {}
+        self.bounds = StepBounds(self, card_name(self.policy.device))
         self.collector = Collector(self)
         self.run_control = RunControl(parts.args, parts.plan)
         self.held_out_check = HeldOutCheck(self)
@@ -278,6 +280,7 @@ class GRPOTrainer(Publishing, Resuming, StepRecords):
             collected = self.collector.collect(timer.phase)
             with timer.phase("score"):
                 buffer = self.collector.buffer(collected)
+            self.bounds.collected(collected.rollout, buffer)
             self._take(buffer, collected, outputs)
         assert self.buffer is not None
         chosen = self._begin_drift_check(outputs)

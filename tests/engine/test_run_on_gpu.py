@@ -16,7 +16,7 @@ from fusedgrpo.engine.reporting.metrics_log import read_metrics
 pytestmark = pytest.mark.gpu
 
 PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(7)]
-MEASURED = ("time/", "step_time", "tokens_per_second", "memory/")
+MEASURED = ("time/", "step_time", "tokens_per_second", "memory/", "roofline/")
 KINDS: dict[str, dict[str, Any]] = {
     "lora-bf16": {},
     "lora-fp32": {"bf16": False},

@@ -24,7 +24,7 @@ from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
 
 GOLDEN = Path(__file__).parents[1] / "trajectories.json"
-CLOCK = ("time/", "step_time", "tokens_per_second", "memory/")
+CLOCK = ("time/", "step_time", "tokens_per_second", "memory/", "roofline/")
 PROMPTS = [
     {"prompt": " ".join(f"w{4 + (i * j) % 30}" for j in range(1, 3 + i % 4))} for i in range(7)
 ]

@@ -24,6 +24,7 @@ from fusedgrpo.engine.reporting.judging.findings import INTERVALS, when
 from fusedgrpo.engine.reporting.judging.prompts import compared, counts
 from fusedgrpo.engine.reporting.judging.verdict import judge
 from fusedgrpo.engine.reporting.looks import (
+    bounds_reached,
     memory_split,
     prompt_outcomes,
     telling_groups,
@@ -32,7 +33,7 @@ from fusedgrpo.engine.reporting.looks import (
 from fusedgrpo.engine.reporting.metrics_log import Row, reward_names, series, trend
 from fusedgrpo.engine.reporting.page.charts import PHASE_COLOURS, length_charts, run_charts
 from fusedgrpo.engine.reporting.page.figures import completion_figures
-from fusedgrpo.engine.reporting.page.header import described, memory_table
+from fusedgrpo.engine.reporting.page.header import bound_line, described, memory_table
 from fusedgrpo.engine.reporting.page.render import render, write_page
 from fusedgrpo.engine.reporting.page.tokens import coloured
 from fusedgrpo.engine.reporting.recorded_run import RecordedRun
@@ -230,6 +231,8 @@ def _cost(run: RecordedRun) -> dict[str, Any] | None:
         lines.append(f"Work that did not fit was done again in parts: {again}.")
     if speeds := series(rows, "tokens_per_second")[1]:
         lines.append(f"Completion tokens per second: {sum(speeds) / len(speeds):.0f} on average.")
+    if words := bound_line(run.facts, bounds_reached(rows)):
+        lines.append(words)
     if not (time_parts or lines):
         return None
     return {"time": time_parts, "lines": lines, "memory": memory_table(run.facts)}

@@ -19,7 +19,7 @@ from fusedgrpo.engine.reporting.page.figures import (
     _ticks,
     completion_figures,
 )
-from fusedgrpo.engine.reporting.page.header import described, memory_table
+from fusedgrpo.engine.reporting.page.header import bound_line, described, memory_table
 from fusedgrpo.engine.reporting.page.tokens import MOST_TOKENS, coloured
 
 
@@ -172,8 +172,26 @@ def test_the_header_says_what_the_run_is() -> None:
     assert memory_table(FACTS) == [["rollout", "9.00", "-"], ["update", "12.00", "11.00"]]
 
 
+def test_the_share_of_the_bound_is_said_or_why_there_is_none() -> None:
+    card = {"name": "H200", "flops": 989.5e12, "bandwidth": 4.8e12, "unknown": None}
+    line = bound_line({"roofline": card}, {"sample": 0.123, "update": 0.4})
+    assert "(H200, by its data sheet 990 TFLOP/s in 16 bit and 4,800 GB/s)" in line
+    assert ": sample 12%, update 40%." in line
+    assert bound_line({"roofline": card}, {}) == ""
+    no_card = {**dict.fromkeys(card), "unknown": "the speed of NVIDIA X is not known"}
+    said = bound_line({"roofline": no_card}, {})
+    assert said.endswith("is not said: the speed of NVIDIA X is not known.")
+    assert bound_line({"roofline": dict.fromkeys(card)}, {"sample": 0.5}) == ""  # on a CPU
+
+
 @pytest.mark.parametrize(
-    "facts", [{}, {"sessions": "no", "model": 3, "memory": {"plan": None}}, {"sessions": [None]}]
+    "facts",
+    [
+        {},
+        {"sessions": "no", "model": 3, "memory": {"plan": None}, "roofline": 3},
+        {"sessions": [None], "roofline": {"flops": "many"}},
+    ],
 )
 def test_a_torn_or_foreign_file_says_nothing(facts: dict[str, Any]) -> None:
     assert described(facts, [{"step": 1}]) == [] and memory_table(facts) == []
+    assert bound_line(facts, {"sample": 0.5}) == ""

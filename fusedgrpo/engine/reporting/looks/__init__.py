@@ -1,6 +1,7 @@
 """Looks at a run: arrays that a page or a plot draws as they are. Pure functions, numpy alone."""
 
 from fusedgrpo.engine.reporting.looks.curves import (
+    bounds_reached,
     clipping,
     gradient,
     kl_against_reward,
@@ -13,6 +14,7 @@ from fusedgrpo.engine.reporting.looks.rewards import group_signal, reward_histog
 from fusedgrpo.engine.reporting.looks.telling import telling_groups
 
 __all__ = [
+    "bounds_reached",
     "clipping",
     "gradient",
     "group_signal",

@@ -120,6 +120,18 @@ def time_split(rows: Sequence[Row]) -> TimeSplit:
     return TimeSplit(phases, seconds, seconds / (seconds.sum() or 1.0))
 
 
+def bounds_reached(rows: Sequence[Row]) -> dict[str, float]:
+    """Of each phase that has a bound (on a known GPU): the share of it that all steps together
+    reached, those that have one."""
+    found = {}
+    for phase in PHASES:
+        pairs = [(finite(r.get(f"roofline/{phase}")), finite(r.get(f"time/{phase}"))) for r in rows]
+        known = [(share, time) for share, time in pairs if share is not None and time]
+        if known:
+            found[phase] = sum(s * t for s, t in known) / sum(t for _, t in known)
+    return found
+
+
 @dataclass(frozen=True)
 class MemorySplit:
     """Bytes. phases: those that were measured by themselves (on a GPU). peaks: ``[P]``, the

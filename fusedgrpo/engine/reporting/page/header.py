@@ -39,6 +39,23 @@ def memory_table(facts: Mapping[str, Any]) -> list[list[str]]:
     return [[name, _gb(planned), _gb(measured.get(name))] for name, planned in phases.items()]
 
 
+def bound_line(facts: Mapping[str, Any], shares: Mapping[str, float]) -> str:
+    """How near a run came to the best that its GPU can do, or why that is not known; empty where
+    there is nothing to say. shares: by phase."""
+    card = _part(facts, "roofline")
+    if reason := card.get("unknown"):
+        return f"How near this is to the best that the GPU can do is not said: {reason}."
+    flops, bandwidth = finite(card.get("flops")), finite(card.get("bandwidth"))
+    if not shares or not flops or not bandwidth:
+        return ""
+    each = ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items())
+    return (
+        f"Of the best that the GPU can do ({card.get('name')}, by its data sheet "
+        f"{flops / 1e12:,.0f} TFLOP/s in 16 bit and {bandwidth / 1e9:,.0f} GB/s): {each}. "
+        "Rewards, reading and waiting count as time, and not as work."
+    )
+
+
 def _part(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A part of the file that others may have written."""
     part = facts.get(name)

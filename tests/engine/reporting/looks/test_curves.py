@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fusedgrpo.engine.reporting.looks import (
+    bounds_reached,
     clipping,
     gradient,
     kl_against_reward,
@@ -68,6 +69,16 @@ def test_the_time_is_split_over_the_phases_that_were_timed():
     assert found.shares.tolist() == pytest.approx([9 / 13, 4 / 13])
     assert time_split([{"step": 1}]).phases == ()
     assert time_split([{"step": 1, "time/score": 0.0}]).shares.tolist() == [0]
+
+
+def test_the_share_of_the_bound_is_that_of_all_steps_together():
+    rows = [
+        {"step": 1, "time/sample": 3.0, "roofline/sample": 0.5, "time/update": 1.0},
+        {"step": 2, "time/sample": 1.0, "roofline/sample": 0.1, "time/update": 0.0},
+        {"step": 3, "time/sample": 5.0, "time/update": 1.0, "roofline/update": None},
+    ]
+    assert bounds_reached(rows) == pytest.approx({"sample": (0.5 * 3 + 0.1 * 1) / 4})
+    assert bounds_reached([{"step": 1}]) == {}
 
 
 def test_the_plan_is_compared_with_the_greatest_peak():

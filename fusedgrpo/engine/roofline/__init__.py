@@ -1,0 +1,1 @@
+"""The least that rollouts, scoring and updates of a model can cost on a card."""
