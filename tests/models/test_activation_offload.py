@@ -32,6 +32,16 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 256)
 
 
+# Around both passes, as the loop has it. It ends with a test.
+UPDATE = contextlib.ExitStack()
+
+
+@pytest.fixture(autouse=True)
+def _no_update_is_left() -> Iterator[None]:
+    yield
+    UPDATE.close()
+
+
 class LateStreams:
     """A side stream as late as it may be: a copy runs when somebody waits for it or a later one.
 
@@ -96,7 +106,9 @@ def made(*, lora: bool = False, reentrant: bool = False, family: str = "Qwen2") 
         model.enable_input_require_grads()
     elif hasattr(model, "_require_grads_hook"):
         model.disable_input_require_grads()
-    return Policy(wrapped.train())
+    policy = Policy(wrapped.train())
+    UPDATE.enter_context(policy.training())
+    return policy
 
 
 def loss_of(policy: Policy, pairs: Any = PAIRS) -> Tensor:
