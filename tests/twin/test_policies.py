@@ -71,11 +71,9 @@ def test_no_micro_batch_casts_a_frozen_weight(policies, kind):
 
 def test_activations_go_to_the_host_and_back_beside_the_computation(policies):
     costs = policies["memory saved"]["update"]["copies"]
-    (moved,) = named(costs, "pinned to the host").values()
-    assert moved >= 3
-    to_device = named(costs, "pinned to the device")
-    back = {name: n for name, n in to_device.items() if "activation_offload.py" in name}
-    assert 0 < sum(back.values()) <= moved
+    for way in ("pinned to the host", "pinned to the device"):
+        moved = [n for name, n in named(costs, way).items() if "activation_offload.py" in name]
+        assert sum(moved) >= 3, costs
 
 
 def test_scoring_reads_each_micro_batch_once_and_at_the_end(policies):

@@ -88,7 +88,7 @@ def call_site() -> Site:
             found.append((file, frame.f_lineno))
         if ours:
             break
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return tuple(found)
 
 

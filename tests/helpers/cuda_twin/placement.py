@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 CUDA = torch.device("cuda", 0)
 
-true_device: Any = torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
+true_device: Any = torch._C.TensorBase.device.__get__
 
 
 class Storages:

@@ -15,7 +15,7 @@ from cuda_twin.counts import Counting
 from cuda_twin.dispatch import note_copy
 from cuda_twin.placement import CUDA, Placement
 
-BASE: Any = torch._C.TensorBase  # type: ignore[attr-defined]
+BASE: Any = torch._C.TensorBase
 
 
 class Transfers:
@@ -73,7 +73,7 @@ class Transfers:
                 args = (args[0].device, args[0].dtype, *args[1:])
             elif args and type(args[0]) is int:
                 args = (torch.device("cuda", args[0]), *args[1:])
-            parsed = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+            parsed = torch._C._nn._parse_to(*args, **kwargs)
             device, dtype, non_blocking, memory_format = parsed
             if device is not None and device.type not in ("cpu", "cuda"):
                 return plain(x, *args, **kwargs)

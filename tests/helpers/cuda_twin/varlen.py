@@ -56,7 +56,7 @@ def _backward(given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         grads[0][one.rows] = (d_scores @ one.keys).transpose(0, 1)
         grads[1][one.key_rows] = _shared(d_scores.transpose(1, 2) @ one.queries, key)
         grads[2][one.key_rows] = _shared(one.weights.transpose(1, 2) @ d_out, value)
-    return tuple(g.to(query.dtype) for g in grads)  # type: ignore[return-value]
+    return tuple(g.to(query.dtype) for g in grads)
 
 
 def _shared(grad: Tensor, of: Tensor) -> Tensor:

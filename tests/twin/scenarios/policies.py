@@ -147,7 +147,7 @@ def memory_saved() -> Any:
         mock.patch.object(activation_offload, "CHUNK", 1 << 16),
         trainer(1, sampler="generate", **saving) as made,
     ):
-        made.learner.offload.min_bytes = 1  # type: ignore[attr-defined]
+        made.learner.offload.min_bytes = 1
         return {"update": micro_batch(made)}
 
 
