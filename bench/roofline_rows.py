@@ -105,8 +105,8 @@ STEP = re.compile(
 
 def step(case: str, rows: Rows, shape_of: ShapeOf) -> dict[str, Done] | None:
     """Completions all of the greatest length, prompts all of one: what ours forwarded says which.
-    Which weights ours sampled from does not stand there: as they are kept, which are fewer bytes.
-    """
+    In one micro-batch, and from weights as they are kept: how it was does not stand there, and
+    neither is more work than that."""
     match = STEP.match(case)
     if match is None:
         return None

@@ -44,7 +44,7 @@ class StepBounds:
 
     gpu: the name of the card, None without one. unknown: why there is no bound on this GPU, None
     where there is one, or no GPU. Where a phase has none nothing is said: of a sampler that is not
-    ours, and of scoring without log-probs.
+    ours, of scoring without log-probs, of an update that first chooses its tokens.
     """
 
     def __init__(self, trainer: Stepping, gpu: str | None):
@@ -89,20 +89,7 @@ class StepBounds:
         ``time/sample`` and so on."""
         if self.shape is None or self.card is None:
             return {}
-        learner = self.trainer.learner
-        live = [sample for sample in samples if learner.trains(sample)]
-        # One that adapts may have been off in this step, which takes less.
-        entropy = learner.bonus.coef != 0 and not learner.bonus.adaptive
-        update = Work()
-        for batch in self._batches(live):
-            update += work.update(
-                self.shape,
-                work.spans([s.pair for s in batch], self.trainer.policy.layout),
-                sum(s.own_tokens for s in batch),
-                checkpointing=_checkpoints(self.trainer.policy.causal_lm),
-                entropy_gradient=entropy,
-            )
-        done, self._work = {**self._work, "update": update}, {}
+        done, self._work = {**self._work, "update": self._updated(self.shape, samples)}, {}
         seconds = {phase: part.seconds(self.card) for phase, part in done.items()}
         return {
             f"roofline/{phase}": bound / times[f"time/{phase}"]
@@ -137,6 +124,24 @@ class StepBounds:
             for batch in self._batches([s for s in samples if learner.trains(s)]):
                 spans = work.spans([s.pair for s in batch], layout)
                 done += work.forward(shape, spans, sum(s.own_tokens for s in batch))
+        return done
+
+    def _updated(self, shape: Shape, samples: Sequence[TrainingSample]) -> Work:
+        policy, learner = self.trainer.policy, self.trainer.learner
+        done = Work()
+        if learner.choice.top_entropy != 1:
+            return done
+        # A bonus that adapts may have been off in this step, which takes less.
+        entropy = learner.bonus.coef != 0 and not learner.bonus.adaptive
+        checkpointing = _checkpoints(policy.causal_lm)
+        for batch in self._batches([s for s in samples if learner.trains(s)]):
+            done += work.update(
+                shape,
+                work.spans([s.pair for s in batch], policy.layout),
+                sum(s.own_tokens for s in batch),
+                checkpointing=checkpointing,
+                entropy_gradient=entropy,
+            )
         return done
 
     def _batches(self, samples: Sequence[TrainingSample]) -> list[list[TrainingSample]]:

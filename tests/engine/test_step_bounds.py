@@ -169,6 +169,10 @@ def test_without_a_gpu_nothing_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(described(run)["roofline"].values()) == {None}
 
 
+def test_an_update_that_chooses_its_tokens_has_no_bound(tmp_path: Path) -> None:
+    assert set(rooflines(make(tmp_path, top_entropy_quantile=0.5).step())) == {"sample"}
+
+
 def test_a_sampler_of_somebody_else_has_no_bound(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.run_sampler.chosen = run.run_sampler.chosen._replace(is_ours=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,8 +59,8 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """vocabulary, hidden: of the head. head_bytes: as it is kept. itemsize: of the dtype that is
-    computed in, in bytes."""
+    """vocabulary, hidden: of the head. head_bytes: of its weight in the dtype that is computed in,
+    which has itemsize bytes."""
 
     products: tuple[Product, ...]
     attention: tuple[Attention, ...]
@@ -85,50 +85,16 @@ class Shape:
         """The shape of a causal LM, peft's adapters in it or not; it may be on the meta device.
         itemsize: of the dtype that it computes in. Raises UnknownShapeError, and ModelError for
         its head."""
-        decoder, head = model.get_decoder(), find_head(model)
-        ranks = _ranks(model)
-        modules = dict(decoder.named_modules())
-        layers = {name: m for name, m in modules.items() if _is_attention(m)}
+        head, settings = find_head(model), model.config.get_text_config()
+        modules = dict(model.get_decoder().named_modules())
+        attention = {name: m for name, m in modules.items() if _is_attention(m)}
         _check_all_known(model, modules)
-        if len(layers) != model.config.get_text_config().num_hidden_layers:
+        if len(attention) != settings.num_hidden_layers:
             raise UnknownShapeError(f"{type(model).__name__}: not all layers have attention.")
-        first = next(iter(layers)) + "."
-        decoder_layers = {name.rpartition(".")[0] + "." for name in layers}
-        last_of = {
-            layer: name
-            for name, *_ in _linears(modules)
-            for layer in decoder_layers
-            if name.startswith(layer)
-        }
-        seen: set[tuple[str, int]] = set()
-        products = []
-        for name, linear, adapter in _linears(modules):
-            parent, _, last = name.rpartition(".")
-            kind = next((i for i, names in enumerate(SAME_INPUT) if last in names), -1)
-            rank, factor_bytes = ranks.get(id(adapter), (0, 0))
-            trains = linear.weight.requires_grad
-            # Of frozen embeddings nobody wants a gradient.
-            from_embeddings = name.startswith(first) and last in (*SAME_INPUT[0], "qkv_proj")
-            products.append(
-                Product(
-                    linear.in_features,
-                    linear.out_features,
-                    _nbytes(linear),
-                    rank,
-                    factor_bytes,
-                    trains=trains,
-                    reads=kind < 0 or (parent, kind) not in seen,
-                    passes_on=trains or not from_embeddings,
-                    closes=name in last_of.values(),
-                )
-            )
-            seen.add((parent, kind))
-        V, H = head.weight.shape
         return cls(
-            tuple(products),
-            tuple(_attention(m, model.config.get_text_config()) for m in layers.values()),
-            V,
-            H,
+            tuple(_products(modules, list(attention), _ranks(model))),
+            tuple(_attention(m, settings) for m in attention.values()),
+            *head.weight.shape,
             head.weight.numel() * itemsize,
             itemsize,
             head.weight.requires_grad,
@@ -162,8 +128,11 @@ class Shape:
         return dataclasses.replace(self, products=tuple(map(change, self.products)))
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "o_proj") and (hasattr(module, "k_proj") or hasattr(module, "qkv_proj"))
+def _is_attention(module: Any) -> bool:
+    read = (getattr(module, name, None) for name in ("k_proj", "qkv_proj"))
+    return hasattr(getattr(module, "o_proj", None), "in_features") and any(
+        hasattr(layer, "out_features") for layer in read
+    )
 
 
 def _attention(module: Any, settings: Any) -> Attention:
@@ -175,6 +144,35 @@ def _attention(module: Any, settings: Any) -> Attention:
         entries = module.qkv_proj.out_features - queries
     window = getattr(module, "sliding_window", getattr(settings, "sliding_window", None))
     return Attention(queries, entries, window)
+
+
+def _products(
+    modules: dict[str, nn.Module], attention: Sequence[str], ranks: dict[int, tuple[int, int]]
+) -> Iterator[Product]:
+    """The linear layers in ``modules``. attention: the name of each decoder layer's own."""
+    linears = list(_linears(modules))
+    layers = [name.rpartition(".")[0] + "." for name in attention]
+    last = {layer: name for name, *_ in linears for layer in layers if name.startswith(layer)}
+    seen: set[tuple[str, int]] = set()
+    for name, linear, adapter in linears:
+        parent, _, own = name.rpartition(".")
+        kind = next((i for i, names in enumerate(SAME_INPUT) if own in names), -1)
+        rank, factor_bytes = ranks.get(id(adapter), (0, 0))
+        trains = linear.weight.requires_grad
+        # Of frozen embeddings nobody wants a gradient.
+        of_embeddings = parent == attention[0] and own in (*SAME_INPUT[0], "qkv_proj")
+        yield Product(
+            linear.in_features,
+            linear.out_features,
+            _nbytes(linear),
+            rank,
+            factor_bytes,
+            trains=trains,
+            reads=kind < 0 or (parent, kind) not in seen,
+            passes_on=trains or not of_embeddings,
+            closes=name in last.values(),
+        )
+        seen.add((parent, kind))
 
 
 def _ranks(model: Any) -> dict[int, tuple[int, int]]:

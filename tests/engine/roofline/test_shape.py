@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 
 from fusedgrpo import GRPOConfig
 from fusedgrpo.engine.memory.bare_models import adapted_model
@@ -78,6 +79,10 @@ def test_four_bits_are_what_bitsandbytes_keeps() -> None:
 def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(UnknownShapeError, match="no linear layer"):
         Shape.of(tiny.mixture("Mixtral"), 4)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    built = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
+    with pytest.raises(UnknownShapeError, match="not all layers have attention"):
+        Shape.of(built, 4)
     with pytest.raises(UnknownShapeError, match="no plain LoRA"):
         Shape.of(tiny.add_lora(tiny.model("Llama"), use_dora=True).get_base_model(), 4)
 

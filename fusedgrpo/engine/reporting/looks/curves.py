@@ -121,8 +121,8 @@ def time_split(rows: Sequence[Row]) -> TimeSplit:
 
 
 def bounds_reached(rows: Sequence[Row]) -> dict[str, float]:
-    """Of each phase that has a bound (on a known GPU): the share of it that all steps together
-    reached, those that have one."""
+    """The share of the bound of each phase that has one (on a known GPU), over all steps with it
+    together."""
     found = {}
     for phase in PHASES:
         pairs = [(finite(r.get(f"roofline/{phase}")), finite(r.get(f"time/{phase}"))) for r in rows]
