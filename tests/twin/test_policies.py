@@ -22,8 +22,8 @@ UPDATES = ("lora, 1 layer", "all of a loss", "memory saved", "qlora", "full", "f
 
 # Launches, with a little room above what is needed now. With LoRA on all linear layers, which peft
 # computes, in the update; in the decoder by ours.
-A_LAYER = {"update": 255, "scoring": 105, "token, adapter": 41, "token, merged": 27}
-AROUND_LAYERS = {"update": 55, "scoring": 40, "token, adapter": 38, "token, merged": 38}
+A_LAYER = {"update": 195, "scoring": 72, "token, adapter": 41, "token, merged": 27}
+AROUND_LAYERS = {"update": 68, "scoring": 40, "token, adapter": 38, "token, merged": 38}
 
 
 @pytest.fixture(scope="module")
