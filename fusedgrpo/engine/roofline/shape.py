@@ -91,11 +91,13 @@ class Shape:
         _check_all_known(model, modules)
         if len(attention) != settings.num_hidden_layers:
             raise UnknownShapeError(f"{type(model).__name__}: not all layers have attention.")
+        V, H = head.weight.shape
         return cls(
             tuple(_products(modules, list(attention), _ranks(model))),
             tuple(_attention(m, settings) for m in attention.values()),
-            *head.weight.shape,
-            head.weight.numel() * itemsize,
+            V,
+            H,
+            V * H * itemsize,
             itemsize,
             head.weight.requires_grad,
         )
