@@ -72,7 +72,7 @@ class Shape:
 
     @property
     def layer_bytes(self) -> int:
-        """What a pass through all layers reads of weights and factors, at the least."""
+        """Bytes of weights and factors, which a pass through all layers reads once."""
         return sum(p.nbytes + p.factor_bytes for p in self.products)
 
     @property
@@ -91,11 +91,13 @@ class Shape:
         _check_all_known(model, modules)
         if len(attention) != settings.num_hidden_layers:
             raise UnknownShapeError(f"{type(model).__name__}: not all layers have attention.")
+        V, H = head.weight.shape
         return cls(
             tuple(_products(modules, list(attention), _ranks(model))),
             tuple(_attention(m, settings) for m in attention.values()),
-            *head.weight.shape,
-            head.weight.numel() * itemsize,
+            V,
+            H,
+            V * H * itemsize,
             itemsize,
             head.weight.requires_grad,
         )
@@ -176,7 +178,7 @@ def _products(
 
 
 def _ranks(model: Any) -> dict[int, tuple[int, int]]:
-    """Of peft's layers: the rank of all that acts, and the bytes of its factors. Raises
+    """By peft's layers: the rank of all that acts, and the bytes of its factors. Raises
     UnknownShapeError."""
     found = {}
     for layer in adapter_layers(model):
@@ -216,7 +218,7 @@ def _check_all_known(model: Any, modules: dict[str, nn.Module]) -> None:
 
 
 def _nbytes(linear: Any) -> int:
-    """Of the weight, as it is kept; biases are left out."""
+    """Bytes of the weight as it is kept; biases are left out."""
     state = getattr(linear.weight, "quant_state", None)
     if state is not None:
         return four_bit_bytes(linear.in_features * linear.out_features, state.nested)

@@ -60,7 +60,7 @@ class Span(NamedTuple):
 
 
 def spans(pairs: Sequence[Pair], layout: Layout) -> list[Span]:
-    """What a micro-batch forwards of ``pairs``: their last tokens predict nothing. In layout
+    """The tokens of ``pairs`` that are forwarded: their last ones predict nothing. In layout
     ``"shared"`` equal prompts are forwarded once. Padding is no work."""
     if layout != "shared":
         return [Span(len(p.prompt) + max(len(p.completion) - 1, 0)) for p in pairs]
