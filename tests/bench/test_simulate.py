@@ -117,7 +117,8 @@ def test_activations_are_in_bfloat16_and_adapters_and_gradients_in_float32(
     wide = {s for dtype, s in shapes(peak, "aten.mm") if dtype == "float32"}
     assert not any(len(s) == 2 and s[0] == P + 2 * (C - 1) for s in wide)
     optimizer = run(simulate).peaks["optimizer step"]
-    assert ("float32", (16, 896)) in shapes(optimizer, "_to_copy")
+    assert ("float32", (4864, 16)) in shapes(optimizer, "_to_copy")  # a B
+    assert ("float32", (16, 4864)) in shapes(optimizer, "mul")  # an A, with its scaling
 
 
 def test_gradients_are_there_in_the_second_micro_batch(simulate: ModuleType) -> None:
