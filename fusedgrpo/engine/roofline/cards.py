@@ -12,7 +12,7 @@ LAUNCH = 5e-6
 @dataclass(frozen=True)
 class Card:
     """flops: a second, of dense matrix products in 16 bit that are summed in float32. bandwidth:
-    bytes a second of its memory. torch_names: as ``torch.cuda.get_device_name`` says them."""
+    bytes a second of its memory. torch_names: as ``host.gpu_name`` says them."""
 
     name: str
     flops: float
