@@ -4,7 +4,6 @@ function of the user's."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,11 +44,6 @@ class Questions:
     def turns(self) -> dict[str, Conversations]:
         """As an argument of ``Sampler.sample_until``."""
         return {} if self.conversations is None else {"turns": self.conversations}
-
-    def only(self, place: int) -> Questions:
-        """One of them."""
-        one = self.examples[place : place + 1]
-        return dataclasses.replace(self, examples=one, first=self.first + place)
 
     def acted(self, places: Sequence[Place]) -> list[Acted] | None:
         """Where the completions at these places of the rollout have acted; None where there are no

@@ -225,6 +225,7 @@ class Learner:
         acting: the tokens of the step that the entropy bonus is over; None for ``num_items``.
         load: what the router does with all tokens of the step, where ``samples`` are not all.
         """
+        acting = num_items if acting is None else acting
         layout, whole = self.policy.layout, self.policy.whole
         cut = self.passes.cut(samples)
         if self.policy.router is not None and load is None and len(cut) > 1:
@@ -232,30 +233,26 @@ class Learner:
         parts: list[MicroBatch] = []
         measured: list[Tensor] = []
         names: list[str] = []
-        for index, members in enumerate(cut):
-            self.execution.check_interrupt()
-            batch = [samples[i] for i in members]
-            # Dropout, if there is any, repeats itself when the step is run again after a resume.
-            with (
-                seeded(self.processes.derive(self.seed, "update", step, index)),
-                self.policy.training(),  # as a whole: checkpointing forwards again in the backward
-            ):
-                loss, metrics = self._loss(
-                    batch, num_items, num_sequences, load, num_items if acting is None else acting
+        with self.policy.training():  # also around backward: checkpointing forwards again in it
+            for index, members in enumerate(cut):
+                self.execution.check_interrupt()
+                batch = [samples[i] for i in members]
+                # Dropout, if there is any, repeats itself when the step is run again on resume.
+                with seeded(self.processes.derive(self.seed, "update", step, index)):
+                    loss, metrics = self._loss(batch, num_items, num_sequences, load, acting)
+                    with missing_backward.refused():
+                        self.scaler.scale(loss).backward()
+                names = list(metrics)
+                numbers = [loss.detach(), *metrics.values()]
+                del loss  # and its graph, before the next forward pass
+                measured.append(torch.stack([number.to(numbers[0].dtype) for number in numbers]))
+                parts.append(
+                    MicroBatch(
+                        tokens=sum(sample.loss_tokens for sample in batch),
+                        sequences=sum(sample.loss_tokens > 0 for sample in batch),
+                        forwarded=forwarded_tokens([s.pair for s in batch], layout, whole=whole),
+                    )
                 )
-                with missing_backward.refused():
-                    self.scaler.scale(loss).backward()
-            names = list(metrics)
-            numbers = [loss.detach(), *metrics.values()]
-            del loss  # and its graph, before the next forward pass
-            measured.append(torch.stack([number.to(numbers[0].dtype) for number in numbers]))
-            parts.append(
-                MicroBatch(
-                    tokens=sum(sample.loss_tokens for sample in batch),
-                    sequences=sum(sample.loss_tokens > 0 for sample in batch),
-                    forwarded=forwarded_tokens([s.pair for s in batch], layout, whole=whole),
-                )
-            )
         # Only now, when nothing is left to start, wait for the device, once.
         rows = torch.stack(measured).tolist() if measured else []
         for part, (part_loss, *values) in zip(parts, rows, strict=True):

@@ -181,7 +181,7 @@ def rollout_logprobs(
                     )
         return logp
 
-    with policy.scoring():
+    with policy.passes():
         whole, *others = processes.run_everywhere(score_own)
     for theirs in others:
         whole = torch.where(whole.isnan(), theirs, whole)

@@ -12,6 +12,7 @@ from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.engine.asking import Asking
 from fusedgrpo.engine.execution import Execution
 from fusedgrpo.engine.learner import Learner
+from fusedgrpo.engine.memory.planner import UNPLANNED
 from fusedgrpo.engine.rollout.buffer import RolloutBuffer
 from fusedgrpo.engine.rollout.training_sample import TrainingSample
 from fusedgrpo.engine.rollout.types import Rollout
@@ -56,8 +57,8 @@ class StepBounds:
         if gpu is not None:
             try:
                 self.shape = self._known_shape(gpu)
-            except UnknownShapeError as error:
-                self.unknown = str(error)
+            except UNPLANNED as error:  # UnknownShapeError among them
+                self.unknown = str(error) or type(error).__name__
 
     def described(self) -> dict[str, Any]:
         """For ``run.json``. flops, bandwidth: of the card, a second."""

@@ -54,7 +54,7 @@ class StepPasses:
     def _entropies(self, samples: Sequence[TrainingSample]) -> list[Tensor]:
         cut = self.cut(samples)
         found: list[Tensor] = []
-        with self.policy.scoring():
+        with self.policy.passes():
             for members in cut:
                 self.execution.check_interrupt()
                 packed = self.packed([samples[i] for i in members])
@@ -83,7 +83,7 @@ class StepPasses:
         assert self.policy.router is not None
         nothing = self.policy.router.nothing("cpu")
         routed: list[RouterSums] = []
-        with self.policy.scoring(), self.policy.autocast():
+        with self.policy.passes(), self.policy.autocast():
             for members in self.cut(samples):
                 self.execution.check_interrupt()
                 self.policy.hidden(self.packed([samples[i] for i in members]), routed=routed)

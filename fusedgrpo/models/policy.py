@@ -301,6 +301,12 @@ class Policy:
         with self.lora.active():
             yield
 
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[None]:
+        """``scoring`` around several passes of ``logprobs`` or ``hidden``."""
+        with self.scoring(), self._lora():
+            yield
+
     def _learn_shared_inputs(self, lora: FusedLora) -> None:
         assert self.adapters is not None
         ids = torch.arange(1, 9, device=self.device)[None] % self.vocabulary_size

@@ -8,6 +8,7 @@ each run as if they had just been made.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -53,9 +54,11 @@ class EncodedRows:
         if path is not None and path.exists():
             try:
                 self._kept = _read(path, count)
-                os.utime(path)  # it was used
             except Exception as error:  # noqa: BLE001 - a damaged file, whatever its reader says
                 logger.info("%s is not used: %s", path, reason(error))
+            else:
+                with contextlib.suppress(OSError):  # somebody else's
+                    os.utime(path)  # it was used
 
     @classmethod
     def of(cls, encoder: PromptEncoder, rows: Rows) -> EncodedRows:
@@ -80,9 +83,11 @@ class EncodedRows:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _write(self._path, self._kept | self._added, self._count)
-            _leave_the_last(self._path.parent)
         except Exception as error:  # noqa: BLE001 - a full disk, in whatever words
             logger.info("%s cannot be written: %s", self._path, reason(error))
+        else:
+            with contextlib.suppress(OSError):  # another run takes some away at the same time
+                _leave_the_last(self._path.parent)
 
 
 def _leave_the_last(folder: Path) -> None:

@@ -60,7 +60,7 @@ def weights_bytes(target: str, model_kwargs: Mapping[str, Any] | None = None) ->
 
 
 def _bytes(model: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    return sum(p.nbytes for p in (*model.parameters(), *model.buffers()))
 
 
 def is_reward_model(candidate: object) -> bool:

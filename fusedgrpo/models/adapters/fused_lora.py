@@ -35,6 +35,7 @@ class FusedLora:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._layers: list[Any] = []  # with LoRA
         self._families: list[list[Any]] | None = None
         self._on = False
         self._left: dict[str, set[Any]] = {}
@@ -52,7 +53,8 @@ class FusedLora:
     @contextlib.contextmanager
     def learn(self) -> Iterator[None]:
         """To be entered around a forward pass of a few tokens, with the adapters switched off."""
-        layers = [layer for layer in self._layers() if not_plain(layer) is None]
+        self._layers = [layer for layer in adapter_layers(self.model) if is_lora(layer)]
+        layers = [layer for layer in self._layers if not_plain(layer) is None]
         watch = Watch(layers)
         with watch.watching():
             yield
@@ -60,15 +62,16 @@ class FusedLora:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """To be entered around a forward pass, and around its backward pass where that computes
-        layers anew. Inside itself it does nothing."""
+        """To be entered around forward passes, and around their backward passes where those compute
+        layers anew. It asks each layer what it has (some 20 ms in all), so around many rather than
+        each; inside itself it does nothing."""
         if self._on:
             yield
             return
         assert self._families is not None, "learn comes first"
         self._left = {}
         chosen = set()
-        for layer in self._layers():
+        for layer in self._layers:
             if (reason := not_fused(layer)) is None:
                 chosen.add(layer)
             else:
@@ -92,9 +95,6 @@ class FusedLora:
             if reason not in self._said:
                 self._said.add(reason)
                 log.info("%d layers with LoRA compute as peft has them: %s.", count, reason)
-
-    def _layers(self) -> list[Any]:
-        return [layer for layer in adapter_layers(self.model) if is_lora(layer)]
 
 
 def not_fused(layer: Any) -> str | None:
