@@ -13,6 +13,7 @@ import torch
 
 from fusedgrpo import GRPOConfig, GRPOTrainer
 from fusedgrpo.engine.reporting.metrics_log import read_metrics
+from fusedgrpo.models.adapters import fused_lora
 from fusedgrpo.models.policy import Policy
 
 PROMPTS = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(7)]
@@ -75,6 +76,28 @@ def test_a_run_is_that_of_pefts_layers(
     torch.testing.assert_close(weights, want_weights, rtol=1e-3, atol=1e-4)
     # Policy, old policy and reference are one computation.
     assert rows[0]["kl"] == 0 and rows[0]["loss"] == pytest.approx(want_rows[0]["loss"], abs=1e-6)
+
+
+def test_layers_are_asked_once_for_all_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old policy, reference and update: three times in a step of several micro-batches."""
+    run = make(tmp_path, tokens_per_microbatch=8, drift_check=False, held_out_check=False)
+    run.step()
+    asked, passed = [], []
+    monkeypatch.setattr(fused_lora, "not_fused", asked.append)
+    hidden = Policy.hidden
+
+    def counted(self: Policy, *args: Any, **named: Any) -> torch.Tensor:
+        passed.append(self)
+        return hidden(self, *args, **named)
+
+    monkeypatch.setattr(Policy, "hidden", counted)
+    for updates in (1, 2):  # the second of the first rollout, and the first of the next
+        asked.clear(), passed.clear()
+        run.step()
+        assert len(passed) > 3
+        assert len(asked) == (1 if updates == 1 else 3) * len(set(asked))
 
 
 def test_it_goes_on_to_the_bit(tmp_path: Path) -> None:
