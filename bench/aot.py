@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import triton
-from aot_variants import Variant
+from aot_variants import AMD, NVIDIA, TURING, Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,20 +33,22 @@ class Target:
 
     gpu: GPUTarget
     shared_limit: int
+    card: str = NVIDIA  # its kind, of ``aot_variants.CARDS``
 
 
-def _cuda(capability: int, shared_limit: int) -> Target:
-    return Target(GPUTarget("cuda", capability, 32), shared_limit)
+def _cuda(capability: int, shared_limit: int, card: str = NVIDIA) -> Target:
+    return Target(GPUTarget("cuda", capability, 32), shared_limit, card)
 
 
 TARGETS = {
+    "sm_75": _cuda(75, 65_536, TURING),
     "sm_80": _cuda(80, 166_912),
     "sm_86": _cuda(86, 101_376),
     "sm_89": _cuda(89, 101_376),
     "sm_90": _cuda(90, 232_448),
     "sm_100": _cuda(100, 232_448),
     "sm_120": _cuda(120, 101_376),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, AMD),
 }
 
 

@@ -44,6 +44,10 @@ from fusedgrpo.kernels.norm.rms_norm_triton import rms_norm_kernel
 from fusedgrpo.kernels.sample.best_triton import best_tile_kernel
 from fusedgrpo.loss_options import LossOptions
 
+# Before Ampere there is no bfloat16, and some launches are others.
+TURING, NVIDIA, AMD = "turing", "nvidia", "amd"
+CARDS = frozenset({TURING, NVIDIA, AMD})
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -51,7 +55,8 @@ class Variant:
 
     signature: Triton's types of all parameters in order, e.g. ``"*bf16"``, ``"i64"``; those in
     ``constants``, pointers that are None among them, are ``"constexpr"``. aligned: parameters that
-    are multiples of 16, as Triton sees when it is called with such. amd: AMD's GPUs run it, too.
+    are multiples of 16, as Triton sees when it is called with such. cards: the kinds of GPUs that
+    it is launched on, of ``CARDS``.
     """
 
     name: str
@@ -60,7 +65,7 @@ class Variant:
     constants: dict[str, Any]
     launch: Launch
     aligned: frozenset[str] = frozenset()
-    amd: bool = True
+    cards: frozenset[str] = CARDS
 
 
 def all_variants() -> list[Variant]:
@@ -69,7 +74,7 @@ def all_variants() -> list[Variant]:
 
 def _variant(
     name: str, kernel: Any, launch: Launch, types: dict[str, str],
-    aligned: frozenset[str] = frozenset(), amd: bool = True, **constants: Any,
+    aligned: frozenset[str] = frozenset(), cards: frozenset[str] = CARDS, **constants: Any,
 ) -> Variant:  # fmt: skip
     """types: of parameters that are neither float32 pointers nor in ``constants``."""
     constants["BLOCK"] = launch.block
@@ -77,7 +82,9 @@ def _variant(
         parameter: "constexpr" if parameter in constants else types.get(parameter, "*fp32")
         for parameter in kernel.arg_names
     }
-    return Variant(name, kernel, signature, constants, launch, aligned, amd)
+    if "*bf16" in signature.values():
+        cards -= {TURING}
+    return Variant(name, kernel, signature, constants, launch, aligned, cards)
 
 
 def _advantages() -> Iterator[Variant]:
@@ -128,10 +135,14 @@ def _decode() -> Iterator[Variant]:
 
     def one(
         name: str, kernel: Any, dtype: str, d: int, rep: int = 7, aligned: bool = True,
-        **options: Any,
+        turing: bool = False, **options: Any,
     ) -> Variant:  # fmt: skip
         size = 4 if dtype == "fp32" else 2
-        aligned = aligned and size == 2 and d <= 128  # the others are launched alike
+        alike = size == 4 or d > 128  # however they lie, and on every card
+        aligned = aligned and not alike
+        cards = CARDS - {AMD} if aligned else CARDS
+        if not alike:
+            cards = frozenset({TURING}) if turing else cards - {TURING}
         prompt = kernel is prompt_kernel
         rows = decode_rows(size, d) if prompt else max(power_of_two(rep), 16)
         pools = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
@@ -141,12 +152,12 @@ def _decode() -> Iterator[Variant]:
         if prompt:
             options["LANES"] = DECODE_LANES
         return _variant(
-            f"decode_{name} {dtype} {d}" + " unaligned" * (not aligned and size == 2 and d <= 128),
+            f"decode_{name} {dtype} {d}" + " unaligned" * (not aligned and not alike),
             kernel,
-            decode_launch(d, size, prompt=prompt, aligned=aligned),
+            decode_launch(d, size, prompt=prompt, aligned=aligned, turing=turing),
             types,
             frozenset((*pools, *strides, "product_ptr")) if aligned else frozenset(),
-            amd=not aligned,
+            cards=cards,
             **decode_constants(d, d, rep, 4, 16),
             ROWS=rows,
             SCALING=d**-0.5,
@@ -165,13 +176,25 @@ def _decode() -> Iterator[Variant]:
         yield one("prompt window softcap", prompt_kernel, dtype, d, **full)
         yield one("own window softcap", own_kernel, dtype, d, **full)
     yield one("own 24 heads", own_kernel, "bf16", 128, rep=24)
-    for name, d, window in (("plain", 128, 0), ("window", 80, 4096)):
+    for d in (64, 96, 128):
+        for aligned in (True, False):
+            of = {"turing": True, "aligned": aligned}
+            yield one("prompt turing", prompt_kernel, "fp16", d, **of)
+            yield one("own turing", own_kernel, "fp16", d, **of)
+    yield one("prompt turing window softcap", prompt_kernel, "fp16", 80, turing=True, **full)
+    yield one("own turing window softcap", own_kernel, "fp16", 80, turing=True, **full)
+    yield one("own turing 24 heads", own_kernel, "fp16", 128, rep=24, turing=True)
+    for name, dtype, d, window in (
+        ("plain", "bf16", 128, 0),
+        ("window", "bf16", 80, 4096),
+        ("plain fp16", "fp16", 128, 0),
+    ):
         yield _variant(
             f"decode_merge {name}",
             merge_kernel,
             decode_merge_launch(),
             types_of_tables
-            | {"out_ptr": "*bf16"}
+            | {"out_ptr": f"*{dtype}"}
             | dict.fromkeys(("M", "groups", "prompt_splits"), "i32"),
             H=28,
             D=d,
@@ -246,14 +269,16 @@ def _loss() -> Iterator[Variant]:
     everything = {"counts", "old", "ref", "mask", "weight", "entropy"}
 
     def one(
-        name: str, present: set[str], index: str = "*i64", *, level: str = "token", **options: Any
-    ) -> Variant:
+        name: str, present: set[str], index: str = "*i64", *, level: str = "token",
+        turing: bool = False, **options: Any,
+    ) -> Variant:  # fmt: skip
         chosen = LossOptions(importance_sampling_level=level, **options)
         return _variant(
             f"loss_terms-{name}",
             completion_kernel,
-            ragged_launch(),
+            ragged_launch(turing=turing),
             {"cu_seqlens_ptr": index, "mask_ptr": "*u8"},
+            cards=frozenset({TURING}) if turing else CARDS - {TURING},
             **dict.fromkeys(f"{x}_ptr" for x in everything - present),
             **constants(chosen),
         )
@@ -265,6 +290,10 @@ def _loss() -> Iterator[Variant]:
     yield one("cispo-full", everything, loss_type="cispo", beta=0.04)
     yield one("vespo-full", everything, loss_type="vespo", beta=0.04)
     yield one("sapo-sequence-full", everything, level="sequence", loss_type="sapo", beta=0.04)
+    yield one("turing-dapo", {"mask", "entropy"}, turing=True)
+    yield one("turing-vespo-full", everything, turing=True, loss_type="vespo", beta=0.04)
+    sapo = {"level": "sequence", "loss_type": "sapo", "beta": 0.04}
+    yield one("turing-sapo-sequence-full", everything, turing=True, **sapo)
     yield one("luspo-sequence", {"old", "mask", "entropy"}, level="sequence", loss_type="luspo")
     for level in ("token", "sequence"):
         yield _variant(

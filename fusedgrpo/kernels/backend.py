@@ -90,6 +90,12 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def is_turing(device: torch.device) -> bool:
+    """Whether ``device`` is an NVIDIA GPU before Ampere: other launches fit its registers."""
+    capability = _capability(device) if device.type == "cuda" else None
+    return capability is not None and capability < (8, 0)
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
     return host.gpu_capability(device)

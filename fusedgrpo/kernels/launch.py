@@ -96,9 +96,9 @@ def norm_launch(H: int) -> Launch:
     return Launch(block=block, num_warps=min(max(block // 512, 1), 16))
 
 
-def ragged_launch() -> Launch:
+def ragged_launch(*, turing: bool = False) -> Launch:
     """One program per completion, over its tokens: the policy loss."""
-    return Launch(block=1024, num_warps=4)
+    return Launch(block=1024, num_warps=8 if turing else 4)
 
 
 def group_launch() -> Launch:
@@ -125,17 +125,22 @@ def decode_rows(itemsize: int, head_dim: int) -> int:
     return 32 if itemsize == 2 and head_dim <= 128 else 16
 
 
-def decode_launch(head_dim: int, itemsize: int, *, prompt: bool, aligned: bool) -> Launch:
+def decode_launch(
+    head_dim: int, itemsize: int, *, prompt: bool, aligned: bool, turing: bool = False
+) -> Launch:
     """One program per part of the keys of a decode step and kv head, over blocks of keys.
 
     prompt: of a prompt's keys, for many queries. aligned: the tensors begin at multiples of 16
     elements and have such strides; where nothing is known of that, a block takes twice as many
-    registers. float32 does without tensor cores: loading ahead would only take registers.
+    registers. float32 does without tensor cores: loading ahead would only take registers. turing:
+    of compute capability 7.5, which loads nothing ahead, and whose products take more registers.
     """
     if itemsize > 2:
         return Launch(block=16, num_warps=8, num_stages=1)
     if head_dim > 128:
         return Launch(block=16, num_warps=8)
+    if turing:
+        return Launch(block=16 if prompt else 32, num_warps=8, num_stages=1)
     if not aligned:
         return Launch(block=32, num_warps=8 if head_dim > 64 else 4)
     return Launch(

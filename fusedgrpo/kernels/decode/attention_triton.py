@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedgrpo import host
-from fusedgrpo.kernels.backend import interpreted
+from fusedgrpo.kernels.backend import interpreted, is_turing
 from fusedgrpo.kernels.decode.merge_triton import merge_kernel
 from fusedgrpo.kernels.launch import (
     DECODE_LANES,
@@ -228,8 +228,9 @@ def decode_attention_triton(
     product = query.new_empty(splits, M, h, d_value, dtype=torch.float32)
     # The larger blocks do not fit the registers of AMD's.
     aligned = not host.is_amd() and all(map(_is_aligned, (query, keys, values)))
+    turing, size = is_turing(query.device), query.element_size()
     of_prompt, of_own = (
-        decode_launch(max(d, d_value), query.element_size(), prompt=prompt, aligned=aligned)
+        decode_launch(max(d, d_value), size, prompt=prompt, aligned=aligned, turing=turing)
         for prompt in (True, False)
     )
     common: dict[str, Any] = {
@@ -244,7 +245,7 @@ def decode_attention_triton(
         prompt_kernel[(grid,)](
             query, keys, values, prompt_pages, prompt_lengths, cu_rows, own_lengths,
             high, total, product, M, prompt_splits, prompt_pages.shape[1], *strides,
-            ROWS=decode_rows(query.element_size(), max(d, d_value)), LANES=DECODE_LANES, **common,
+            ROWS=decode_rows(size, max(d, d_value)), LANES=DECODE_LANES, **common,
             BLOCK=of_prompt.block, **of_prompt.options(),
         )  # fmt: skip
     own_parts = (x[prompt_splits:] for x in (high, total, product))

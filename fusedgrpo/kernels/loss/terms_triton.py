@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedgrpo.kernels.backend import is_turing
 from fusedgrpo.kernels.launch import ragged_launch
 from fusedgrpo.kernels.loss.completion_triton import completion_sums, read_tokens
 from fusedgrpo.kernels.loss.kl_triton import k3
@@ -209,7 +210,7 @@ def loss_terms_triton(
     pointers = {
         f"{name}_ptr": None if x is None else x.contiguous() for name, x in optional.items()
     }
-    launch = ragged_launch()
+    launch = ragged_launch(turing=is_turing(logp.device))
     completions = len(advantages)
     coefficient = torch.empty_like(logp)
     sums = logp.new_empty(completions, COLUMNS.value)

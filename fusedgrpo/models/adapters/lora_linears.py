@@ -1,4 +1,4 @@
-"""Linear layers with LoRA on frozen weights that are given one input, as one node of autograd.
+"""Linear layers with LoRA on frozen weights that are given one input, as one function of autograd.
 
     y_i = W_i x + b_i + sum_j s_ij B_ij A_ij x
 
@@ -61,28 +61,70 @@ def lora_linears(x: Tensor, layers: Sequence[LoraLinear], dtype: torch.dtype) ->
     gradients cannot be differentiated again.
     """
     factors = [tensor for layer in layers for A, B, _ in layer.adapters for tensor in (A, B)]
-    found: tuple[Tensor, ...] = _LoraLinears.apply(x, layers, dtype, *factors)
+    used: list[Tensor] = []
+    inner = _Inner.apply(x, layers, dtype, used, *factors)
+    found: tuple[Tensor, ...] = _LoraLinears.apply(inner, x, layers, dtype, used, *factors)
     return found
 
 
-class _LoraLinears(torch.autograd.Function):
+class _Inner(torch.autograd.Function):
+    """z, and all that the backward pass of ``_LoraLinears`` needs, which reads it here and leaves
+    nothing to do.
+
+    A node of its own for gradient checkpointing: that computes anew up to what was kept last. Were
+    it kept by ``_LoraLinears``, behind the products of the frozen weights, those of the last layer
+    of a block would be computed a second time for nothing.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: Sequence[LoraLinear], dtype: torch.dtype, *factors: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any,
+        x: Tensor,
+        layers: Sequence[LoraLinear],
+        dtype: torch.dtype,
+        used: list[Tensor],
+        *factors: Tensor,
+    ) -> Tensor:
         given = x.to(dtype)
-        # Called as they are, with the caller's autocast: the same bits as without adapters.
-        outputs = [_called(layer.base, given, x.dtype) for layer in layers]
         with torch.autocast(x.device.type, enabled=False):
             down = _joined(_scaled(factors[::2], layers), 0).to(dtype)
             ups = [layer.up(dtype) for layer in layers]
             inner = _rows(given) @ down.T
+        used += given, *ups
+        # The weights, so that one which changes before the backward pass is an error.
+        ctx.save_for_backward(given, inner, down, *ups, *(layer.base.weight for layer in layers))
+        ctx.set_materialize_grads(False)
+        ctx.inputs = 4 + len(factors)
+        return inner
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_inner: None) -> tuple[None, ...]:
+        return (None,) * ctx.inputs
+
+
+class _LoraLinears(torch.autograd.Function):
+    """used: what ``_Inner`` has of x and of all B, taken out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inner: Tensor,
+        x: Tensor,
+        layers: Sequence[LoraLinear],
+        dtype: torch.dtype,
+        used: list[Tensor],
+        *factors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        given, *ups = used
+        used.clear()
+        # Called as they are, with the caller's autocast: the same bits as without adapters.
+        outputs = [_called(layer.base, given, x.dtype) for layer in layers]
+        with torch.autocast(x.device.type, enabled=False):
             for out, z, up in zip(outputs, _columns(inner, layers), ups, strict=True):
                 _add_product(out.view(-1, out.shape[-1]), z, up.T)
+        ctx.kept = inner.grad_fn
         ctx.layers, ctx.shape, ctx.dtypes = layers, x.shape, (x.dtype, dtype)
-        # The weights, so that one which changes before the backward pass is an error.
-        weights = [layer.base.weight for layer in layers]
-        ctx.save_for_backward(given, inner, down, *ups, *weights)
         return tuple(outputs)
 
     @staticmethod
@@ -90,8 +132,8 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers: Sequence[LoraLinear] = ctx.layers
         own_dtype, dtype = ctx.dtypes
-        needs_x, _, _, *needs_factors = ctx.needs_input_grad
-        given, inner, down, *others = ctx.saved_tensors
+        _, needs_x, _, _, _, *needs_factors = ctx.needs_input_grad
+        given, inner, down, *others = ctx.kept.saved_tensors
         ups = others[: len(layers)]
         with torch.autocast(given.device.type, enabled=False):
             flat = [_rows(grad).to(dtype) for grad in grads]
@@ -108,7 +150,7 @@ class _LoraLinears(torch.autograd.Function):
             if any(needs_factors[1::2]):
                 columns = zip(flat, _columns(inner, layers), layers, strict=True)
                 d_factors[1::2] = [d for g, z, layer in columns for d in _d_up(g.T @ z, layer)]
-        return d_x, None, None, *d_factors
+        return None, d_x, None, None, None, *d_factors
 
 
 def _called(base: nn.Module, given: Tensor, dtype: torch.dtype) -> Tensor:
