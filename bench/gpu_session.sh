@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The half hour on a GPU, in parts that each take less than nine minutes and stand by themselves.
 #
-#   bench/gpu_session.sh PART OUT      PART: tests, kernels, update, rollout, step, profile
+#   bench/gpu_session.sh PART OUT      PART: tests, smoke, kernels, update, memory, rollout, step, profile
 #
 # PY is the Python to use (default: python3). Rows go to OUT/PART.jsonl, all output to
 # OUT/PART.log, its ends to the terminal. A piece that fails or takes too long does not keep the
@@ -84,7 +84,9 @@ kernels)
   ;;
 update)
   piece 300 80 update $PY bench/bench_update.py --device cuda --peers trl --shapes 1,2 --rounds 3 $(json update)
-  piece 200 60 memory $PY bench/bench_memory.py --measure --cases 0,1,4 $(json memory)
+  ;;
+memory)
+  piece 500 60 memory $PY bench/bench_memory.py --measure --cases 4,0,1,3,2 $(json memory)
   ;;
 rollout)
   for rows_of in ${PROMPTS:-8}; do
@@ -100,7 +102,7 @@ profile)
   piece 400 200 profile $PY bench/profile_gpu.py ${PROFILE:-} --bandwidth "$BANDWIDTH" $(json profile)
   ;;
 *)
-  echo "no part $part: tests, smoke, kernels, update, rollout, step, profile" >&2
+  echo "no part $part: tests, smoke, kernels, update, memory, rollout, step, profile" >&2
   exit 2
   ;;
 esac

@@ -298,7 +298,7 @@ def table(samples: Samples, units: Mapping[str, str]) -> str:
     """For people: one line per metric and contender, median [min - max] and the ratio to ours."""
     lines = [("metric", "impl", "median", "min", "max", "unit", f"x {OURS}")]
     for metric, unit in units.items():
-        scale, shown = _SHOWN.get(unit, (1, unit))
+        scale, shown = SHOWN.get(unit, (1, unit))
         for impl, metrics in samples.items():
             if not (values := metrics.get(metric)):
                 continue
@@ -323,7 +323,7 @@ def table(samples: Samples, units: Mapping[str, str]) -> str:
     )
 
 
-_SHOWN = {"byte": (2**20, "MiB"), "FLOP": (1e9, "GFLOP")}
+SHOWN = {"byte": (2**20, "MiB"), "FLOP": (1e9, "GFLOP")}
 
 
 def _ratio(samples: Samples, impl: str, metric: str) -> float | None:
