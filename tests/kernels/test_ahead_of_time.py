@@ -18,7 +18,9 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 import aot
 import aot_variants
 import faulty_kernels
+import torch
 import triton
+from triton.runtime.jit import create_function_from_signature
 
 VARIANTS = aot_variants.all_variants()
 
@@ -71,14 +73,18 @@ def test_a_kernel_fits_the_target(variant, target):
     assert found.registers > 0 and found.instructions > 0
 
 
-def test_every_kernel_has_a_variant():
-    covered = {variant.kernel for variant in VARIANTS}
-    kernels = {
+def all_kernels():
+    return {
         value
         for module in aot.kernel_modules()
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
+
+
+def test_every_kernel_has_a_variant():
+    covered = {variant.kernel for variant in VARIANTS}
+    kernels = all_kernels()
     assert kernels and kernels <= covered
     assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
 
@@ -127,3 +133,48 @@ def test_scoring_and_update_take_their_sums_in_one_order():
     assert len({"p_ptr" in v.constants for v in variants}) == 2
     orders = {aot.reduction_layouts(v, aot.TARGETS["sm_90"]) for v in variants}
     assert len(orders) == 1 and orders.pop()
+
+
+# Pointers to whole rows, which begin where 16 bytes do whatever rows there are. Others are to one
+# number of each row, token or completion, and may be views that begin anywhere.
+MATRICES = {
+    "z_ptr", "p_ptr", "dz_ptr", "bias_ptr", "weight_ptr", "acc_ptr", "acc_first_ptr", "dlogp_ptr",
+    "dentropy_ptr", "query_ptr", "keys_ptr", "values_ptr", "product_ptr", "out_ptr", "x_ptr",
+}  # fmt: skip
+# Tables of a decode step, each a tensor of its own.
+TABLES = {"pages_ptr", "lengths_ptr", "cu_rows_ptr", "own_lengths_ptr", "prompt_lengths_ptr"}
+# Where a name is that of something else.
+MATRICES_OF = {"rescale_kernel": {"first_ptr"}}
+NUMBERS_OF = {"completion_kernel": {"weight_ptr"}}  # the sampler's, one of each token
+
+
+def anywhere(kernel):
+    """The parameters that may begin at any element."""
+    name = kernel.fn.__name__
+    pointers = {p for p in kernel.arg_names if p.endswith("_ptr")}
+    known = (MATRICES | TABLES | MATRICES_OF.get(name, set())) - NUMBERS_OF.get(name, set())
+    return pointers - known
+
+
+def specialised(kernel, arguments):
+    """What Triton would compile ``kernel`` for when it is called with ``arguments``."""
+    backend = triton.compiler.make_backend(aot.TARGETS["sm_90"].gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return bind(*arguments)[1]
+
+
+@pytest.mark.parametrize("kernel", sorted(all_kernels(), key=lambda k: k.fn.__name__), ids=str)
+def test_where_a_view_begins_compiles_nothing_anew(kernel):
+    """The chunks, micro-batches and rows of a run would otherwise compile in the midst of it."""
+    types = next(variant.signature for variant in VARIANTS if variant.kernel is kernel)
+    numbers = torch.zeros(64)
+
+    def arguments(offset):
+        found = []
+        for name in kernel.arg_names:
+            view = numbers[offset if name in anywhere(kernel) else 0 :]
+            found.append(view if name.endswith("_ptr") else 2 if types[name] != "fp32" else 0.5)
+        return found
+
+    keys = [specialised(kernel, arguments(offset)) for offset in range(5)]
+    assert all(key == keys[0] for key in keys)

@@ -85,7 +85,10 @@ def _attend(
     return high, total, product
 
 
-@triton.jit(do_not_specialize=["M", "splits", "pages_width"])
+@triton.jit(
+    do_not_specialize=["M", "splits", "pages_width"],
+    do_not_specialize_on_alignment=["high_ptr", "total_ptr"],
+)
 def prompt_kernel(
     query_ptr, keys_ptr, values_ptr, pages_ptr, lengths_ptr, cu_rows_ptr, own_lengths_ptr,
     high_ptr, total_ptr, product_ptr, M, splits, pages_width,
@@ -146,7 +149,10 @@ def prompt_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["M", "splits", "pages_width"])
+@triton.jit(
+    do_not_specialize=["M", "splits", "pages_width"],
+    do_not_specialize_on_alignment=["high_ptr", "total_ptr"],
+)
 def own_kernel(
     query_ptr, keys_ptr, values_ptr, pages_ptr, lengths_ptr,
     high_ptr, total_ptr, product_ptr, M, splits, pages_width,

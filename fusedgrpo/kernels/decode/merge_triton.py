@@ -29,7 +29,10 @@ def _merged(
     return high, total, product
 
 
-@triton.jit(do_not_specialize=["M", "groups", "prompt_splits"])
+@triton.jit(
+    do_not_specialize=["M", "groups", "prompt_splits"],
+    do_not_specialize_on_alignment=["high_ptr", "total_ptr"],
+)
 def merge_kernel(
     out_ptr, high_ptr, total_ptr, product_ptr, prompt_lengths_ptr, cu_rows_ptr, own_lengths_ptr,
     M, groups, prompt_splits,

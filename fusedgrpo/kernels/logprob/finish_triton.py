@@ -15,7 +15,19 @@ from fusedgrpo.kernels.logprob.tiles import HeadOptions, OnlineSoftmax, RowStati
 from fusedgrpo.kernels.triton_math import sigmoid, softplus
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "high_ptr",
+        "total_ptr",
+        "first_ptr",
+        "z_target_ptr",
+        "slope_target_ptr",
+        "target_ptr",
+        "logp_ptr",
+        "unit_ptr",
+        "entropy_ptr",
+    ]
+)
 def finish_kernel(
     high_ptr,
     total_ptr,

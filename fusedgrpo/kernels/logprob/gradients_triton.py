@@ -14,7 +14,16 @@ from fusedgrpo.kernels.logprob.tiles import HeadOptions, RowStatistics
 from fusedgrpo.kernels.triton_math import expm1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "target_ptr",
+        "logp_ptr",
+        "z_target_ptr",
+        "entropy_ptr",
+        "grad_logp_ptr",
+        "grad_entropy_ptr",
+    ]
+)
 def logit_gradient_tile_kernel(
     z_ptr,
     z_stride,
@@ -91,7 +100,17 @@ def logit_gradient_tile(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "rows_ptr",
+        "target_ptr",
+        "high_ptr",
+        "logp_ptr",
+        "z_target_ptr",
+        "factor_ptr",
+        "at_target_ptr",
+    ]
+)
 def stored_gradient_tile_kernel(
     p_ptr,
     p_stride,

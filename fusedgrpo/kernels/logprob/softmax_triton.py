@@ -17,7 +17,17 @@ from fusedgrpo.kernels.logprob.logit_triton import base_of, head_constants, read
 from fusedgrpo.kernels.logprob.tiles import HeadOptions, OnlineSoftmax
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "target_ptr",
+        "high_ptr",
+        "total_ptr",
+        "first_ptr",
+        "shift_ptr",
+        "z_target_ptr",
+        "slope_target_ptr",
+    ]
+)
 def softmax_tile_kernel(
     z_ptr,
     z_stride,
@@ -125,7 +135,7 @@ def softmax_tile(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["target_ptr", "high_ptr"])
 def moment_tile_kernel(
     z_ptr,
     z_stride,
@@ -181,7 +191,7 @@ def moment_tile(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["shift_ptr"])
 def rescale_kernel(acc_ptr, first_ptr, shift_ptr, H, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     shift = tl.load(shift_ptr + row)

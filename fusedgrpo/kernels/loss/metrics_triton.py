@@ -24,7 +24,10 @@ DROPPED = tl.constexpr(8)
 COLUMNS = tl.constexpr(9)
 
 
-@triton.jit(do_not_specialize=["completions"])
+@triton.jit(
+    do_not_specialize=["completions"],
+    do_not_specialize_on_alignment=["sums_ptr", "denominator_ptr", "loss_ptr", "metrics_ptr"],
+)
 def metrics_kernel(
     sums_ptr,
     denominator_ptr,

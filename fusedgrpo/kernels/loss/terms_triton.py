@@ -102,7 +102,22 @@ def _token_terms(
     return value, through_ratio + by_logp, kl, low, high, clamped
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "logp_ptr",
+        "advantages_ptr",
+        "cu_seqlens_ptr",
+        "denominator_ptr",
+        "coefficient_ptr",
+        "sums_ptr",
+        "counts_ptr",
+        "old_ptr",
+        "ref_ptr",
+        "mask_ptr",
+        "weight_ptr",
+        "entropy_ptr",
+    ]
+)
 def completion_kernel(
     logp_ptr,
     advantages_ptr,

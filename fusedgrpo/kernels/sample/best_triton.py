@@ -17,7 +17,19 @@ from fusedgrpo.kernels.sample.noise import Noise
 from fusedgrpo.kernels.sample.philox_triton import gumbel, token_bits
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "seed_ptr",
+        "position_ptr",
+        "score_ptr",
+        "token_ptr",
+        "column_ptr",
+        "others_high_ptr",
+        "others_total_ptr",
+        "every_high_ptr",
+        "every_total_ptr",
+    ]
+)
 def best_tile_kernel(
     z_ptr,
     z_stride,
