@@ -23,7 +23,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -310,8 +310,7 @@ def _torch_varlen(
     from torch.nn.attention import varlen
 
     varlen_attn: Any = varlen.varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
+    known = _varlen_parameters()
     options: dict[str, Any] = {}
     if "scale" in known:
         options["scale"] = scaling
@@ -333,6 +332,35 @@ def _torch_varlen(
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention import varlen
+
+    return frozenset(inspect.signature(varlen.varlen_attn).parameters)
+
+
+class VarlenTraits(NamedTuple):
+    """What the memory of the kernel on a GPU depends on.
+
+    repeats_heads: keys and values are repeated for the heads that share them, and kept like that.
+    sums_in_parts: the gradient of the queries is summed in parts, so that it is the same bits each
+    time.
+    """
+
+    repeats_heads: bool
+    sums_in_parts: bool
+
+
+def varlen_traits(full_determinism: bool) -> VarlenTraits:
+    """Those of the kernel that this installation would use. torch's own is deterministic only where
+    all of torch is; flash-attn is always asked to be."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        return VarlenTraits(repeats_heads=False, sums_in_parts=True)
+    known = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    grouped = known and "enable_gqa" in _varlen_parameters()
+    return VarlenTraits(repeats_heads=not grouped, sums_in_parts=full_determinism)
 
 
 # --- the implementation as transformers calls it ---------------------------------------------

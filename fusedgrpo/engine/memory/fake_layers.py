@@ -19,17 +19,29 @@ from torch import Tensor, nn
 from fusedgrpo.engine.memory.storage_tracker import BLOCK, StorageTracker
 from fusedgrpo.kernels.launch import Tiling
 from fusedgrpo.models.kv_cache import PAGE
-from fusedgrpo.models.packed_attention import check_known
+from fusedgrpo.models.packed_attention import VarlenTraits, check_known
 
 ATTENTION = "fusedgrpo_memory"
+# Of an H100. A 4090 has 128, an A100 108.
+MULTIPROCESSORS = 132
 
 
 class Batch(NamedTuple):
-    """Tokens of a packed micro-batch: forwarded, as keys (prompts repeated), scored."""
+    """Tokens of a packed micro-batch: forwarded, as keys (prompts repeated), scored. sequences: of
+    queries in its attention."""
 
     tokens: int
     keys: int
     scored: int
+    sequences: int
+
+
+class Ragged(NamedTuple):
+    """The attention of a packed micro-batch: its keys, its sequences, and its kernel."""
+
+    keys: int
+    sequences: int
+    traits: VarlenTraits
 
 
 def four_bit_bytes(elements: int, nested: bool) -> int:
@@ -103,11 +115,11 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    fusedgrpo_keys: int | None = None,
+    fusedgrpo_ragged: Ragged | None = None,
     fusedgrpo_pages: PagesStandIn | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As an attention implementation of transformers. fusedgrpo_keys: of a packed batch.
+    """As an attention implementation of transformers. fusedgrpo_ragged: of a packed batch.
     fusedgrpo_pages: of our own decoder."""
     query, key = query.to(value.dtype), key.to(value.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -115,11 +127,11 @@ def _attention(
         check_known(module, options)
         fusedgrpo_pages.windows.append(sliding_window)
         return fusedgrpo_pages.attend(module, q[0], k[0], v[0])[None], None
-    if fusedgrpo_keys is None:
+    if fusedgrpo_ragged is None:
         if q.shape[1] > 1 and q.shape[2] > k.shape[2]:  # SDPA with a mask repeats the heads
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
         return v.new_empty((*q.shape[:-1], v.shape[-1])), None
-    return _VarlenAttention.apply(q[0], k[0], v[0], fusedgrpo_keys)[None], None
+    return _VarlenAttention.apply(q[0], k[0], v[0], fusedgrpo_ragged)[None], None
 
 
 def sort_with_scratch(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -176,8 +188,11 @@ class _VarlenAttention(torch.autograd.Function):
     """FlashAttention 2 (``mha_varlen_bwd``) over gathered keys, and our ``gather_rows``."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: int) -> Tensor:
-        k, v = (x.new_empty((keys, *x.shape[1:])) for x in (k, v))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
+        ctx.ragged, ctx.shared = ragged, (k.shape[1], v.shape[1])
+        k, v = (x.new_empty((ragged.keys, *x.shape[1:])) for x in (k, v))
+        if ragged.traits.repeats_heads and q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         sums = q.new_empty(q.shape[:2], dtype=torch.float32)
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
         ctx.save_for_backward(q, k, v, sums, out)
@@ -188,17 +203,34 @@ class _VarlenAttention(torch.autograd.Function):
         q, k, v, sums, out = ctx.saved_tensors
         dq = torch.empty_like(q)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
-        scratch = [torch.empty_like(q, dtype=torch.float32), torch.empty_like(sums)]
+        scratch = _query_sums(q, ctx.ragged)
         if q.shape[1] != k.shape[1]:
             scratch += [x.new_empty((x.shape[0], q.shape[1], x.shape[2])) for x in (k, v)]
         scratch.clear()
         del q, k, v, sums, out
+        if dk.shape[1] != ctx.shared[0]:  # those of a head's copies
+            dk, dv = (
+                x.unflatten(1, (heads, -1)).sum(2)
+                for x, heads in zip((dk, dv), ctx.shared, strict=True)
+            )
         gathered = []
         for x in (dk, dv):
             total = x.new_empty((len(dq), *x.shape[1:]), dtype=torch.float32)
             total.add_(x.float()[: len(dq)])
             gathered.append(total.to(x.dtype))
         return dq, *gathered, None  # type: ignore[return-value]
+
+
+def _query_sums(q: Tensor, ragged: Ragged) -> list[Tensor]:
+    """Where the gradient of the queries is summed, each sequence with room for a block, and what is
+    to be taken from each row: in parts for as many programs as a GPU runs of few sequences and
+    heads together, if it is to be the same bits each time (flash_api.cpp, ``mha_varlen_bwd``)."""
+    heads, parts = q.shape[1], 1
+    if ragged.traits.sums_in_parts:
+        parts = -(-MULTIPROCESSORS // (ragged.sequences * heads))
+    rows = len(q) + 128 * ragged.sequences
+    shapes: list[tuple[int, ...]] = [(parts, rows, *q.shape[1:]), (rows, heads)]
+    return [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from fusedgrpo.engine.memory.fake_layers import (
     FourBitLinear,
     HeadMemory,
     HeadStandIn,
+    Ragged,
     called_by_us,
     four_bit_bytes,
     register_attention,
@@ -42,6 +43,7 @@ from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.models.adapters.fused_lora import FusedLora
 from fusedgrpo.models.loading import enable_checkpointing
+from fusedgrpo.models.packed_attention import varlen_traits
 from fusedgrpo.models.router import planned_router
 
 if TYPE_CHECKING:
@@ -165,6 +167,7 @@ class SmallModel:
         self.dtype = compute_dtype(config)
         self.adapted = config.finetuning_type == "lora"
         self.four_bit = config.load_in_4bit
+        self.varlen = varlen_traits(config.full_determinism)
         self.tracker = StorageTracker({torch.ops.aten.sort.default: sort_with_scratch})
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake, self.tracker:
@@ -201,7 +204,8 @@ class SmallModel:
             with self.autocast():
                 router = self.router if gradients else None
                 routed = {} if router is None else {"output_router_logits": True}
-                outputs = self.forward(batch.tokens, fusedgrpo_keys=batch.keys, **routed)
+                ragged = Ragged(batch.keys, batch.sequences, self.varlen)
+                outputs = self.forward(batch.tokens, fusedgrpo_ragged=ragged, **routed)
                 states = outputs.last_hidden_state[0]
                 balance: Any = 0
                 if router is not None:

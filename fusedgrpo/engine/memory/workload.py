@@ -43,14 +43,14 @@ class Asked:
         P, own = self.prompt, max(self.config.max_completion_length - 1, 1)
         if self.config.shared_prompt == "off":
             completions = max(tokens // (P + own), 1)
-            return Batch(tokens, tokens, tokens - completions * (P - 1))
+            return Batch(tokens, tokens, tokens - completions * (P - 1), completions)
         group = P + self.config.num_generations * own
         groups, rest = divmod(tokens, group)
         prompts = groups + (rest >= P + own)
         completions = groups * self.config.num_generations + max((rest - P) // own, 0)
         prompts, completions = max(prompts, 1), max(completions, 1)
         scored = max(tokens - prompts * P, 0) + completions
-        return Batch(tokens, tokens + completions * P, scored)
+        return Batch(tokens, tokens + completions * P, scored, prompts + completions)
 
     def changed(self, **options: Any) -> Asked:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **options))

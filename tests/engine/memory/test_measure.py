@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
 import tiny
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedgrpo.config.schema import GRPOConfig
-from fusedgrpo.engine.memory.fake_layers import Batch
+from fusedgrpo.engine.memory import fake_layers
+from fusedgrpo.engine.memory.fake_layers import Batch, Ragged
 from fusedgrpo.engine.memory.measure import SmallModel, straight_line
 from fusedgrpo.engine.memory.plan import GIB
 from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.engine.memory.rollout_memory import generate_memory
 from fusedgrpo.engine.memory.sizes import DEPTHS
+from fusedgrpo.engine.memory.storage_tracker import StorageTracker
+from fusedgrpo.models import packed_attention
 from fusedgrpo.models.adapters import fused_lora
+from fusedgrpo.models.packed_attention import VarlenTraits, varlen_traits
 
 LAYERS = 7
 
@@ -34,7 +41,7 @@ def models() -> Any:
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.slow
 def test_two_depths_tell_all_others(models: Any, gradients: bool) -> None:
-    batch = Batch(tokens=2000, keys=2500, scored=1800)
+    batch = Batch(tokens=2000, keys=2500, scored=1800, sequences=3)
 
     def at(layers: int) -> Any:
         return models[layers].activations(batch, gradients=gradients)
@@ -57,7 +64,7 @@ def test_layers_with_lora_compute_as_they_do_in_an_update(
         return original(x, layers, dtype)
 
     monkeypatch.setattr(fused_lora, "lora_linears", noting)
-    batch = Batch(tokens=50, keys=60, scored=40)
+    batch = Batch(tokens=50, keys=60, scored=40, sequences=3)
     once = [3, 1, 2, 1] * 2
     model.activations(batch, gradients=False)
     assert sizes == once
@@ -69,7 +76,7 @@ def test_layers_with_lora_compute_as_they_do_in_an_update(
 @pytest.mark.slow
 def test_repeated_prompts_are_kept_per_key_until_the_layer_is_done(models: Any) -> None:
     few, many = (
-        models[LAYERS].activations(Batch(4000, keys, 3000), gradients=True)
+        models[LAYERS].activations(Batch(4000, keys, 3000, 5), gradients=True)
         for keys in (4000, 12000)
     )
     # keys and values, two heads of 32 in 16 bit; attention's backward may add to it
@@ -116,3 +123,56 @@ def test_what_the_router_adds_to_an_update_is_counted(family: str) -> None:
     least = tokens * layers * 4 * 2
     assert more["update forward"] >= without["update forward"] + least
     assert more["scoring"] == without["scoring"]
+
+
+def attention_memory(traits: VarlenTraits, sequences: int = 1) -> tuple[int, int]:
+    """Bytes that attention over 300 queries and 500 keys keeps of itself, and that its backward
+    pass takes at the most."""
+    tracker = StorageTracker({})
+    with FakeTensorMode(), tracker:
+        shapes = (300, 8, 32), (300, 2, 32), (300, 2, 32)
+        q, k, v = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+        before = tracker.live
+        out = fake_layers._VarlenAttention.apply(q, k, v, Ragged(500, sequences, traits))
+        kept = tracker.live - before
+        grad = torch.empty_like(out)
+        tracker.start_peak()
+        out.backward(grad)
+        return kept, tracker.peak.bytes - before
+
+
+def test_heads_that_a_kernel_does_not_share_are_kept_repeated() -> None:
+    shared, repeated = (attention_memory(VarlenTraits(each, False)) for each in (False, True))
+    assert repeated[0] - shared[0] == 2 * 500 * (8 - 2) * 32 * 2
+
+
+def test_deterministic_gradients_of_queries_take_room_for_each_part() -> None:
+    once, parts = (attention_memory(VarlenTraits(False, each)) for each in (False, True))
+    assert parts[0] == once[0]
+    row = 8 * 32 * 4
+    # 132 programs for 8 heads of one sequence; 17 are enough sequences.
+    assert parts[1] - once[1] == (17 - 1) * (300 + 128) * row
+    many = [attention_memory(VarlenTraits(False, each), 17)[1] for each in (False, True)]
+    assert many[0] == many[1] == once[1] + 16 * 128 * (row + 8 * 4)
+
+
+@pytest.mark.parametrize(
+    ("flash", "known", "everything", "traits"),
+    [
+        (False, {"scale", "enable_gqa"}, False, (False, False)),
+        (False, {"scale", "enable_gqa"}, True, (False, True)),
+        (False, {"scale"}, False, (True, False)),  # torch 2.11
+        (True, {"scale"}, False, (False, True)),
+    ],
+)
+def test_what_the_kernel_takes_follows_from_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, flash: bool, known: set[str], everything: bool, traits: Any
+) -> None:
+    find = importlib.util.find_spec
+
+    def found(name: str) -> Any:
+        return flash or None if name == "flash_attn" else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    monkeypatch.setattr(packed_attention, "_varlen_parameters", lambda: frozenset(known))
+    assert varlen_traits(full_determinism=everything) == traits
