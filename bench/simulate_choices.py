@@ -24,7 +24,7 @@ from fusedgrpo.kernels.sample import best, best_triton
 from fusedgrpo.kernels.sample import logits as sample_logits
 from fusedgrpo.kernels.sample import op as sample_op
 from fusedgrpo.models import activation_offload as offload
-from fusedgrpo.models import cached_attention, loading, policy
+from fusedgrpo.models import cached_attention, loading, policy, varlen_attention
 from fusedgrpo.models import packed_attention as attention
 from fusedgrpo.models.adapters import merged_weights, rollout_weights
 from fusedgrpo.models.device import pick_compute_dtype
@@ -71,7 +71,7 @@ def cuda_choices() -> Iterator[None]:
         patch(torch, "is_autocast_enabled", lambda device="cpu": autocast_on(_cpu(device)))
         # Attention: the varlen kernel, and gather with its own backward.
         patch(FakeTensor, "is_cuda", True, create=True)
-        patch(attention, "_varlen_kernel", lambda *args: attention._torch_varlen)
+        patch(attention, "varlen_kernel", lambda *args: varlen_attention._torch_varlen)
         patch(torch.nn.functional, "scaled_dot_product_attention", _efficient_attention)
         # Head: CUDA's tiles, 16 bit operands, Triton between the GEMMs.
         patch(vocab_pass, "operand_dtype", lambda x: x.dtype)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fusedgrpo.engine.memory.storage_tracker import BLOCK, StorageTracker
 from fusedgrpo.kernels.launch import Tiling
 from fusedgrpo.models.kv_cache import PAGE
-from fusedgrpo.models.packed_attention import VarlenTraits, check_known
+from fusedgrpo.models.packed_attention import check_known
+from fusedgrpo.models.varlen_attention import VarlenTraits
 
 ATTENTION = "fusedgrpo_memory"
 # Of an H100. A 4090 has 128, an A100 108.

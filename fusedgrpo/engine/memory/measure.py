@@ -43,8 +43,8 @@ from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.models.adapters.fused_lora import FusedLora
 from fusedgrpo.models.loading import enable_checkpointing
-from fusedgrpo.models.packed_attention import varlen_traits
 from fusedgrpo.models.router import planned_router
+from fusedgrpo.models.varlen_attention import varlen_traits
 
 if TYPE_CHECKING:
     from fusedgrpo.config.schema import GRPOConfig

@@ -19,9 +19,9 @@ from fusedgrpo.engine.memory.planner import plan_memory
 from fusedgrpo.engine.memory.rollout_memory import generate_memory
 from fusedgrpo.engine.memory.sizes import DEPTHS
 from fusedgrpo.engine.memory.storage_tracker import StorageTracker
-from fusedgrpo.models import packed_attention
+from fusedgrpo.models import varlen_attention
 from fusedgrpo.models.adapters import fused_lora
-from fusedgrpo.models.packed_attention import VarlenTraits, varlen_traits
+from fusedgrpo.models.varlen_attention import VarlenTraits, varlen_traits
 
 LAYERS = 7
 
@@ -174,5 +174,5 @@ def test_what_the_kernel_takes_follows_from_what_is_installed(
         return flash or None if name == "flash_attn" else find(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", found)
-    monkeypatch.setattr(packed_attention, "_varlen_parameters", lambda: frozenset(known))
+    monkeypatch.setattr(varlen_attention, "_varlen_parameters", lambda: frozenset(known))
     assert varlen_traits(full_determinism=everything) == traits

@@ -37,9 +37,9 @@ class Twin:
         """Inside it is of another generation, as NVIDIA counts them; what has been asked of it
         before is asked again."""
         from fusedgrpo.kernels import backend
-        from fusedgrpo.models import packed_attention
+        from fusedgrpo.models import varlen_attention
 
-        remembered = packed_attention._varlen_kernel, backend._capability
+        remembered = varlen_attention.varlen_kernel, backend._capability
         before, self._runtime.capability = self._runtime.capability, capability
         for answer in remembered:
             answer.cache_clear()
