@@ -130,7 +130,7 @@ class VarlenTraits(NamedTuple):
 
 
 def varlen_traits(full_determinism: bool) -> VarlenTraits:
-    """Those of the kernel that this installation would use. torch's own is deterministic only where
+    """The traits of the kernel that this installation would use. torch's own is deterministic only where
     all of torch is; flash-attn is always asked to be."""
     if importlib.util.find_spec("flash_attn") is not None:
         return VarlenTraits(repeats_heads=False, sums_in_parts=True)
