@@ -118,7 +118,7 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 class VarlenTraits(NamedTuple):
-    """What the memory of the kernel on a GPU depends on.
+    """A kernel of ragged attention on a GPU, by what its memory depends on.
 
     repeats_heads: keys and values are repeated for the heads that share them, and kept like that.
     sums_in_parts: the gradient of the queries is summed in parts, so that it is the same bits each
@@ -130,8 +130,8 @@ class VarlenTraits(NamedTuple):
 
 
 def varlen_traits(full_determinism: bool) -> VarlenTraits:
-    """The traits of the kernel that this installation would use. torch's own is deterministic only where
-    all of torch is; flash-attn is always asked to be."""
+    """The traits of the kernel that this installation would use. torch's own is deterministic only
+    where all of torch is; flash-attn is always asked to be."""
     if importlib.util.find_spec("flash_attn") is not None:
         return VarlenTraits(repeats_heads=False, sums_in_parts=True)
     known = importlib.util.find_spec("torch.nn.attention.varlen") is not None
