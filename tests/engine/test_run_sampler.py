@@ -157,11 +157,13 @@ def test_a_copy_that_nobody_asked_for_does_not_stand_in_the_way_of_generate(
 
 # --- with a plan ----------------------------------------------------------------------------------
 
+QUICKLY_PLANNED: dict[str, Any] = {"gradient_checkpointing": False, "tokens_per_microbatch": 128}
+
 
 @pytest.mark.slow
 def test_what_it_goes_on_with_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(tiny.save(tmp_path / "model", tiny.model("Llama")))
-    options = {"model": model, "gpu_memory": "8GB"}
+    options = {"model": model, "gpu_memory": "8GB"} | QUICKLY_PLANNED
     machine(monkeypatch, "adapter")
     interrupted(tmp_path / "run", **options)
     machine(monkeypatch, "merged")
@@ -192,6 +194,7 @@ def test_a_sampler_that_was_passed_is_not_planned_as_ours(tmp_path: Path) -> Non
                 max_completion_length=40,
                 bf16=False,
                 gpu_memory="8GB",
+                **QUICKLY_PLANNED,
             ),
             train_dataset=process_runs.PROMPTS,
             tokenizer=tiny.tokenizer(),

@@ -84,7 +84,7 @@ def test_loss_and_gradient_equal_the_reference(kernel, loss_type, level):
 
 
 @settings(
-    max_examples=30 if interpreted() else 150,
+    max_examples=15 if interpreted() else 150,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -247,8 +248,15 @@ def tolerance(way: Callable[[Path, Path], Any]) -> float:
     return 2e-2 if way is sixteen_bits else 1e-5
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"], ids=["untied", "tied"])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [
+        pytest.param(way, family, id=f"{way.__name__}-{kind}")
+        for way in WAYS
+        for family, kind in (("Llama", "untied"), ("Qwen2", "tied"))
+        if kind == "untied" or re.search("embeddings|head|token|resized|transformers", way.__name__)
+    ],
+)
 def test_it_starts_as_given_trains_and_is_saved_and_restored(
     way: Callable[[Path, Path], Any],
     family: str,
