@@ -33,7 +33,11 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> 
 
 
 # What an older Triton spills, by its version.
-SPILLS = {("decode_own bf16 96", "sm_89"): "3.6."}
+SPILLS = {
+    ("decode_own bf16 96", "sm_89"): "3.6.",
+    ("decode_own window softcap fp16 80", "sm_89"): "3.6.",
+    ("decode_prompt bf16 256", "sm_120"): "3.6.",
+}
 # The others have a sibling here that compiles nearly alike, with a limit as low or lower: compiling
 # for all takes minutes. Each kernel is compiled for each of them, but not in each variant.
 FIRST = ["gfx942", "sm_89", "sm_90"]
@@ -107,8 +111,8 @@ def test_every_kernel_has_a_variant():
 def test_the_check_finds_a_fault(variant, target, fault):
     target = aot.TARGETS[target]
     assert aot.compiled(faulty_kernels.sound(), target).faults(target) == []
-    [found] = aot.compiled(variant, target).faults(target)
-    assert fault in found
+    found = aot.compiled(variant, target).faults(target)
+    assert any(fault in one for one in found)
 
 
 def test_spills_and_memory_of_amd_are_read_from_the_assembly():
