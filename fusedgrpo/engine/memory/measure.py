@@ -38,9 +38,11 @@ from fusedgrpo.engine.memory.fake_layers import (
     rounded,
     sort_with_scratch,
 )
+from fusedgrpo.engine.memory.liger_kernels import kernels_left_out
 from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.models.adapters.fused_lora import FusedLora
+from fusedgrpo.models.liger_layers import put_into
 from fusedgrpo.models.loading import enable_checkpointing
 from fusedgrpo.models.router import planned_router
 
@@ -159,6 +161,8 @@ class SmallModel:
                 own._attn_implementation_internal = ATTENTION
         self.model = model
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        put_into(model, config)
+        self.ligers = config.use_liger_kernel
         if config.gradient_checkpointing:
             enable_checkpointing(self.causal_lm)
         self.router = planned_router(self.causal_lm, config.router_aux_loss_coef)
@@ -224,14 +228,25 @@ class SmallModel:
         with contextlib.ExitStack() as stack:
             if self.adapted:
                 if not self.lora.has_learned:
-                    with self.fake, torch.no_grad(), self.autocast(), self.lora.learn():
+                    with (
+                        self.fake,
+                        self.kernels(),
+                        torch.no_grad(),
+                        self.autocast(),
+                        self.lora.learn(),
+                    ):
                         self.forward(1)
                 stack.enter_context(self.lora.active())
                 if not self.lora.left_to_peft:
                     stack.enter_context(called_by_us(self.model))
             stack.enter_context(self.fake)
             stack.enter_context(self.tracker)
+            stack.enter_context(self.kernels())
             yield
+
+    def kernels(self) -> contextlib.AbstractContextManager[None]:
+        """What forward and backward passes on fake tensors have to be inside of."""
+        return kernels_left_out() if self.ligers else contextlib.nullcontext()
 
     def forward(self, tokens: int, **options: Any) -> Any:
         """The outputs of the decoder for one row of ``tokens`` without padding; ``options`` reach
