@@ -46,8 +46,8 @@ def check(config: GRPOConfig) -> None:
     device = host.pick_device(config.use_cpu)
     if obstacle := triton_obstacle(device):
         raise ConfigError(
-            f"use_liger_kernel: Liger's kernels need a GPU that Triton compiles for, and this run is "
-            f"on {device} ({obstacle}). Leave it out."
+            f"use_liger_kernel: this run is on {device}, and Liger's kernels need a GPU that "
+            f"Triton compiles for ({obstacle}). Leave it out."
         )
 
 

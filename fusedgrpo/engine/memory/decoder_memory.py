@@ -139,7 +139,6 @@ class DecoderModel:
             called_by_us(small.model),
             small.fake,
             small.tracker,
-            small.kernels(),
             torch.no_grad(),
             small.autocast(),
         ):

@@ -228,13 +228,7 @@ class SmallModel:
         with contextlib.ExitStack() as stack:
             if self.adapted:
                 if not self.lora.has_learned:
-                    with (
-                        self.fake,
-                        self.kernels(),
-                        torch.no_grad(),
-                        self.autocast(),
-                        self.lora.learn(),
-                    ):
+                    with self.fake, torch.no_grad(), self.autocast(), self.lora.learn():
                         self.forward(1)
                 stack.enter_context(self.lora.active())
                 if not self.lora.left_to_peft:
@@ -245,20 +239,21 @@ class SmallModel:
             yield
 
     def kernels(self) -> contextlib.AbstractContextManager[None]:
-        """What forward and backward passes on fake tensors have to be inside of."""
+        """What the layers are to be inside of, forward and backward: ``forward`` is."""
         return kernels_left_out() if self.ligers else contextlib.nullcontext()
 
     def forward(self, tokens: int, **options: Any) -> Any:
         """The outputs of the decoder for one row of ``tokens`` without padding; ``options`` reach
         its attention."""
         ids, positions = torch.zeros(2, 1, tokens, dtype=torch.int64).unbind()
-        return self.causal_lm.get_decoder()(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=torch.zeros(1, 1, 1, 1),
-            use_cache=False,
-            **options,
-        )
+        with self.kernels():
+            return self.causal_lm.get_decoder()(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=torch.zeros(1, 1, 1, 1),
+                use_cache=False,
+                **options,
+            )
 
     def autocast(self) -> Any:
         # Of the tensors' device, which stands for a GPU.
