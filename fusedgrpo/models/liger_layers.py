@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fusedgrpo import host
@@ -36,6 +37,7 @@ KNOWN_MODULES = (
     "LigerGEGLUMLP",
 )
 KNOWN_FUNCTIONS = ("liger_rotary_pos_emb",)
+DEFINITIONS = "transformers.models."
 
 
 def check(config: GRPOConfig) -> None:
@@ -78,6 +80,11 @@ def put_into(model: nn.Module, config: GRPOConfig) -> None:
         return
     causal_lm: Any = unwrapped(model)
     check_type(config, causal_lm.config)
+    if not type(causal_lm).__module__.startswith(DEFINITIONS):
+        raise ModelError(
+            f"use_liger_kernel: {type(causal_lm).__name__} is defined in "
+            f"{type(causal_lm).__module__}, and Liger knows transformers' own. Leave it out."
+        )
     from transformers.integrations.liger import apply_liger_kernel
 
     asked = {**(config.liger_kernel_config or {})}
@@ -87,9 +94,10 @@ def put_into(model: nn.Module, config: GRPOConfig) -> None:
     for definition, functions in changed.items():
         _check_known({f.__name__ for f in functions.values()} - {*KNOWN_FUNCTIONS}, causal_lm)
         _give_to_readers(causal_lm, definition, functions)
-    forwards = (vars(module).get("forward") for module in causal_lm.modules())
-    names = {f.__func__.__qualname__.split(".")[0] for f in forwards if _is_ligers(f)}
-    _check_known(names - {*KNOWN_MODULES}, causal_lm)
+    patched = {m: name for m in causal_lm.modules() if (name := _liger_name(m)) is not None}
+    _check_known({*patched.values()} - {*KNOWN_MODULES}, causal_lm)
+    for module, name in patched.items():
+        _check_activation(module, name)
 
 
 def _check_known(others: set[str], causal_lm: nn.Module) -> None:
@@ -101,14 +109,30 @@ def _check_known(others: set[str], causal_lm: nn.Module) -> None:
         )
 
 
-def _is_ligers(forward: Any) -> bool:
-    return isinstance(forward, MethodType) and forward.__func__.__module__.startswith("liger_")
+def _liger_name(module: nn.Module) -> str | None:
+    """The module of Liger whose forward ``module`` has; None where it has its own."""
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    theirs = function is not None and function.__module__.startswith("liger_kernel.")
+    return function.__qualname__.split(".")[0] if theirs else None
+
+
+def _check_activation(module: nn.Module, name: str) -> None:
+    """Whether a gated MLP has the activation of Liger's, which asks no model for it."""
+    expected = nn.GELU("tanh") if "GEGLU" in name else nn.SiLU()
+    x = torch.linspace(-4, 4, 17)
+    for child in module.children():
+        plain = not any(True for _ in child.parameters())
+        if plain and not torch.allclose(child(x), expected(x), atol=1e-5):
+            raise ModelError(
+                f"use_liger_kernel: {name} computes {expected}, and {type(module).__name__} has "
+                f"{child}. Leave it out (liger_kernel_config: {{swiglu: false}}, or geglu)."
+            )
 
 
 def _definitions(causal_lm: nn.Module) -> list[ModuleType]:
     """The Python modules of transformers in which the parts of ``causal_lm`` are defined."""
     names = {type(module).__module__ for module in causal_lm.modules()}
-    return [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+    return [sys.modules[name] for name in names if name.startswith(DEFINITIONS)]
 
 
 @contextlib.contextmanager
@@ -121,7 +145,9 @@ def _restored(definitions: list[ModuleType]) -> Iterator[dict[ModuleType, dict[s
         yield changed
     finally:
         for definition, names in before.items():
-            other = {n: f for n, f in vars(definition).items() if f is not names.get(n)}
+            other = {
+                n: vars(definition)[n] for n, own in names.items() if vars(definition)[n] is not own
+            }
             vars(definition).update({name: names[name] for name in other})
             functions = {n: f for n, f in other.items() if not isinstance(f, type)}
             if functions:

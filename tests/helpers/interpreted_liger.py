@@ -9,9 +9,9 @@ import numpy as np
 
 
 def install() -> None:
-    """From here on a kernel is given floats as scalars of the language, which can be cast; functions
-    of CUDA's libdevice, which is not there, are those of the language; and sums and products of
-    bfloat16 numbers are theirs, not those of the integers that the interpreter keeps them in."""
+    """From here on a kernel is given floats as scalars of the language, which can be cast;
+    functions of CUDA's libdevice, which is not there, are those of the language; and sums and
+    products of bfloat16 numbers are theirs, not those of the integers they are kept in."""
     import triton.language as tl
     from liger_kernel.ops import geglu, rms_norm
 

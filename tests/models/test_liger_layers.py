@@ -33,7 +33,9 @@ def told() -> dict[str, Any]:
 def test_log_probs_and_gradients_are_those_of_the_models_own_layers(told, kind):
     mlp = "LigerGEGLUMLP" if kind == "Gemma2" else "LigerSwiGLUMLP"
     assert told[kind]["ligers"] == sorted(["LigerRMSNorm", mlp])
-    assert 0 < told[kind]["logp"] < 5e-6  # something was exchanged
+    # In the one layer; where it is checkpointed, in the backward pass as well.
+    assert told[kind]["turned"] == (1 if kind == "not checkpointed" else 2)
+    assert told[kind]["logp"] < 5e-6
     assert told[kind]["grad"] < 5e-6
 
 
@@ -111,6 +113,22 @@ def test_what_is_not_tested_here_is_refused_and_the_rest_is_taken() -> None:
         liger_layers.put_into(tiny.mixture("Qwen3Moe"), CONFIG)
     config = GRPOConfig(use_liger_kernel=True, liger_kernel_config={"swiglu": False})
     liger_layers.put_into(tiny.mixture("Qwen3Moe"), config)
+
+
+@pytest.mark.parametrize(("family", "part"), [("Llama", "SiLU"), ("Gemma2", "GELU")])
+def test_another_activation_than_ligers_is_refused(family: str, part: str) -> None:
+    pytest.importorskip("liger_kernel")
+    other = {"hidden_act": "gelu", "hidden_activation": "gelu"}
+    with pytest.raises(ModelError, match=rf"computes {part}\(.*MLP has GELU"):
+        liger_layers.put_into(tiny.model(family, **other), CONFIG)
+
+
+def test_code_of_another_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel")
+    built = tiny.model("Llama")
+    monkeypatch.setattr(type(built), "__module__", "transformers_modules.mine")
+    with pytest.raises(ModelError, match=r"is defined in transformers_modules\.mine"):
+        liger_layers.put_into(built, CONFIG)
 
 
 def test_without_the_option_nothing_is_asked() -> None:
