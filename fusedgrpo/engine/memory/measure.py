@@ -239,7 +239,7 @@ class SmallModel:
             yield
 
     def kernels(self) -> contextlib.AbstractContextManager[None]:
-        """What the layers are to be inside of, forward and backward: ``forward`` is."""
+        """Around a forward pass, as ``forward`` has it, and around its backward pass."""
         return kernels_left_out() if self.ligers else contextlib.nullcontext()
 
     def forward(self, tokens: int, **options: Any) -> Any:
