@@ -112,8 +112,10 @@ def _check_known(others: set[str], causal_lm: nn.Module) -> None:
 def _liger_name(module: nn.Module) -> str | None:
     """The module of Liger whose forward ``module`` has; None where it has its own."""
     function = getattr(vars(module).get("forward"), "__func__", None)
-    theirs = function is not None and function.__module__.startswith("liger_kernel.")
-    return function.__qualname__.split(".")[0] if theirs else None
+    if function is None or not function.__module__.startswith("liger_kernel."):
+        return None
+    name: str = function.__qualname__
+    return name.split(".")[0]
 
 
 def _check_activation(module: nn.Module, name: str) -> None:
