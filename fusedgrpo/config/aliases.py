@@ -98,6 +98,7 @@ ALIASES: dict[str, Alias] = {
     "flash_attn": Alias("attn_implementation", _flash_attn),
     "moe_aux_loss_coef": Alias("router_aux_loss_coef"),
     "enable_thinking": Alias("chat_template_kwargs", _enable_thinking),
+    "enable_liger_kernel": Alias("use_liger_kernel"),
     "disable_gradient_checkpointing": Alias("gradient_checkpointing", _negate),
     "disable_shuffling": Alias("shuffle_dataset", _negate),
     # TRL and transformers, with the spellings of their earlier releases

@@ -12,6 +12,10 @@ from fusedgrpo.loss_options import LOSS_TYPES
 # Per rollout: its prompts, texts and rewards are in memory together.
 MOST_COMPLETIONS = 1 << 20
 
+# What Liger has for layers, and its losses, by their names in transformers.
+LIGER_PARTS = ("rope", "rms_norm", "swiglu", "geglu")
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+
 # Options that name one of ours, or code of the user's as ``file.py:name`` or ``module:name``.
 EXTENSIBLE: dict[str, tuple[str, ...]] = {
     "loss_type": LOSS_TYPES,
@@ -122,6 +126,7 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             )
     if not all(text for text in c.stop_strings or ()):
         yield ("stop_strings",), "stop_strings: an empty text would end every completion."
+    yield from _liger(c)
     yield from _best(c)
     yield from _tokens_left_out(c)
     if c.sync_ref_model and not c.beta:
@@ -157,6 +162,28 @@ def contradictions(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     if unknown := [name for name in c.allow_change if name not in vars(c)]:
         texts = [f"{brief(name)} is no option.{did_you_mean(name, vars(c))}" for name in unknown]
         yield ("allow_change",), ", ".join(f"allow_change: {text}" for text in texts)
+
+
+def _liger(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Which of Liger's parts go into the layers; its losses do not."""
+    for part, wanted in (c.liger_kernel_config or {}).items():
+        if part not in LIGER_PARTS + LIGER_LOSSES:
+            text = f"liger_kernel_config: {brief(part)} is none of {', '.join(LIGER_PARTS)}."
+            yield ("liger_kernel_config",), text + did_you_mean(part, LIGER_PARTS)
+        elif not isinstance(wanted, bool):
+            text = f"liger_kernel_config: {part}: expected true or false, got {brief(wanted)}."
+            yield ("liger_kernel_config",), text
+        elif wanted and part in LIGER_LOSSES:
+            yield (
+                ("liger_kernel_config",),
+                f"liger_kernel_config: {part} computes a loss from the model's logits, and the "
+                "loss of fusedgrpo never makes them; leave it out.",
+            )
+    if c.liger_kernel_config is not None and not c.use_liger_kernel:
+        yield (
+            ("liger_kernel_config", "use_liger_kernel"),
+            "liger_kernel_config: set use_liger_kernel: true, or leave it out.",
+        )
 
 
 def _tokens_left_out(c: Any) -> Iterator[tuple[tuple[str, ...], str]]:

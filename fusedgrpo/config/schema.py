@@ -65,6 +65,12 @@ class GRPOConfig(TrainingArgumentsSurface):
     )
     attn_implementation: str | None = option(None, "attention implementation of transformers")
     model_init_kwargs: dict[str, Any] | None = option(None, "more arguments of from_pretrained")
+    use_liger_kernel: bool = option(
+        False, "Liger's RMSNorm, RoPE and gated MLP in the layers, on a GPU (fusedgrpo[liger])"
+    )
+    liger_kernel_config: dict[str, Any] | None = option(
+        None, "which of them: rope, rms_norm, swiglu, geglu; null: all"
+    )
 
     group("adapter")
     stage: Literal["grpo"] = option("grpo", "the only training stage")

@@ -60,6 +60,7 @@ from fusedgrpo.engine.scoring import loss_options
 from fusedgrpo.engine.token_choice import TokenChoice
 from fusedgrpo.engine.tools.use import ToolUse, build_tool_use
 from fusedgrpo.errors import ConfigError, brief
+from fusedgrpo.models import liger_layers
 from fusedgrpo.models.finite import check_loaded
 from fusedgrpo.models.kinds import accepted
 from fusedgrpo.models.policy import Policy, ReferenceSync
@@ -129,6 +130,7 @@ def build_parts(
     signals = StopSignals(echo_seconds=10.0 if processes.size > 1 else 0.0)
     tracker_classes(args.report_to)
     check_options(args)
+    liger_layers.check(args)
     torch_settings.apply(args)
     folders = code_folders(search_paths)
     custom_loss = find_custom_loss(args.loss_type, folders)
@@ -170,6 +172,8 @@ def build_parts(
             rewards.environments_of = tool_use.environments
         named = model is None or isinstance(model, (str, os.PathLike))
         model = None if named else accepted(model)
+        if args.use_liger_kernel:
+            liger_layers.check_type(args, model_settings(args) if model is None else model.config)
         # Data errors come before gigabytes are loaded, where the model's limits are known by then.
         policy = None
         limits = model_limits(args, model)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fusedgrpo import host, stages
 from fusedgrpo.errors import ConfigError, ModelError
-from fusedgrpo.models import loading_bars
+from fusedgrpo.models import liger_layers, loading_bars
 from fusedgrpo.models.adapters.attached import has_adapters, unwrapped
 from fusedgrpo.models.adapters.checks import prepare
 from fusedgrpo.models.adapters.files import check_options, find_adapter, put_onto
@@ -68,6 +68,7 @@ def policy_parts(
     device = host.pick_device(config.use_cpu)
     compute_dtype = pick_compute_dtype(config.bf16, config.fp16, device)
     given = model is not None
+    liger_layers.check(config)
     if given:
         _say_what_a_given_model_decides(config)
 
@@ -79,6 +80,7 @@ def policy_parts(
     elif getattr(model, "hf_device_map", None) is None and not _is_quantized(model):
         model = model.to(device)
     keep_differentiable(model)  # before its first forward pass
+    liger_layers.put_into(model, config)
     if compute_dtype == torch.float16 and config.finetuning_type == "lora":
         store_in_float16(model)
     model.eval()
@@ -217,6 +219,7 @@ def load_model(config: GRPOConfig, device: torch.device) -> nn.Module:
             config.model_revision or "main",
         )
     settings = model_settings(config)
+    liger_layers.check_type(config, settings)
     auto: Any = transformers.AutoModelForCausalLM
     if settings is not None:
         auto = auto_class(settings, source)

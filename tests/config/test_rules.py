@@ -5,6 +5,8 @@ import pytest
 from fusedgrpo.config.schema import GRPOConfig
 from fusedgrpo.errors import ConfigError
 
+LIGER = {"use_liger_kernel": True}
+
 
 @pytest.mark.parametrize(
     ("options", "said"),
@@ -25,6 +27,13 @@ from fusedgrpo.errors import ConfigError
         ({"warmup_steps": 10.5}, "warmup_steps: .* got 10.5"),
         ({"reward_funcs": "accuracy,format", "reward_weights": [1.0]}, "1 weights for 2"),
         ({"reward_kwargs": {"accuracy": 3}}, "reward_kwargs"),
+        ({"liger_kernel_config": {"rope": False}}, "set use_liger_kernel: true"),
+        (LIGER | {"liger_kernel_config": {"rop": True}}, "'rop' is none of .*Did you mean 'rope'"),
+        (LIGER | {"liger_kernel_config": {"rope": 1}}, "rope: expected true or false, got 1"),
+        (
+            LIGER | {"liger_kernel_config": {"fused_linear_cross_entropy": True}},
+            "fused_linear_cross_entropy computes a loss .* never makes",
+        ),
         ({"allow_change": ["bta"]}, "'bta' is no option. Did you mean 'beta'"),
     ],
 )
@@ -57,3 +66,9 @@ def test_a_rule_is_silent_about_an_option_that_is_wrong_anyway() -> None:
     with pytest.raises(ConfigError) as caught:
         GRPOConfig(max_completion_length="long", max_length=400)
     assert len(caught.value.problems) == 1
+
+
+def test_ligers_losses_may_be_named_to_be_left_out() -> None:
+    parts = {"rms_norm": True, "swiglu": False, "cross_entropy": False}
+    assert GRPOConfig(**LIGER, liger_kernel_config=parts).liger_kernel_config == parts
+    assert GRPOConfig(enable_liger_kernel=True) == GRPOConfig(**LIGER)

@@ -39,9 +39,11 @@ from fusedgrpo.engine.memory.fake_layers import (
     rounded,
     sort_with_scratch,
 )
+from fusedgrpo.engine.memory.liger_kernels import kernels_left_out
 from fusedgrpo.engine.memory.storage_tracker import StorageTracker
 from fusedgrpo.kernels.launch import tiling
 from fusedgrpo.models.adapters.fused_lora import FusedLora
+from fusedgrpo.models.liger_layers import put_into
 from fusedgrpo.models.loading import enable_checkpointing
 from fusedgrpo.models.router import planned_router
 from fusedgrpo.models.varlen_attention import varlen_traits
@@ -161,6 +163,8 @@ class SmallModel:
                 own._attn_implementation_internal = ATTENTION
         self.model = model
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        put_into(model, config)
+        self.ligers = config.use_liger_kernel
         if config.gradient_checkpointing:
             enable_checkpointing(self.causal_lm)
         self.router = planned_router(self.causal_lm, config.router_aux_loss_coef)
@@ -235,19 +239,25 @@ class SmallModel:
                     stack.enter_context(called_by_us(self.model))
             stack.enter_context(self.fake)
             stack.enter_context(self.tracker)
+            stack.enter_context(self.kernels())
             yield
+
+    def kernels(self) -> contextlib.AbstractContextManager[None]:
+        """Around a forward pass, as ``forward`` has it, and around its backward pass."""
+        return kernels_left_out() if self.ligers else contextlib.nullcontext()
 
     def forward(self, tokens: int, **options: Any) -> Any:
         """The outputs of the decoder for one row of ``tokens`` without padding; ``options`` reach
         its attention."""
         ids, positions = torch.zeros(2, 1, tokens, dtype=torch.int64).unbind()
-        return self.causal_lm.get_decoder()(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=torch.zeros(1, 1, 1, 1),
-            use_cache=False,
-            **options,
-        )
+        with self.kernels():
+            return self.causal_lm.get_decoder()(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=torch.zeros(1, 1, 1, 1),
+                use_cache=False,
+                **options,
+            )
 
     def autocast(self) -> Any:
         # Of the tensors' device, which stands for a GPU.

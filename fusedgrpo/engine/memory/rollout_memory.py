@@ -42,7 +42,7 @@ def generate_memory(
 
     tracker = model.tracker
     model.model.eval()
-    with model.fake, tracker, torch.no_grad():
+    with model.fake, tracker, model.kernels(), torch.no_grad():
         before = tracker.live
         cache = DynamicCache(config=model.causal_lm.config)
         tracker.start_peak()

@@ -243,5 +243,6 @@ def _model_key(config: GRPOConfig) -> tuple[Any, ...]:
         targets if isinstance(targets, str) else tuple(targets),
         config.load_in_4bit, config.use_bnb_nested_quant, config.dtype, config.bf16, config.fp16,
         config.lora_dropout, config.disable_dropout, config.router_aux_loss_coef,
-        config.full_determinism,
+        config.full_determinism, config.use_liger_kernel,
+        tuple((config.liger_kernel_config or {}).items()),
     )  # fmt: skip

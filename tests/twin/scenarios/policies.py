@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import interpreted_liger
 import tiny
 import torch
 from cuda_twin.counts import marginal
@@ -123,9 +125,9 @@ def token(sampler: Any) -> Any:
     return marginal(found[1], found[0], 2)
 
 
-def lora(layers: int) -> Any:
+def lora(layers: int, **changes: Any) -> Any:
     """What the usual run costs, in all its parts."""
-    with trainer(layers) as made:
+    with trainer(layers, **changes) as made:
         merged = DecoderSampler(made.policy, made.tokenizer, [], rollout_weights="merged")
         return {
             "update": micro_batch(made),
@@ -133,6 +135,14 @@ def lora(layers: int) -> Any:
             "token, adapter": token(made.sampler),
             "token, merged": token(merged),
         }
+
+
+def ligers(layers: int) -> Any:
+    """The same with Liger's layers; None where there is no Liger."""
+    if not importlib.util.find_spec("liger_kernel"):
+        return None
+    interpreted_liger.install()
+    return lora(layers, use_liger_kernel=True)
 
 
 def update(**changes: Any) -> Any:
@@ -164,6 +174,9 @@ SCENARIOS = {
     "qlora": lambda: update(load_in_4bit=True),
     "full": lambda: update(finetuning_type="full"),
     "float16": lambda: update(bf16=False, fp16=True),
+    # At the end: they change the interpreter.
+    "liger, 1 layer": lambda: ligers(1),
+    "liger, 2 layers": lambda: ligers(2),
 }
 
 if __name__ == "__main__":
