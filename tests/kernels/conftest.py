@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from interpreter import read_one_number_of_an_array
+from interpreter import work_with_this_numpy
 
 from fusedgrpo.kernels.backend import interpreted
 
 if interpreted():
-    read_one_number_of_an_array()
+    work_with_this_numpy()
 
 
 class Kernel(NamedTuple):
