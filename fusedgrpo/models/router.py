@@ -105,6 +105,8 @@ def find_router(
     value = router_coefficient(model, coef)
     if not value:
         return None
+    if coef is None and _expert_counts(model) == [0]:
+        return None  # a family with experts, of which this model has none (Granite 4.0 H)
     name = type(model).__name__
     remedy = "router_aux_loss_coef: 0 trains without it."
     asked = f"router_aux_loss_coef is {value:g}" + (" (the model's own)" if coef is None else "")
@@ -116,8 +118,6 @@ def find_router(
     with torch.no_grad(), autocast():
         outputs = model.get_decoder()(**asking, output_router_logits=True)
         logits = getattr(outputs, "router_logits", None)
-        if logits == () and coef is None:
-            return None  # a family with experts, of which this model has none (Granite 4.0 H)
         own = None
         if logits:
             own = getattr(model(**asking, output_router_logits=True), "aux_loss", None)
@@ -140,11 +140,8 @@ def find_router(
 
 def planned_router(model: Any, coef: float | None) -> RouterLoss | None:
     """The router that ``find_router`` will find in a model without weights; None for none."""
-    config = model.config.get_text_config()
     value, top_k = router_coefficient(model, coef), _top_k(model)
-    experts = next(
-        (n for name in EXPERTS if isinstance(n := getattr(config, name, None), int) and n > 0), None
-    )
+    experts = next((n for n in _expert_counts(model) if n > 0), None)
     if not value or top_k is None or experts is None:
         return None
     return RouterLoss(value, experts, top_k)
@@ -152,6 +149,13 @@ def planned_router(model: Any, coef: float | None) -> RouterLoss | None:
 
 # Their number, by families.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def _expert_counts(model: Any) -> list[int]:
+    """The numbers of experts that a model's configuration names."""
+    config = model.config.get_text_config()
+    counts = (getattr(config, name, None) for name in EXPERTS)
+    return [n for n in counts if isinstance(n, int)]
 
 
 def _known(logits: Any, mask: Tensor) -> bool:

@@ -10,8 +10,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from interpreter import work_with_this_numpy
 
 from fusedgrpo.kernels.backend import interpreted
+
+if interpreted():
+    work_with_this_numpy()
 
 
 class Kernel(NamedTuple):

@@ -112,7 +112,8 @@ def test_the_check_finds_a_fault(variant, target, fault):
     target = aot.TARGETS[target]
     assert aot.compiled(faulty_kernels.sound(), target).faults(target) == []
     found = aot.compiled(variant, target).faults(target)
-    assert any(fault in one for one in found)
+    # Triton 3.6 spills besides where it is given more bins than fit.
+    assert any(fault in each for each in found)
 
 
 def test_spills_and_memory_of_amd_are_read_from_the_assembly():

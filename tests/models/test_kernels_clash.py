@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from patience import HUNG
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,9 +54,10 @@ def stub_distribution(tmp_path: Path) -> Path:
     site = tmp_path / "site"
     (site / "kernels").mkdir(parents=True)
     (site / "kernels" / "__init__.py").write_text(STUB)
-    info = site / "kernels-0.18.2.dist-info"
+    version = KERNELS_MIN_VERSION  # each transformers knows a few versions of it
+    info = site / f"kernels-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
     return site
 
 

@@ -8,6 +8,7 @@ import hybrids
 import pytest
 import tiny
 import torch
+import transformers
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fusedgrpo.errors import ModelError
@@ -21,6 +22,10 @@ PAIRS = [
     ((5, 6, 7), ()),
     ((9, 4), (20,)),
 ]
+
+
+# Families whose decoder does not return what its routers say in transformers 5.17.
+WITHOUT_LOGITS = {"GraniteMoe", "Glm4Moe"}
 
 
 def padded(pairs):
@@ -54,6 +59,10 @@ def gradients(loss, model):
 def test_it_is_that_of_transformers_on_padded_rows(family, shared_prompt):
     """Prompts that are forwarded once count for every completion."""
     model = tiny.mixture(family)
+    if family in WITHOUT_LOGITS and transformers.__version__.startswith("5.17."):
+        with pytest.raises(ModelError, match="router_aux_loss_coef"):
+            find_router(model, 0.1)
+        return
     router = find_router(model, 0.1)
     want = of_transformers(model, PAIRS, router)
     wanted = gradients(want, model)

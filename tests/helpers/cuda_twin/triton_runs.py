@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+from interpreter import work_with_this_numpy
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves
@@ -24,6 +25,7 @@ def install(placement: Placement, counting: Counting) -> None:
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     plain = interpreter.GridExecutor.__call__
     patch_language = interpreter._patch_lang
+    work_with_this_numpy()
     patched: set[int] = set()
 
     def patch_once(fn: Any) -> Any:
