@@ -29,16 +29,22 @@ def varlen_kernel(
     capability = host.gpu_capability(device)
     if capability is not None and capability < (8, 0):
         return None
+    if _has_flash_attn():
+        return _flash_attn
+    if softcap or importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    return _torch_varlen
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError as error:
         if importlib.util.find_spec("flash_attn") is not None:
             log.warning("flash-attn is installed but cannot be used: %s", error)
-    else:
-        return _flash_attn
-    if softcap or importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return None
-    return _torch_varlen
+        return False
+    return True
 
 
 def _flash_attn(
@@ -132,7 +138,7 @@ class VarlenTraits(NamedTuple):
 def varlen_traits(full_determinism: bool) -> VarlenTraits:
     """The traits of the kernel that this installation would use. torch's own is deterministic only
     where all of torch is; flash-attn is always asked to be."""
-    if importlib.util.find_spec("flash_attn") is not None:
+    if _has_flash_attn():
         return VarlenTraits(repeats_heads=False, sums_in_parts=True)
     known = importlib.util.find_spec("torch.nn.attention.varlen") is not None
     grouped = known and "enable_gqa" in _varlen_parameters()

@@ -1,4 +1,4 @@
-"""Triton 3.6's interpreter beside numpy 2.4 and later, which refuse two things that it does."""
+"""Triton 3.6's interpreter beside numpy 2.5, which refuses two things that it does."""
 
 from __future__ import annotations
 
