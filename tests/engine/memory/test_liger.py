@@ -30,7 +30,7 @@ def config(**changes: Any) -> GRPOConfig:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_an_update_takes_less_with_them(checkpointing: bool) -> None:
-    batch = Batch(tokens=500, keys=600, scored=400)
+    batch = Batch(tokens=500, keys=600, scored=400, sequences=5)
     taken = {
         ligers: SmallModel(
             config(use_liger_kernel=ligers, gradient_checkpointing=checkpointing), settings(), 2
