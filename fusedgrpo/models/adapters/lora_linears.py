@@ -92,7 +92,8 @@ class _Inner(torch.autograd.Function):
             inner = _rows(given) @ down.T
         used += given, *ups
         # The weights, so that one which changes before the backward pass is an error.
-        ctx.save_for_backward(given, inner, down, *ups, *(layer.base.weight for layer in layers))
+        weights = [layer.base.weight for layer in layers]
+        ctx.save_for_backward(given, inner, down, *ups, *weights)
         ctx.set_materialize_grads(False)
         ctx.inputs = 4 + len(factors)
         return inner
