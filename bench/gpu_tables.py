@@ -21,7 +21,8 @@ from typing import Any
 
 from harness import OURS, SHOWN
 
-GIB = 2**30
+from fusedgrpo.engine.memory.plan import GIB
+
 COLUMN = "measured on a GPU"
 PARTS = ("round", "min", "max", "ratio")  # of a metric that has a line of its own
 

@@ -40,7 +40,7 @@ def own_options(
     name = os.fspath(model) if by_name else getattr(config, "_name_or_path", None)
     if args is None:  # as in TRL, the run is named after its model
         args = GRPOConfig(output_dir=f"{Path(name).name}-GRPO") if name else GRPOConfig()
-    object.__setattr__(args, "_used", True)
+    too_late_to_change(args)
     own = dataclasses.replace(args, **{"model_name_or_path": name} if name else {})
     if quantization_config is not None:
         if not by_name and model is not None:
@@ -61,8 +61,13 @@ def own_options(
         # transformers' EarlyStoppingCallback reads both.
         own.metric_for_best_model = own.metric_for_best_model or compared
         own.greater_is_better = metric_schedule.greater_is_better(own)
-    object.__setattr__(own, "_used", True)
     return own
+
+
+def too_late_to_change(config: GRPOConfig) -> None:
+    """Whoever changes an option of ``config`` from here on is told that it changes nothing that was
+    built already."""
+    object.__setattr__(config, "_used", True)
 
 
 def _read_stream_here(own: GRPOConfig) -> None:

@@ -43,7 +43,7 @@ from fusedgrpo.engine.interrupts import StopSignals
 from fusedgrpo.engine.learner import Learner
 from fusedgrpo.engine.memory.plan import MemoryPlan
 from fusedgrpo.engine.optimizer import build_optimizer, build_scheduler, check_options
-from fusedgrpo.engine.own_options import own_options
+from fusedgrpo.engine.own_options import own_options, too_late_to_change
 from fusedgrpo.engine.planned_work import memory_plan_of, offloading, work_limits
 from fusedgrpo.engine.reporting.run_dir import RunDir
 from fusedgrpo.engine.reporting.trackers import tracker_classes
@@ -137,6 +137,7 @@ def build_parts(
     estimator = find_estimator(args, folders)
     formats = Formats(args.dataset_format, search_paths)
     settle_schema(args, folders)
+    too_late_to_change(args)
     chosen_sampler = choose_sampler(args.sampler, sampler, folders)
     processing_class = load_tokenizer(args) if processing_class is None else processing_class
     tokenizer = text_tokenizer(processing_class)

@@ -31,7 +31,7 @@ def varlen_kernel(
         return None
     if _has_flash_attn():
         return _flash_attn
-    if softcap or importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    if softcap or not _varlen_parameters():
         return None
     return _torch_varlen
 
@@ -118,6 +118,9 @@ def _torch_varlen(
 
 @functools.cache
 def _varlen_parameters() -> frozenset[str]:
+    """The names that torch's kernel takes; none where torch has no such kernel."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
     from torch.nn.attention import varlen
 
     return frozenset(inspect.signature(varlen.varlen_attn).parameters)
@@ -140,6 +143,5 @@ def varlen_traits(full_determinism: bool) -> VarlenTraits:
     where all of torch is; flash-attn is always asked to be."""
     if _has_flash_attn():
         return VarlenTraits(repeats_heads=False, sums_in_parts=True)
-    known = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    grouped = known and "enable_gqa" in _varlen_parameters()
+    grouped = "enable_gqa" in _varlen_parameters()
     return VarlenTraits(repeats_heads=not grouped, sums_in_parts=full_determinism)

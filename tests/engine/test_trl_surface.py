@@ -164,6 +164,12 @@ def test_a_derived_configuration_has_options_of_its_own():
         Mine(beta=-1)
 
 
+def test_what_a_trainer_settles_itself_is_no_change(tmp_path, caplog):
+    made = trainer(tmp_path, learning_rate=None)
+    assert made.args.learning_rate == 3e-5
+    assert "was changed" not in caplog.text
+
+
 def test_a_change_after_a_trainer_was_made_is_not_silent(trained, caplog):
     made, _ = trained
     made.args.save_total_limit = 3

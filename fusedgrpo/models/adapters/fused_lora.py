@@ -63,8 +63,8 @@ class FusedLora:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """To be entered around forward passes, and around their backward passes where those compute
-        layers anew. It asks each layer what it has (some 20 ms in all), so around many rather than
-        each; inside itself it does nothing."""
+        layers anew. It asks each layer what it has, so around many passes rather than each; inside
+        itself it does nothing."""
         if self._on:
             yield
             return

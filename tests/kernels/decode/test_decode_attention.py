@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from paged import Paged, paged
 from torch.nn.functional import scaled_dot_product_attention
 
-from fusedgrpo.kernels import decode_attention
+from fusedgrpo.kernels import backend, decode_attention
 from fusedgrpo.kernels.backend import interpreted
 from fusedgrpo.kernels.decode import layout
+from fusedgrpo.kernels.launch import decode_launch
 from fusedgrpo.kernels.reference import reference_decode_attention
 
 # Prompts that end within a page, at its end and just after it; completions likewise.
@@ -146,6 +147,40 @@ def test_a_row_alone_equals_the_row_in_company(kernel, options, monkeypatch):
             assert torch.equal(alone, together[list(wanted)])
         else:
             torch.testing.assert_close(alone, together[list(wanted)], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "turing"),
+    [
+        ("cuda", (7, 5), True),
+        ("cuda", (8, 0), False),
+        ("cuda", None, False),
+        ("cpu", (7, 5), False),
+    ],
+)
+def test_turing_is_told_by_the_compute_capability(monkeypatch, device, capability, turing):
+    monkeypatch.setattr(backend, "_capability", lambda device: capability)  # None: AMD
+    assert backend.is_turing(torch.device(device)) is turing
+
+
+@pytest.mark.skipif(not interpreted(), reason="launches are Triton's")
+def test_turings_launches_compute_the_same(kernel, monkeypatch):
+    if kernel.backend != "triton":
+        pytest.skip("launches are Triton's")
+    from fusedgrpo.kernels.decode import attention_triton
+
+    asked = []
+
+    def noting(*sizes, **how):
+        asked.append(how["turing"])
+        return decode_launch(*sizes, **how)
+
+    monkeypatch.setattr(attention_triton, "is_turing", lambda device: True)
+    monkeypatch.setattr(attention_triton, "decode_launch", noting)
+    case = paged(PROMPTS, OWN).to(torch.float16)
+    want = reference_decode_attention(*case.to(torch.float64))
+    assert (run(kernel, case).double() - want).abs().max() < 2e-3
+    assert asked == [True, True]
 
 
 def test_twice_the_same_bits_and_inputs_as_they_were(kernel):
